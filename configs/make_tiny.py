@@ -9,6 +9,7 @@ def get_config() -> ConfigDict:
     config = base.common()
     config.run = "make_tiny"
     config.work_dir = "output/make_tiny"  # scenes, checkpoints and stages that are done; about 4 GB
+    config.start_from = ""  # a model that an earlier run made, to go on with; its tokenizer and mask VQ-VAE are kept
     config.output_dir = base.shipped("tiny")  # the finished model
 
     config.num_scenes = 60_000  # pictures drawn to learn from

@@ -80,7 +80,7 @@ class QuestionBatches:
             "image_slots": batch.image_slots,
             "prefix_length": batch.prefix_length,
             "length": batch.length,
-            "dense": dense_targets(record),
+            "dense": dense_targets(record, codes),
         }
 
     def _rows(self, plan: Plan, step: int) -> np.ndarray:
@@ -147,7 +147,9 @@ def language_loss(
     hard = -jnp.take_along_axis(log_probs, targets[:, :, None], axis=-1)[..., 0]
     soft_targets = jnp.take(soft, jnp.clip(loc, 0, NUM_LOCS - 1), axis=0)
     softened = -jnp.sum(soft_targets * log_probs[:, :, loc_start : loc_start + NUM_LOCS], axis=-1)
-    dense, dense_metrics = dense_losses(head.apply({"params": head_params}, features), batch["dense"])
+    dense, dense_metrics = dense_losses(
+        head.apply({"params": head_params}, features, batch["dense"]["centre"]), batch["dense"]
+    )
     guess = jnp.argmax(log_probs, axis=-1)
     metrics = {
         "word_acc": mean_where((guess == targets).astype(jnp.float32), exists & ~is_loc),

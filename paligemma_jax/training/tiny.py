@@ -33,7 +33,7 @@ from paligemma_jax.training.loop import fit, init_state, make_step, open_checkpo
 from paligemma_jax.training.mask_vae import train_mask_vae
 from paligemma_jax.training.pool import MASK_SIDE, scene_pool
 from paligemma_jax.training.questions import sample_question
-from paligemma_jax.training.scenes import scene_at
+from paligemma_jax.training.scenes import MAX_OBJECTS, scene_at
 
 _ENCODED_TOGETHER = 512  # masks
 TASKS = ("caption", "answer", "detect", "segment")
@@ -70,18 +70,21 @@ class Recipe:
     vision_factor: float
     loc_sigma: float
     dense_weight: float
+    start_from: str
 
 
 def build(work_dir: str | Path, output_dir: str | Path, recipe: Recipe) -> None:
     """Run all stages and write a Hugging Face directory with the mask VQ-VAE beside it."""
     work, output = Path(work_dir), Path(output_dir)
     work.mkdir(parents=True, exist_ok=True)
+    if recipe.start_from:
+        _copy(recipe.start_from, work)
     tokenizer = train_tokenizer(work / "tokenizer.model", recipe.seed)
     config = model_config(tokenizer)
     pool = scene_pool(work, recipe.seed, recipe.num_scenes, VISION.image_size, VISION.patch_size)
     pool = {key: value if key in ("pixels", "mask") else np.array(value) for key, value in pool.items()}
     codes = mask_codes(work, pool, recipe)
-    dense = train_vision(work, pool, recipe)
+    dense = train_vision(work, pool, codes, recipe)
     params = train_language(work, config, tokenizer, pool, codes, dense, recipe)
     export(output, work, config, params)
 
@@ -91,10 +94,15 @@ def export(output: Path, work: Path, config: PaliGemmaConfig, params: Any) -> No
     output.mkdir(parents=True, exist_ok=True)
     checkpoints.save(output, config, params, "bfloat16")
     ImageSettings(config.vision.image_size).save(output, config.vision.num_tokens)
-    for name in ("tokenizer.model", "vae-oid.npz"):
-        with replacing(output / name) as temporary:
-            temporary.write_bytes((work / name).read_bytes())
+    _copy(work, output)
     print(f"the model is in {output}", file=sys.stderr)
+
+
+def _copy(source: str | Path, target: Path) -> None:
+    """Copy what a model of this world has beside its weights."""
+    for name in ("tokenizer.model", "vae-oid.npz"):
+        with replacing(target / name) as temporary:
+            temporary.write_bytes((Path(source) / name).read_bytes())
 
 
 def model_config(tokenizer: Tokenizer) -> PaliGemmaConfig:
@@ -179,17 +187,21 @@ def _unpack(packed: np.ndarray) -> np.ndarray:
     return np.unpackbits(packed, axis=-1).reshape(*packed.shape[:-1], MASK_SIDE, MASK_SIDE)
 
 
-def train_vision(work: Path, pool: dict[str, np.ndarray], recipe: Recipe) -> Any:
+def train_vision(work: Path, pool: dict[str, np.ndarray], codes: np.ndarray, recipe: Recipe) -> Any:
     """Parameters of the image encoder and its dense head: {"vision_tower", "head"}."""
     model = vision.DenseModel(VISION)
     pixels = jnp.zeros((1, VISION.image_size, VISION.image_size, 3))
-    params = vision.warm_start(jax.jit(model.init)(jax.random.key(recipe.seed), pixels)["params"])
+    params = jax.jit(model.init)(jax.random.key(recipe.seed), pixels, jnp.zeros((1, MAX_OBJECTS), jnp.int32))["params"]
+    if recipe.start_from:
+        params["vision_tower"] = _started(recipe)["vision_tower"]
+    else:
+        params = vision.warm_start(params)
     # Stopped half way down its cosine: the next stage goes on with the encoder.
     optimizer = language.make_optimizer(2 * recipe.vision_steps, recipe.vision_learning_rate)
     state = fit(
         init_state(params, optimizer),
         make_step(functools.partial(vision.dense_loss, model), optimizer),
-        vision.DenseBatches(pool, 64, recipe.seed),
+        vision.DenseBatches(pool, codes, 64, recipe.seed),
         recipe.vision_steps,
         checkpoints=open_checkpoints(work / "vision"),
         name="vision",
@@ -208,11 +220,14 @@ def train_language(
 ) -> Any:
     """Parameters of the whole model, the encoder starting from `dense`."""
     model, head = PaliGemma(config), vision.DenseHead()
-    params = init_params(model, jax.random.key(recipe.seed + 1))
+    if recipe.start_from:
+        params = _started(recipe)
+    else:
+        params = init_params(model, jax.random.key(recipe.seed + 1))
+        table = params["language_model"]["embed_tokens"]
+        key = jax.random.key(recipe.seed + 2)
+        table["weight"] = language.smooth_locations(table["weight"], tokenizer.loc_start, key)
     params["vision_tower"] = dense["vision_tower"]
-    table = params["language_model"]["embed_tokens"]
-    key = jax.random.key(recipe.seed + 2)
-    table["weight"] = language.smooth_locations(table["weight"], tokenizer.loc_start, key)
     soft = jnp.asarray(language.soft_locations(recipe.loc_sigma))
     loss = functools.partial(language.language_loss, model, head, soft, tokenizer.loc_start, recipe.dense_weight)
     optimizer = language.make_optimizer(recipe.language_steps, recipe.language_learning_rate)
@@ -229,6 +244,11 @@ def train_language(
         name="language",
     )
     return {key: value for key, value in state.params.items() if key != "dense_head"}
+
+
+def _started(recipe: Recipe) -> Any:
+    """Parameters of the model to start from, float32."""
+    return checkpoints.load(recipe.start_from, "float32", progress=False)[1]
 
 
 def init_params(model: PaliGemma, key: jax.Array) -> Any:

@@ -29,6 +29,12 @@ def pool(scenes) -> dict[str, np.ndarray]:
 
 
 @pytest.fixture(scope="session")
+def codes(pool) -> np.ndarray:
+    """Mask codes of the shapes of `pool`, made up."""
+    return np.random.default_rng(0).integers(0, 128, (2, *pool["shape"].shape, 16), np.uint8)
+
+
+@pytest.fixture(scope="session")
 def tokenizer(tmp_path_factory) -> Tokenizer:
     return tiny.train_tokenizer(tmp_path_factory.mktemp("tokenizer") / "tokenizer.model", seed=0)
 

@@ -23,11 +23,6 @@ from paligemma_jax.training.vision import DenseHead, dense_losses, normalise
 
 
 @pytest.fixture(scope="module")
-def codes(pool):
-    return np.random.default_rng(0).integers(0, 128, (2, *pool["shape"].shape, 16))
-
-
-@pytest.fixture(scope="module")
 def batches(pool, codes, processor):
     return QuestionBatches(pool, codes, processor, seed=1, easy_steps=3)
 
@@ -125,6 +120,10 @@ def small_batch(processor, pool):
         "shape": np.full((2, 16), 5, np.int32),
         "color": np.full((2, 16), 6, np.int32),
         "box": np.zeros((2, 16, 4), np.float32),
+        "count": np.zeros((2, 16, 4), np.uint8),
+        "rank": np.zeros((2, 16, 4), np.uint8),
+        "centre": np.arange(8).reshape(2, 4),
+        "codes": np.tile(np.array([5, 7, -1, -1]).reshape(1, 4, 1), (2, 1, 16)),
         "seen": np.arange(32).reshape(2, 16) % 3 == 0,
         "asked": np.ones((2, 16), bool),
     }
@@ -144,8 +143,9 @@ def test_loss_is_what_the_full_forward_pass_gives(small, random_params, small_ba
         return model.apply({"params": params}, pixels, *sequence), features
 
     logits, features = reference(params)
-    head_params = head.init(jax.random.key(3), features)["params"]
-    dense, _ = dense_losses(head.apply({"params": head_params}, features), batch["dense"])
+    centre = batch["dense"]["centre"]
+    head_params = head.init(jax.random.key(3), features, centre)["params"]
+    dense, _ = dense_losses(head.apply({"params": head_params}, features, centre), batch["dense"])
     logits = np.asarray(logits, np.float64)
     log_probs = logits - np.log(np.exp(logits).sum(axis=-1, keepdims=True))
     losses, right, off, start = [], [], [], tokenizer.loc_start

@@ -60,3 +60,10 @@ def test_all_stages_and_then_none(tmp_path, monkeypatch, scenes, small):
     monkeypatch.setattr(tiny, "train_mask_vae", None)
     tiny.build(work, output, recipe())
     assert {path: path.read_bytes() for path in output.iterdir()} == before
+
+    monkeypatch.setattr(tiny, "fit", lambda state, *_, **__: state)  # a second model starts where the first one is
+    monkeypatch.setattr(tiny, "make_step", lambda *_: None)
+    tiny.build(tmp_path / "more", tmp_path / "again", dataclasses.replace(recipe(), start_from=str(output)))
+    assert {path.name: path.read_bytes() for path in (tmp_path / "again").iterdir()} == {
+        path.name: value for path, value in before.items()
+    }

@@ -8,8 +8,9 @@ import pytest
 
 from paligemma_jax.config import VisionConfig
 from paligemma_jax.training.loop import fit, init_state, make_step
-from paligemma_jax.training.scenes import COLORS, SHAPES
+from paligemma_jax.training.scenes import COLORS, MAX_OBJECTS, SHAPES
 from paligemma_jax.training.vision import (
+    RELATIONS,
     DenseBatches,
     DenseModel,
     dense_loss,
@@ -17,6 +18,7 @@ from paligemma_jax.training.vision import (
     dense_targets,
     normalise,
     smooth_positions,
+    standing,
     warm_start,
 )
 
@@ -30,11 +32,13 @@ def model():
 
 @pytest.fixture(scope="module")
 def params(model):
-    return jax.jit(model.init)(jax.random.key(0, impl="rbg"), jnp.zeros((1, 28, 28, 3)))["params"]
+    inputs = (jnp.zeros((1, 28, 28, 3)), jnp.zeros((1, MAX_OBJECTS), jnp.int32))
+    return jax.jit(model.init)(jax.random.key(0, impl="rbg"), *inputs)["params"]
 
 
-def test_targets_say_what_covers_each_patch_most(pool):
-    found = dense_targets(pool)
+def test_targets_say_what_covers_each_patch_most(pool, codes):
+    found = dense_targets(pool, codes[0])
+    count, rank = standing(pool)
     for row, patch in np.ndindex(len(pool["shape"]), 16):
         shares = pool["coverage"][row, :, patch] / 255
         owner = int(np.argmax(shares))
@@ -45,17 +49,55 @@ def test_targets_say_what_covers_each_patch_most(pool):
         assert found["color"][row, patch] == (pool["color"][row, owner] if there else len(COLORS))
         if there:
             np.testing.assert_array_equal(found["box"][row, patch], pool["box"][row, owner])
+            np.testing.assert_array_equal(found["count"][row, patch], count[row, owner])
+            np.testing.assert_array_equal(found["rank"][row, patch], rank[row, owner])
     assert found["seen"].any(axis=1).all() and not found["asked"].all()
 
 
-def test_batches_are_a_function_of_the_step(pool):
-    batches = DenseBatches(pool, 32, seed=3)
+def test_codes_belong_to_the_patch_at_the_middle_of_the_box(pool, codes):
+    found = dense_targets(pool, codes[0])
+    for row, place in np.ndindex(pool["shape"].shape):
+        if pool["shape"][row, place] < 0:
+            assert (found["codes"][row, place] == -1).all()
+            continue
+        y0, x0, y1, x1 = pool["box"][row, place]
+        assert found["centre"][row, place] == int((y0 + y1) / 2 * 4) * 4 + int((x0 + x1) / 2 * 4)
+        np.testing.assert_array_equal(found["codes"][row, place], codes[0, row, place])
+    assert (pool["shape"] < 0).any()
+
+
+def test_standing_counts_one_by_one(pool):
+    count, rank = standing(pool)
+    alike = {
+        "any": lambda a, b: True,
+        "same shape": lambda a, b: a[0] == b[0],
+        "same color": lambda a, b: a[1] == b[1],
+        "same shape and color": lambda a, b: a == b,
+    }
+    assert tuple(alike) == RELATIONS
+    for row in range(len(pool["shape"])):
+        things = [
+            ((int(s), int(c)), float(box[1]))
+            for s, c, box in zip(pool["shape"][row], pool["color"][row], pool["box"][row], strict=True)
+            if s >= 0
+        ]
+        for i, (kind, left) in enumerate(things):
+            for r, like in enumerate(alike.values()):
+                others = [x for j, (other, x) in enumerate(things) if j != i and like(kind, other)]
+                assert count[row, i, r] == len(others)
+                assert rank[row, i, r] == sum(x < left for x in others)
+        assert not count[row, len(things) :].any() and not rank[row, len(things) :].any()
+    assert (count[..., 3] > 0).any() and (rank[..., 1] > 0).any()
+
+
+def test_batches_are_a_function_of_the_step(pool, codes):
+    batches = DenseBatches(pool, codes, 32, seed=3)
     later, first = batches(7), batches(0)
-    for key, values in DenseBatches(pool, 32, seed=3)(7).items():
+    for key, values in DenseBatches(pool, codes, 32, seed=3)(7).items():
         np.testing.assert_array_equal(later[key], values)
     assert later["pixels"].shape == (32, 28, 28, 3) and later["pixels"].dtype == np.uint8
     assert (later["pixels"] != first["pixels"]).any()
-    assert (DenseBatches(pool, 32, seed=4)(0)["pixels"] != first["pixels"]).any()
+    assert (DenseBatches(pool, codes, 32, seed=4)(0)["pixels"] != first["pixels"]).any()
 
 
 @pytest.mark.parametrize("count, width", [(16, 16), (64, 10)])
@@ -89,32 +131,41 @@ def test_bytes_become_what_the_processor_gives(processor):
     assert (table[0], table[-1]) == (-1, 1)
 
 
-def test_right_answers_cost_nothing_and_unclear_patches_do_not_count(pool):
-    targets = dense_targets({key: values[:8] for key, values in pool.items()})
+def test_right_answers_cost_nothing_and_unclear_patches_do_not_count(pool, codes):
+    targets = dense_targets({key: values[:8] for key, values in pool.items()}, codes[0, :8])
     out = {
         "shape": 50 * np.eye(len(SHAPES) + 1, dtype=np.float32)[targets["shape"]],
         "color": 50 * np.eye(len(COLORS) + 1, dtype=np.float32)[targets["color"]],
         "box": targets["box"],
+        "count": 50 * np.eye(4, dtype=np.float32)[targets["count"]],
+        "rank": 50 * np.eye(4, dtype=np.float32)[targets["rank"]],
+        "codes": 50 * np.eye(128, dtype=np.float32)[targets["codes"]],
     }
     measure = jax.jit(dense_losses)
     loss, metrics = measure(out, targets)
-    assert loss < 1e-6 and metrics["shape_acc"] == metrics["color_acc"] == 1 and metrics["box_error"] == 0
-    unclear = ~targets["asked"][:, :, None]
-    assert unclear.any()
-    noisy = {key: np.where(unclear, -values, values) for key, values in out.items()}
+    assert loss < 1e-6 and metrics["box_error"] == 0
+    assert all(metrics[f"{name}_acc"] == 1 for name in ("shape", "color", "count", "rank", "codes"))
+    unclear = {**dict.fromkeys(out, ~targets["asked"]), "codes": targets["codes"][..., 0] < 0}
+    assert all(where.any() for where in unclear.values())
+    noisy = {
+        key: np.where(unclear[key].reshape(*unclear[key].shape, *(1,) * (values.ndim - 2)), -values, values)
+        for key, values in out.items()
+    }
     assert measure(noisy, targets)[0] == pytest.approx(float(loss))
+    for name in ("count", "rank", "codes"):
+        assert measure({**out, name: -out[name]}, targets)[0] > loss + 1
     moved = {**out, "box": out["box"] + 0.05}
     worse, metrics = measure(moved, targets)
     assert worse > loss and metrics["box_error"] == pytest.approx(0.05, abs=1e-6)
 
 
-def test_the_encoder_learns_what_patches_show(model, params, pool, capsys):
+def test_the_encoder_learns_what_patches_show(model, params, pool, codes, capsys):
     losses = []
     optimizer = optax.adam(3e-3)
     fit(
         init_state(jax.tree.map(jnp.copy, params), optimizer),
         make_step(functools.partial(dense_loss, model), optimizer),
-        DenseBatches(pool, 32),
+        DenseBatches(pool, codes, 32),
         60,
         log_every=20,
         log=lambda metrics: losses.append(metrics["loss"]),
