@@ -10,13 +10,15 @@ from typing import NoReturn
 import numpy as np
 
 from paligemma_jax import files
-from paligemma_jax.checkpoints import big_vision, config_json, huggingface, load, parameter_count, resolve
+from paligemma_jax.checkpoints import big_vision, config_json, huggingface, load, parameter_count, resolve, scan
 from paligemma_jax.config import PaliGemmaConfig, variant_name
 from paligemma_jax.errors import CheckpointError, ConfigError, UserError
+from paligemma_jax.models.quantized import BITS, Quantized
 
 _EXAMPLES = """examples:
   python -m convert paligemma2-3b-mix-224.npz paligemma2-3b-mix-224 --dtype bfloat16
   python -m convert google/paligemma-3b-pt-224 pt_224.npz --rows 257152
+  python -m convert google/paligemma2-3b-mix-224 paligemma2-int8 --quantize int8
   python -m convert --verify paligemma2-3b-mix-224
 """
 
@@ -54,6 +56,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--verify", action="store_true", help="write nothing: say what SRC holds and what is wrong with it")
     add("--format", choices=("huggingface", "big_vision"), help="of DST; default: by its name, .npz or a directory")
     add("--dtype", choices=("bfloat16", "float16", "float32"), help="cast to this; default: keep")
+    add("--quantize", choices=BITS, help="round the decoder's weights, for a smaller and faster model")
     add("--rows", type=int, help="embedding rows to keep: 257152 for big_vision (the hub's files have 257216)")
     add("--config", type=Path, metavar="FILE", help="config.json of an .npz that is no released model's")
     add("--processor", type=Path, metavar="DIR", help="copy tokenizer and preprocessor from here; default: from SRC")
@@ -72,7 +75,10 @@ def convert(options: argparse.Namespace) -> None:
     _check_destination(destination, to_npz, options.overwrite)
     source = resolve(options.source)
     processor = options.processor or (source if source.is_dir() else None)
-    config, params = load(source, dtype=None, place=np.asarray, config=_read_config(source, options.config))
+    contents = scan(source, _read_config(source, options.config))
+    if to_npz and (options.quantize or contents.quantization):
+        raise ConfigError("an .npz holds no quantized weights: give a directory as DST")
+    config, params = load(contents, None, place=lambda _, array: np.asarray(array), quantization=options.quantize)
     if options.rows is not None:
         config, params = _keep_rows(config, params, options.rows)
     if to_npz:
@@ -105,7 +111,10 @@ def _keep_rows(config: PaliGemmaConfig, params: dict, rows: int) -> tuple[PaliGe
     """Drop the rows of the embedding table from `rows` on, which only padding and the image placeholder use."""
     if not config.eos_token_id < rows <= config.text.vocab_size:
         raise ConfigError(f"--rows {rows} is impossible: the table has {config.text.vocab_size} rows")
-    table = {"weight": params["language_model"]["embed_tokens"]["weight"][:rows]}
+    weight = params["language_model"]["embed_tokens"]["weight"]
+    if isinstance(weight, Quantized):
+        raise ConfigError("--rows is for tables that are not quantized: give it with the original")
+    table = {"weight": weight[:rows]}
     config = dataclasses.replace(config, text=dataclasses.replace(config.text, vocab_size=rows))
     return config, params | {"language_model": params["language_model"] | {"embed_tokens": table}}
 

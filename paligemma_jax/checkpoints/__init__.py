@@ -1,15 +1,18 @@
 """Files to parameter trees and back. The format is told from the path: a directory is Hugging Face's, a file .npz."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
 
-from paligemma_jax.checkpoints import big_vision, huggingface
+from paligemma_jax.checkpoints import big_vision, huggingface, packed
 from paligemma_jax.checkpoints.hub import resolve
+from paligemma_jax.checkpoints.place import Place, on_device
 from paligemma_jax.checkpoints.shapes import expected_shapes, parameter_count
 from paligemma_jax.config import PaliGemmaConfig
+from paligemma_jax.errors import ConfigError
+from paligemma_jax.models import quantized
 
 __all__ = ["Contents", "expected_shapes", "load", "parameter_count", "resolve", "save", "scan"]
 
@@ -30,8 +33,9 @@ def load(
     source: str | Path | Contents,
     dtype: str | None = "bfloat16",
     progress: bool = True,
-    place: Callable[[Any], Any] = jax.device_put,
+    place: Place = on_device,
     config: PaliGemmaConfig | None = None,
+    quantization: str | None = None,
 ) -> tuple[PaliGemmaConfig, dict[str, Any]]:
     """Geometry and parameter tree of a Hugging Face directory, a hub id or a big_vision .npz.
 
@@ -39,14 +43,36 @@ def load(
       source: directory, .npz file or hub id ("org/name"), or what `scan` found there.
       dtype: "bfloat16", "float16" or "float32"; None keeps each tensor's own.
       progress: report a slow load on stderr.
-      place: called on each array once it is read, for example to put it on a device.
+      place: called with the path and the array of each parameter once it is read, to put it where it belongs.
       config: as for `scan`.
+      quantization: "int8" or "int4", to round the decoder's weights as they come; None takes them as they are.
     Raises:
       ConfigError, CheckpointError: nothing is read unless the whole fits.
     """
     contents = source if isinstance(source, Contents) else scan(resolve(source), config)
+    if quantization is not None:
+        place = _quantizing(quantization, contents, place)
     read = huggingface.load if isinstance(contents, huggingface.Contents) else big_vision.load
     return read(contents, dtype, progress, place)
+
+
+def _quantizing(name: str, contents: Contents, place: Place) -> Place:
+    """`place` with the decoder's weights rounded on their way."""
+    if name not in quantized.BITS:
+        raise ConfigError(f"quantization {name!r} is unknown: use {' or '.join(quantized.BITS)}, or leave it out")
+    if contents.quantization not in (None, name):
+        raise ConfigError(
+            f"the checkpoint is {contents.quantization} already: leave quantization={name!r} out, or give the original"
+        )
+
+    def rounded(path: str, array: Any) -> Any:
+        if not packed.is_quantized(path):
+            return place(path, array)
+        return jax.tree.map(
+            lambda part: place(f"{path}/part", part), quantized.quantize(jax.device_put(array), quantized.BITS[name])
+        )
+
+    return rounded
 
 
 def save(

@@ -14,17 +14,17 @@ import dataclasses
 import math
 import zipfile
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
-import jax
 import ml_dtypes
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from paligemma_jax import files
 from paligemma_jax.checkpoints import safetensors, shapes
+from paligemma_jax.checkpoints.place import Place, on_device
 from paligemma_jax.config import PaliGemmaConfig, TextConfig, VisionConfig, find_decoder
 from paligemma_jax.errors import CheckpointError, ConfigError
 
@@ -128,6 +128,11 @@ class Contents:
         names = [member.dtype.name for member in self.members.values()]
         return {name: names.count(name) for name in dict.fromkeys(names)}
 
+    @property
+    def quantization(self) -> None:
+        """This format holds no quantized weights."""
+        return None
+
 
 def _sizes(config: PaliGemmaConfig) -> dict[str, int]:
     """Letter of an axis -> its size."""
@@ -220,7 +225,7 @@ def load(
     contents: Contents,
     dtype: str | None = "bfloat16",
     progress: bool = True,
-    place: Callable[[Any], Any] = jax.device_put,
+    place: Place = on_device,
 ) -> tuple[PaliGemmaConfig, dict[str, Any]]:
     """Read an .npz that `scan` has verified; arguments as for `huggingface.load`.
 
@@ -250,7 +255,7 @@ def load(
                         ours = piece.transpose(_order(array.stored, array.ours))
                         safetensors.cast_into(out.reshape(ours.shape), ours, name)
                     advance(piece.nbytes)
-                    params[name] = place(out)
+                    params[name] = place(name, out)
     return contents.config, unflatten_dict(params, sep="/")
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 from paligemma_jax.config import PaliGemmaConfig, TextConfig, VisionConfig
 from paligemma_jax.errors import ConfigError
+from paligemma_jax.models import quantized
 
 _VISION_DEFAULTS = {
     "model_type": "siglip_vision_model",
@@ -116,7 +117,7 @@ def from_json(value: dict[str, Any], source: str = "config.json") -> PaliGemmaCo
     """
     top = _Section(value, "", _TOP_DEFAULTS, source)
     top.require("model_type", ("paligemma",))
-    top.require("quantization_config", (None,))
+    top.require("quantization_config", (None, *map(_quantization_note, quantized.BITS)))
     top.require("tie_word_embeddings", (None, True))
     vision = _Section(value.get("vision_config"), "vision_config", _VISION_DEFAULTS, source)
     text = _Section(value.get("text_config"), "text_config", _TEXT_DEFAULTS, source)
@@ -256,8 +257,14 @@ def _check_joints(config: PaliGemmaConfig, top: _Section, vision: _Section, text
         raise top.error("image_token_index", f"{image} is an ordinary token; the released models have 257152")
 
 
-def to_json(config: PaliGemmaConfig, dtype: str = "bfloat16") -> dict[str, Any]:
+def _quantization_note(quantization: str) -> dict[str, Any]:
+    return {"quant_method": "paligemma_jax", "bits": quantized.BITS[quantization]}
+
+
+def to_json(config: PaliGemmaConfig, dtype: str = "bfloat16", quantization: str | None = None) -> dict[str, Any]:
     """The config.json of a checkpoint whose weights have `dtype`; transformers 4.4x to 5.x read it.
+
+    A checkpoint with `quantization` is for this package alone, which the file then says.
 
     Raises:
       ConfigError: Gemma 1 with what only a Gemma 2 config can say.
@@ -325,4 +332,5 @@ def to_json(config: PaliGemmaConfig, dtype: str = "bfloat16") -> dict[str, Any]:
         "torch_dtype": dtype,
         "text_config": decoder,
         "vision_config": encoder,
+        **({"quantization_config": _quantization_note(quantization)} if quantization else {}),
     }

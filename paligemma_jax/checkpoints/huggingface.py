@@ -9,18 +9,21 @@ import dataclasses
 import re
 import shutil
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-import jax
+import ml_dtypes
+import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from paligemma_jax import files
-from paligemma_jax.checkpoints import config_json, safetensors, shapes
+from paligemma_jax.checkpoints import config_json, packed, safetensors, shapes
+from paligemma_jax.checkpoints.place import Place, on_device
 from paligemma_jax.config import PaliGemmaConfig
 from paligemma_jax.errors import CheckpointError
+from paligemma_jax.models.quantized import Quantized, quantization_of
 
 SINGLE, INDEX, CONFIG = "model.safetensors", "model.safetensors.index.json", "config.json"
 _PROCESSOR_FILES = (
@@ -69,14 +72,22 @@ class Contents:
 
     directory: Path
     config: PaliGemmaConfig
-    tensors: dict[str, safetensors.Tensor]  # our path -> place in a file
+    tensors: dict[str, safetensors.Tensor | packed.Packed]  # our path -> place in a file
     layout: str  # "A", "B" or "C"
     weight_files: tuple[Path, ...]
 
     @property
     def dtypes(self) -> Counter[str]:
         """How many tensors have each dtype ("bfloat16")."""
-        return Counter(safetensors.DTYPES[tensor.dtype].name for tensor in self.tensors.values())
+        return Counter(
+            tensor.bits if isinstance(tensor, packed.Packed) else safetensors.DTYPES[tensor.dtype].name
+            for tensor in self.tensors.values()
+        )
+
+    @property
+    def quantization(self) -> str | None:
+        """ "int8" or "int4" when it holds quantized weights."""
+        return next((tensor.bits for tensor in self.tensors.values() if isinstance(tensor, packed.Packed)), None)
 
 
 def key_of(path: str, version: int) -> str:
@@ -105,14 +116,15 @@ def scan(directory: Path) -> Contents:
             message = f"{directory}: {tensors[name].name} and {key} are the same parameter, but their contents differ"
             _require_equal(tensors[name], tensor, message)
         tensors[name] = tensor
-    tensors = _tie_head(tensors, directory)
+    tensors = packed.gather(_tie_head(tensors, directory), directory)
     expected = {key_of(name, config.version): shape for name, shape in shapes.expected_shapes(config).items()}
     problems = shapes.differences({name: tensor.shape for name, tensor in tensors.items()}, expected)
     if problems:
         raise CheckpointError(f"{directory}: the weights do not fit config.json: {problems}{_hint(tensors, config)}")
-    odd = sorted({tensor.dtype for tensor in tensors.values()} - set(safetensors.DTYPES))
+    plain = [tensor for tensor in tensors.values() if isinstance(tensor, safetensors.Tensor)]
+    odd = sorted({tensor.dtype for tensor in plain} - set(safetensors.DTYPES))
     if odd:
-        names = shapes.fold([tensor.name for tensor in tensors.values() if tensor.dtype in odd])
+        names = shapes.fold([tensor.name for tensor in plain if tensor.dtype in odd])
         raise CheckpointError(f"{directory}: only F32, F16 and BF16 weights are read, not {', '.join(odd)}: {names}")
     by_path = {name: tensors[key_of(name, config.version)] for name in shapes.expected_shapes(config)}
     weight_files = tuple(sorted({tensor.file for tensor in headers.values()}))
@@ -189,7 +201,7 @@ def load(
     contents: Contents,
     dtype: str | None = "bfloat16",
     progress: bool = True,
-    place: Callable[[Any], Any] = jax.device_put,
+    place: Place = on_device,
 ) -> tuple[PaliGemmaConfig, dict[str, Any]]:
     """Read a whole checkpoint; each tensor goes once from its file to its place.
 
@@ -197,7 +209,7 @@ def load(
       contents: from `scan`.
       dtype: of the result; None keeps each tensor's own.
       progress: report a slow load on stderr.
-      place: called on each array once it is read, for example to put it on a device.
+      place: called with the path and the array of each parameter once it is read, to put it where it belongs.
     Returns:
       The geometry and the parameter tree.
     Raises:
@@ -208,8 +220,15 @@ def load(
     total = sum(tensor.nbytes for tensor in contents.tensors.values())
     label = f"loading {contents.directory.name}"
     with files.progress(label, total, progress) as advance, ThreadPoolExecutor(_READERS) as pool:
-        arrays = pool.map(lambda tensor: place(safetensors.read(tensor, target, advance)), contents.tensors.values())
-        params = dict(zip(contents.tensors, arrays, strict=True))
+
+        def read(path: str) -> Any:
+            tensor = contents.tensors[path]
+            if isinstance(tensor, packed.Packed):
+                numbers = target or np.dtype(ml_dtypes.bfloat16)
+                return tensor.read(numbers, advance, lambda part: place(f"{path}/part", part))
+            return place(path, safetensors.read(tensor, target, advance))
+
+        params = dict(zip(contents.tensors, pool.map(read, contents.tensors), strict=True))
     return contents.config, unflatten_dict(params, sep="/")
 
 
@@ -237,25 +256,33 @@ def save(
     flat = flatten_dict(params, sep="/")
     expected = shapes.expected_shapes(config)
     shapes.require({name: array.shape for name, array in flat.items()}, expected)
-    tensors = {key_of(name, config.version): flat[name] for name in expected}
-    itemsize = {key: (target or array.dtype).itemsize for key, array in tensors.items()}
-    shards = _split({key: array.size * itemsize[key] for key, array in tensors.items()}, max_shard_bytes)
+    tensors: dict[str, Any] = {}
+    uncast: set[str] = set()
+    for name in expected:
+        parts = packed.parts_of(key_of(name, config.version), flat[name])
+        tensors |= parts
+        uncast |= set(parts) if isinstance(flat[name], Quantized) else set()
+    sizes = {
+        key: array.size * (array.dtype if target is None or key in uncast else target).itemsize
+        for key, array in tensors.items()
+    }
+    shards = _split(sizes, max_shard_bytes)
     count = len(shards)
     names = [SINGLE] if count == 1 else [f"model-{i:05d}-of-{count:05d}.safetensors" for i in range(1, count + 1)]
     directory.mkdir(parents=True, exist_ok=True)
     for name, keys in zip(names, shards, strict=True):
-        safetensors.write(directory / name, {key: tensors[key] for key in keys}, target)
+        safetensors.write(directory / name, {key: tensors[key] for key in keys}, target, uncast)
     if count > 1:
         weight_map = {key: name for name, keys in zip(names, shards, strict=True) for key in keys}
-        total = sum(array.size * itemsize[key] for key, array in tensors.items())
-        files.write_json(directory / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
+        files.write_json(directory / INDEX, {"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map})
     for old in (directory / INDEX, directory / SINGLE, *directory.glob("model-?????-of-?????.safetensors")):
         if old.name not in (*names, *((INDEX,) if count > 1 else ())):
             old.unlink(missing_ok=True)
     if processor_from:
         copy_processor(processor_from, directory)
     stored = target or Counter(array.dtype for array in flat.values()).most_common(1)[0][0]
-    files.write_json(directory / CONFIG, config_json.to_json(config, stored.name))
+    bits = next((quantization_of(leaf) for leaf in flat.values() if isinstance(leaf, Quantized)), None)
+    files.write_json(directory / CONFIG, config_json.to_json(config, stored.name, bits))
 
 
 def _split(sizes: dict[str, int], limit: int) -> list[list[str]]:

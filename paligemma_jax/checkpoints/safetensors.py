@@ -7,7 +7,7 @@ Format: https://huggingface.co/docs/safetensors
 
 import json
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
@@ -18,8 +18,9 @@ from paligemma_jax.errors import CheckpointError, ConfigError
 from paligemma_jax.files import replacing
 
 DTYPES = {"F32": np.dtype(np.float32), "F16": np.dtype(np.float16), "BF16": np.dtype(ml_dtypes.bfloat16)}
-_CODES = {dtype: code for code, dtype in DTYPES.items()}
-_CODE_BITS = {"BOOL": 8, "U8": 8, "I8": 8, "I16": 16, "U16": 16, "I32": 32, "U32": 32, "I64": 64, "U64": 64, "F64": 64}
+_STORED = DTYPES | {"I8": np.dtype(np.int8), "U8": np.dtype(np.uint8)}  # whole numbers of quantized weights
+_CODES = {dtype: code for code, dtype in _STORED.items()}
+_CODE_BITS = {"BOOL": 8, "I16": 16, "U16": 16, "I32": 32, "U32": 32, "I64": 64, "U64": 64, "F64": 64}
 _MAX_HEADER_BYTES = 100_000_000  # the format's own limit
 _PIECE_ELEMENTS = 4 << 20
 _ALIGNMENT = 64  # JAX on CPU adopts memory so aligned instead of copying it
@@ -36,7 +37,7 @@ class Tensor(NamedTuple):
 
     @property
     def nbytes(self) -> int:
-        return math.prod(self.shape) * DTYPES[self.dtype].itemsize
+        return math.prod(self.shape) * _STORED[self.dtype].itemsize
 
 
 def dtype_named(name: str) -> np.dtype:
@@ -83,7 +84,7 @@ def _tensor(path: Path, name: str, entry: dict[str, Any], start: int) -> tuple[T
     code, shape, (begin, end) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
     if not all(type(n) is int and n >= 0 for n in (*shape, begin, end)):
         raise ValueError(f"{name} has a shape or offset that is not a natural number")
-    bits = DTYPES[code].itemsize * 8 if code in DTYPES else _CODE_BITS.get(code)
+    bits = _STORED[code].itemsize * 8 if code in _STORED else _CODE_BITS.get(code)
     if bits is not None and end - begin != math.prod(shape) * bits // 8:
         raise ValueError(f"{name} has {end - begin} bytes, which is not {code} {list(shape)}")
     return Tensor(path, name, code, shape, start + begin), start + end
@@ -99,7 +100,7 @@ def empty_aligned(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
 
 def read(tensor: Tensor, dtype: np.dtype | None = None, advance: Callable[[int], None] | None = None) -> np.ndarray:
     """Read one tensor once, cast piece by piece to `dtype` (None: as stored); `advance` is told of bytes read."""
-    source = DTYPES[tensor.dtype]
+    source = _STORED[tensor.dtype]
     out = empty_aligned(tensor.shape, dtype or source)
     flat = out.reshape(-1)
     scratch = None if flat.dtype == source else np.empty(min(flat.size, _PIECE_ELEMENTS), source)
@@ -144,14 +145,19 @@ def same_values(first: Tensor, second: Tensor) -> bool:
     return all(np.array_equal(a[p].astype(np.float32), b[p].astype(np.float32)) for p in pieces)
 
 
-def write(path: Path, tensors: Mapping[str, Any], dtype: np.dtype | None = None) -> None:
-    """Write arrays (numpy or JAX) under their names, cast to `dtype`, one at a time, whole or not at all."""
+def write(path: Path, tensors: Mapping[str, Any], dtype: np.dtype | None = None, uncast: Collection[str] = ()) -> None:
+    """Write arrays (numpy or JAX) under their names, one at a time, whole or not at all.
+
+    All are cast to `dtype` if given, those named in `uncast` excepted.
+    """
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}  # transformers insists on this note
     end = 0
     for name, array in tensors.items():
-        target = np.dtype(dtype or array.dtype)
+        target = np.dtype(array.dtype if dtype is None or name in uncast else dtype)
         if target not in _CODES:
-            raise CheckpointError(f"{name} is {target.name}: only bfloat16, float16 and float32 are written")
+            raise CheckpointError(
+                f"{name} is {target.name}: only bfloat16, float16, float32, int8 and uint8 are written"
+            )
         start, end = end, end + math.prod(array.shape) * target.itemsize
         header[name] = {"dtype": _CODES[target], "shape": list(array.shape), "data_offsets": [start, end]}
     raw = json.dumps(header, separators=(",", ":")).encode()
@@ -162,7 +168,7 @@ def write(path: Path, tensors: Mapping[str, Any], dtype: np.dtype | None = None)
             flat = np.ascontiguousarray(array).reshape(-1)
             for start in range(0, flat.size, _PIECE_ELEMENTS):
                 piece = flat[start : start + _PIECE_ELEMENTS]
-                if dtype and piece.dtype != dtype:
+                if dtype and piece.dtype != dtype and name not in uncast:
                     source, piece = piece, np.empty(piece.shape, dtype)
                     cast_into(piece, source, name)
                 file.write(piece.view(np.uint8))

@@ -8,16 +8,22 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from paligemma_jax.models import quantized
+from paligemma_jax.models.quantized import Quantized
+
 _FEW_ROWS = 16  # at most so many rows, a CPU product is bound by reading the weights
 
 
-def linear(x: jax.Array, weight: jax.Array) -> jax.Array:
+def linear(x: jax.Array, weight: jax.Array | Quantized) -> jax.Array:
     """Product of activations [..., D] with a weight in file orientation [F, D]: float32 [..., F].
 
-    The activations take the weight's dtype; sums are kept in float32. On CPU a half-precision product of one row is
-    far slower than one of two, and few rows are fastest with the weight as the left operand, so both are arranged here
-    and nowhere else.
+    The activations take the weight's dtype, or 8 bits if it is quantized; sums are kept in float32. On CPU a
+    half-precision product of one row is far slower than one of two, and few rows are fastest with the weight as the
+    left operand, so both are arranged here and nowhere else.
     """
+    if isinstance(weight, Quantized):
+        y = quantized.product(x.reshape(-1, x.shape[-1]), weight, _FEW_ROWS)
+        return y.reshape(*x.shape[:-1], weight.shape[0])
     rows = x.reshape(-1, x.shape[-1]).astype(weight.dtype)
     num_rows = rows.shape[0]
     if jax.default_backend() == "cpu" and num_rows <= _FEW_ROWS:
@@ -35,6 +41,19 @@ def along_last(vector: jax.Array, x: jax.Array) -> jax.Array:
     return vector.astype(jnp.float32).reshape((1,) * (x.ndim - 1) + vector.shape)
 
 
+def parameter(
+    module: nn.Module, name: str, init: nn.initializers.Initializer, shape: tuple[int, ...]
+) -> jax.Array | Quantized:
+    """A parameter of a module, made by `init` when there is none.
+
+    Flax's own `param` works the initialiser out again whenever it is traced, which is a good part of a start, and knows
+    arrays only; shapes are checked when a checkpoint is read.
+    """
+    if module.has_variable("params", name):
+        return module.get_variable("params", name)
+    return module.param(name, init, shape)
+
+
 class Linear(nn.Module):
     """Affine map; `weight` [F, D] as in the file, `bias` [F] if asked for. Keeps the dtype of its input."""
 
@@ -44,9 +63,9 @@ class Linear(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         init = nn.initializers.lecun_normal(in_axis=-1, out_axis=-2)
-        y = linear(x, self.param("weight", init, (self.features, x.shape[-1])))
+        y = linear(x, parameter(self, "weight", init, (self.features, x.shape[-1])))
         if self.use_bias:
-            y = y + along_last(self.param("bias", nn.initializers.zeros, (self.features,)), y)
+            y = y + along_last(parameter(self, "bias", nn.initializers.zeros, (self.features,)), y)
         return y.astype(x.dtype)
 
 
@@ -57,8 +76,8 @@ class LayerNorm(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        weight = self.param("weight", nn.initializers.ones, (x.shape[-1],))
-        bias = self.param("bias", nn.initializers.zeros, (x.shape[-1],))
+        weight = parameter(self, "weight", nn.initializers.ones, (x.shape[-1],))
+        bias = parameter(self, "bias", nn.initializers.zeros, (x.shape[-1],))
         y = x.astype(jnp.float32)
         y = y - jnp.mean(y, axis=-1, keepdims=True)
         y = y * lax.rsqrt(jnp.mean(jnp.square(y), axis=-1, keepdims=True) + self.eps)
@@ -72,7 +91,7 @@ class RMSNorm(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        weight = self.param("weight", nn.initializers.zeros, (x.shape[-1],))
+        weight = parameter(self, "weight", nn.initializers.zeros, (x.shape[-1],))
         y = x.astype(jnp.float32)
         y = y * lax.rsqrt(jnp.mean(jnp.square(y), axis=-1, keepdims=True) + self.eps)
         return (y * (1.0 + along_last(weight, y))).astype(x.dtype)
@@ -85,11 +104,14 @@ class Embedder(nn.Module):
     width: int
 
     def setup(self):
-        self.weight = self.param("weight", nn.initializers.normal(self.width**-0.5), (self.vocab_size, self.width))
+        init = nn.initializers.normal(self.width**-0.5)
+        self.weight = parameter(self, "weight", init, (self.vocab_size, self.width))
 
     def encode(self, tokens: jax.Array) -> jax.Array:
         """Ids [...] to embeddings [..., D], scaled by sqrt(D) rounded to the table's dtype."""
         scale = jnp.asarray(self.width**0.5, self.weight.dtype)
+        if isinstance(self.weight, Quantized):
+            return quantized.rows_of(self.weight, tokens) * scale
         return jnp.take(self.weight, tokens, axis=0) * scale
 
     def decode(self, x: jax.Array) -> jax.Array:

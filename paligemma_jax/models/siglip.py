@@ -8,7 +8,7 @@ import jax
 
 from paligemma_jax.config import VisionConfig
 from paligemma_jax.models.attention import attend
-from paligemma_jax.models.layers import LayerNorm, Linear, along_last, linear
+from paligemma_jax.models.layers import LayerNorm, Linear, along_last, linear, parameter
 
 
 class PatchEmbedding(nn.Module):
@@ -23,8 +23,8 @@ class PatchEmbedding(nn.Module):
         size = self.patch_size
         grid = side // size
         init = nn.initializers.lecun_normal(in_axis=(1, 2, 3), out_axis=0)
-        weight = self.param("weight", init, (self.width, channels, size, size))
-        bias = self.param("bias", nn.initializers.zeros, (self.width,))
+        weight = parameter(self, "weight", init, (self.width, channels, size, size))
+        bias = parameter(self, "bias", nn.initializers.zeros, (self.width,))
         patches = pixels.reshape(batch, grid, size, grid, size, channels).transpose(0, 1, 3, 5, 2, 4)
         patches = patches.reshape(batch, grid * grid, channels * size * size)
         y = linear(patches, weight.reshape(self.width, -1))
@@ -39,7 +39,7 @@ class PositionEmbedding(nn.Module):
 
     @nn.compact
     def __call__(self) -> jax.Array:
-        return self.param("weight", nn.initializers.normal(self.width**-0.5), (self.num_positions, self.width))
+        return parameter(self, "weight", nn.initializers.normal(self.width**-0.5), (self.num_positions, self.width))
 
 
 class SelfAttention(nn.Module):

@@ -8,10 +8,12 @@ from typing import Any
 
 import jax
 import optax
+from flax.traverse_util import flatten_dict
 from ml_collections import ConfigDict
 
 from paligemma_jax.errors import ConfigError
 from paligemma_jax.models.paligemma import PaliGemma
+from paligemma_jax.models.quantized import Quantized
 from paligemma_jax.pipeline import load
 from paligemma_jax.training.data import make_batches, read_jsonl
 from paligemma_jax.training.loop import fit, init_state, make_step, open_checkpoints
@@ -58,6 +60,8 @@ def finetune(config: ConfigDict) -> Path:
             raise ConfigError(f"{name}={config[name]} is not possible: give a whole number of at least 1")
     examples = read_jsonl(config.data, config.image_root)
     model = load(config.checkpoint, config.dtype)
+    if any(isinstance(leaf, Quantized) for leaf in flatten_dict(model.params).values()):
+        raise ConfigError(f"{config.checkpoint} is quantized and cannot be trained: give the original weights")
     sizes = {name: config[name] for name in ("batch_size", "epochs", "text_length", "seed")}
     batches = make_batches(examples, model.processor, **sizes)
     print(f"{len(examples)} examples, {len(batches)} steps of {config.batch_size}", file=sys.stderr)

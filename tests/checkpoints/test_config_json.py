@@ -142,6 +142,7 @@ BAD = (
     ("vision_config", None),
     ("vision_config", [1]),
     ("quantization_config", {"load_in_4bit": True}),
+    ("quantization_config", {"quant_method": "paligemma_jax", "bits": 3}),
     ("tie_word_embeddings", False),
     ("image_token_index", -1),
     ("image_token_index", "image"),

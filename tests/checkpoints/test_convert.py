@@ -102,3 +102,12 @@ def test_help_is_no_error(capsys):
         main(["--help"])
     assert caught.value.code == 0
     assert "examples:" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", ["int8", "int4"])
+def test_quantizes_and_says_so(checkpoint, tmp_path, capsys, name):
+    assert main([str(checkpoint()), str(tmp_path / "few"), "--quantize", name]) == 0
+    assert main(["--verify", str(tmp_path / "few")]) == 0
+    assert f"{name} (" in capsys.readouterr().out
+    assert main([str(tmp_path / "few"), str(tmp_path / "few.npz")]) == 1
+    assert "holds no quantized weights" in capsys.readouterr().err

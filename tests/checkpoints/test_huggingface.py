@@ -22,7 +22,7 @@ EMBED = "language_model.model.embed_tokens.weight"
 def refusal(directory: Path, error: type[Exception] = CheckpointError) -> str:
     """The one-line message with which a checkpoint is refused before any tensor is read."""
     with pytest.raises(error) as caught:
-        checkpoints.load(directory, place=lambda array: pytest.fail("a tensor was read"))
+        checkpoints.load(directory, place=lambda path, array: pytest.fail("a tensor was read"))
     message = str(caught.value)
     assert "\n" not in message
     return message
@@ -48,7 +48,7 @@ def test_layout_is_told_from_the_names(checkpoint):
 
 
 def test_jax_on_cpu_adopts_the_memory_that_was_read(checkpoint):
-    def place(array):
+    def place(path, array):
         placed = jax.device_put(array, jax.devices("cpu")[0])
         assert placed.unsafe_buffer_pointer() == array.ctypes.data
         return placed

@@ -1,0 +1,107 @@
+"""Quantized weights in files: which tensors make one weight, and how their names tell it.
+
+Beside or in place of `X.weight` [F, D] stand, for 8 bits, `X.weight` (I8) and `X.weight_scale` [F] (F32); for 4 bits
+`X.weight_packed` [F, D / 2] (U8), `X.weight_scale` and `X.weight_multiplier` [F, G] (I8). What the numbers mean is in
+`models/quantized.py`.
+"""
+
+import dataclasses
+import re
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from paligemma_jax.checkpoints import safetensors
+from paligemma_jax.errors import CheckpointError
+from paligemma_jax.models.quantized import Quantized
+
+_SCALE, _PACKED, _MULTIPLIER = ".weight_scale", ".weight_packed", ".weight_multiplier"
+_QUANTIZED = re.compile(r"language_model/(layers_\d+/.*_proj|embed_tokens)/weight")
+
+
+@dataclasses.dataclass(frozen=True)
+class Packed:
+    """Where the tensors of one quantized weight lie."""
+
+    values: safetensors.Tensor
+    scale: safetensors.Tensor
+    multiplier: safetensors.Tensor | None
+
+    @property
+    def bits(self) -> str:
+        return "int8" if self.multiplier is None else "int4"
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """[F, D] of the weight."""
+        num_outputs, width = self.values.shape
+        return (num_outputs, width) if self.multiplier is None else (num_outputs, 2 * width)
+
+    @property
+    def nbytes(self) -> int:
+        return sum(tensor.nbytes for tensor in self._parts())
+
+    def _parts(self) -> list[safetensors.Tensor]:
+        return [tensor for tensor in (self.values, self.scale, self.multiplier) if tensor is not None]
+
+    def read(self, dtype: np.dtype, advance: Callable[[int], None], place: Callable[[Any], Any]) -> Quantized:
+        """The weight, each part read once and passed to `place`; it stands for numbers of `dtype`."""
+        parts = [place(safetensors.read(tensor, None, advance)) for tensor in self._parts()]
+        return Quantized(*parts, *[None] * (3 - len(parts)), dtype)
+
+
+def is_quantized(path: str) -> bool:
+    """Whether quantizing a model means this parameter: every product of the decoder, and the table."""
+    return _QUANTIZED.fullmatch(path) is not None
+
+
+def gather(tensors: Mapping[str, safetensors.Tensor], source: Path) -> dict[str, safetensors.Tensor | Packed]:
+    """Put the parts of each quantized weight together, under the name of the weight.
+
+    Raises:
+      CheckpointError: a part is missing, or is of another size or kind.
+    """
+    found: dict[str, safetensors.Tensor | Packed] = dict(tensors)
+    for name in tensors:
+        if not name.endswith(_SCALE):
+            continue
+        weight = name.removesuffix("_scale")
+        base = weight.removesuffix(".weight")
+        multiplier = found.pop(base + _MULTIPLIER, None)
+        values = found.pop(base + _PACKED if multiplier is not None else weight, None)
+        found.pop(name)
+        if values is None:
+            raise CheckpointError(f"{source}: {name} has no weight beside it")
+        _check(values, tensors[name], multiplier, source)
+        found[weight] = Packed(values, tensors[name], multiplier)
+    return found
+
+
+def _check(
+    values: safetensors.Tensor, scale: safetensors.Tensor, multiplier: safetensors.Tensor | None, source: Path
+) -> None:
+    wanted = {scale.name: ("F32", 1), values.name: ("I8" if multiplier is None else "U8", 2)}
+    if multiplier is not None:
+        wanted[multiplier.name] = ("I8", 2)
+    for tensor in filter(None, (scale, values, multiplier)):
+        dtype, rank = wanted[tensor.name]
+        if tensor.dtype != dtype or len(tensor.shape) != rank or tensor.shape[0] != values.shape[0]:
+            raise CheckpointError(
+                f"{source}: {tensor.name} is {tensor.dtype} {list(tensor.shape)}, which fits no weight"
+            )
+    if multiplier is not None and (not multiplier.shape[1] or 2 * values.shape[1] % multiplier.shape[1]):
+        raise CheckpointError(
+            f"{source}: {multiplier.name} has {multiplier.shape[1]} groups, which do not divide a row"
+        )
+
+
+def parts_of(key: str, leaf: Any) -> dict[str, Any]:
+    """The arrays to write for a parameter whose name in the file is `key`."""
+    if not isinstance(leaf, Quantized):
+        return {key: leaf}
+    base = key.removesuffix(".weight")
+    if leaf.multiplier is None:
+        return {key: leaf.values, base + _SCALE: leaf.scale}
+    return {base + _PACKED: leaf.values, base + _SCALE: leaf.scale, base + _MULTIPLIER: leaf.multiplier}

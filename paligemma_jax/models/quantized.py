@@ -1,0 +1,136 @@
+"""Linear weights in 8 and 4 bits, and their product with activations that are rounded to 8 bits on the way.
+
+A weight [F, D] is `scale[f] * multiplier[f, g] * values[f, d]`. In 8 bits there are no multipliers. In 4 bits each
+group of inputs has a small whole one, so that what is multiplied is 8 bits wide in both cases: one product serves them.
+
+Axes: M rows, F outputs, D inputs, G groups of inputs.
+"""
+
+import dataclasses
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+BITS = {"int8": 8, "int4": 4}
+
+_MOST_8 = 127
+_MOST_4 = 7
+_MOST_MULTIPLIER = _MOST_8 // _MOST_4
+_GROUP = 128  # inputs that share a multiplier, fewer where the width is no multiple of it
+_TILE = 4 << 20  # weights that are unpacked at once, so that they stay near the processor
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Quantized:
+    """A weight [F, D] in few bits.
+
+    values: i8 [F, D], or u8 [F, D / 2] of two 4-bit numbers plus 8: input d low, input d + D / 2 high.
+    scale: f32 [F].
+    multiplier: i8 [F, G] of the 4-bit form, else None.
+    dtype: of the numbers that it stands for.
+    """
+
+    values: jax.Array
+    scale: jax.Array
+    multiplier: jax.Array | None
+    dtype: jnp.dtype = dataclasses.field(metadata={"static": True})
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(F, D), as if it were an array."""
+        num_outputs, width = self.values.shape
+        return num_outputs, width if self.multiplier is None else 2 * width
+
+    @property
+    def size(self) -> int:
+        return math.prod(self.shape)
+
+
+def quantization_of(weight: Quantized) -> str:
+    """ "int8" or "int4"."""
+    return "int8" if weight.multiplier is None else "int4"
+
+
+def quantize(weight: jax.Array, bits: int) -> Quantized:
+    """Round a weight [F, D] to the nearest of 8 bits, one scale per output, or of 4 bits in groups of inputs."""
+    return (_quantize_8 if bits == 8 else _quantize_4)(weight)
+
+
+@jax.jit
+def _quantize_8(weight: jax.Array) -> Quantized:
+    most = jnp.max(jnp.abs(weight), axis=1).astype(jnp.float32)
+    scale = jnp.where(most > 0, most / _MOST_8, 1.0)
+    values = jnp.round(weight.astype(jnp.float32) * (1 / scale)[:, None])
+    return Quantized(values.astype(jnp.int8), scale, None, weight.dtype)
+
+
+@jax.jit
+def _quantize_4(weight: jax.Array) -> Quantized:
+    (num_outputs, width), dtype = weight.shape, weight.dtype
+    group = math.gcd(width, _GROUP)
+    weight = weight.astype(jnp.float32).reshape(num_outputs, -1, group)
+    most = jnp.max(jnp.abs(weight), axis=2)  # [F, G]
+    most_of_all = jnp.max(most, axis=1)
+    scale = jnp.where(most_of_all > 0, most_of_all / (_MOST_4 * _MOST_MULTIPLIER), 1.0)
+    multiplier = jnp.clip(jnp.ceil(most / (_MOST_4 * scale[:, None]) - 1e-3), 1, _MOST_MULTIPLIER)
+    numbers = jnp.round(weight / (scale[:, None] * multiplier)[:, :, None])
+    numbers = (jnp.clip(numbers, -_MOST_4, _MOST_4) + 8).astype(jnp.uint8).reshape(num_outputs, 2, width // 2)
+    return Quantized(numbers[:, 0] | numbers[:, 1] << 4, scale, multiplier.astype(jnp.int8), dtype)
+
+
+def _whole(weight: Quantized) -> jax.Array:
+    """The whole numbers i8 [F, D] that `scale` makes weights of."""
+    if weight.multiplier is None:
+        return weight.values
+    low, high = weight.values & 15, weight.values >> 4
+    numbers = lax.bitcast_convert_type(jnp.concatenate([low, high], axis=1), jnp.int8) - jnp.int8(8)
+    num_outputs, num_groups = weight.multiplier.shape
+    grouped = numbers.reshape(num_outputs, num_groups, -1) * weight.multiplier[:, :, None]
+    return grouped.reshape(num_outputs, -1)
+
+
+def rows_of(weight: Quantized, index: jax.Array) -> jax.Array:
+    """Some rows [..., D] of the weight as numbers of its dtype."""
+    chosen = jax.tree.map(lambda part: jnp.take(part, index.reshape(-1), axis=0), weight)
+    numbers = _whole(chosen).astype(jnp.float32) * chosen.scale[:, None]
+    return numbers.astype(weight.dtype).reshape(*index.shape, -1)
+
+
+def product(x: jax.Array, weight: Quantized, few_rows: int) -> jax.Array:
+    """Activations [M, D] times a weight: float32 [M, F].
+
+    Each row is rounded to 8 bits with a scale of its own, sums are exact. On CPU up to `few_rows` rows are fastest
+    with the weight as the left operand, and one is far slower than two.
+    """
+    num_rows = x.shape[0]
+    on_cpu = jax.default_backend() == "cpu"
+    x = x.astype(jnp.float32)
+    if on_cpu and num_rows == 1:
+        x = jnp.concatenate([x, x])
+    scale = jnp.maximum(jnp.max(jnp.abs(x), axis=1, keepdims=True), 1e-30) / _MOST_8
+    rounded = jnp.round(x / scale).astype(jnp.int8)
+    y = _by_tiles(weight, rounded).T if on_cpu and num_rows <= few_rows else _dot(rounded, _whole(weight))
+    y = y.astype(jnp.float32) * scale * weight.scale[None]
+    return y[:num_rows]
+
+
+def _dot(a: jax.Array, b: jax.Array) -> jax.Array:
+    return lax.dot_general(a, b, (((1,), (1,)), ((), ())), preferred_element_type=jnp.int32)
+
+
+def _by_tiles(weight: Quantized, x: jax.Array) -> jax.Array:
+    """Whole-number product i32 [F, M]; 4-bit weights are unpacked a tile of rows at a time."""
+    num_outputs, width = weight.shape
+    rows = math.gcd(num_outputs, 1 << (_TILE // width).bit_length() - 1)
+    if weight.multiplier is None or rows == num_outputs or rows * width < _TILE // 8:
+        return _dot(_whole(weight), x)
+    tiles = jax.tree.map(lambda part: part.reshape(-1, rows, *part.shape[1:]), weight)
+    return lax.map(functools.partial(_tile, x), tiles).reshape(num_outputs, -1)
+
+
+def _tile(x: jax.Array, weight: Quantized) -> jax.Array:
+    return _dot(_whole(weight), x)

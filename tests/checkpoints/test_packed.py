@@ -1,0 +1,85 @@
+"""Quantized weights in files."""
+
+import json
+
+import jax
+import numpy as np
+import pytest
+
+from paligemma_jax import checkpoints
+from paligemma_jax.checkpoints import packed, safetensors
+from paligemma_jax.errors import CheckpointError, ConfigError
+from paligemma_jax.models.quantized import Quantized
+
+
+@pytest.mark.parametrize("name", ["int8", "int4"])
+@pytest.mark.parametrize("max_shard_bytes", [5_000_000_000, 20_000])
+def test_written_and_read_again(checkpoint, tmp_path, name, max_shard_bytes):
+    config, params = checkpoints.load(checkpoint(), "bfloat16", quantization=name)
+    checkpoints.huggingface.save(tmp_path, config, params, max_shard_bytes=max_shard_bytes)
+    contents = checkpoints.scan(tmp_path)
+    assert contents.quantization == name and set(contents.dtypes) == {name, "bfloat16"}
+    again, loaded = checkpoints.load(contents, "bfloat16")
+    assert again == config
+    jax.tree.map(np.testing.assert_array_equal, loaded, params)
+    for path, leaf in jax.tree_util.tree_leaves_with_path(params, is_leaf=lambda x: isinstance(x, Quantized)):
+        path = jax.tree_util.keystr(path, simple=True, separator="/")
+        assert isinstance(leaf, Quantized) == packed.is_quantized(path), path
+        assert path.startswith("language_model/") or not isinstance(leaf, Quantized)
+
+
+def test_a_cast_leaves_whole_numbers_alone(checkpoint, tmp_path):
+    config, params = checkpoints.load(checkpoint(), "bfloat16", quantization="int8")
+    checkpoints.save(tmp_path, config, params, "float32")
+    _, loaded = checkpoints.load(tmp_path, "float32")
+    table, before = (tree["language_model"]["embed_tokens"]["weight"] for tree in (loaded, params))
+    assert table.dtype == np.float32 and table.values.dtype == np.int8
+    np.testing.assert_array_equal(table.values, before.values)
+    np.testing.assert_array_equal(table.scale, before.scale)
+
+
+def test_quantized_twice_is_refused(checkpoint, tmp_path):
+    config, params = checkpoints.load(checkpoint(), quantization="int8")
+    checkpoints.save(tmp_path, config, params)
+    with pytest.raises(ConfigError, match="is int8 already: leave quantization='int4' out"):
+        checkpoints.load(tmp_path, quantization="int4")
+    with pytest.raises(ConfigError, match="'int3' is unknown: use int8 or int4"):
+        checkpoints.load(tmp_path, quantization="int3")
+    checkpoints.load(tmp_path, quantization="int8")
+
+
+def rewrite(directory, change):
+    """Apply `change` to the tensors of a checkpoint of one file."""
+    path = directory / "model.safetensors"
+    tensors = {name: safetensors.read(tensor) for name, tensor in safetensors.read_header(path).items()}
+    change(tensors)
+    safetensors.write(path, tensors)
+
+
+TABLE = "language_model.model.embed_tokens.weight"
+DAMAGE = {
+    "weight_packed": ("weight_scale has no weight beside it", lambda t: t.pop(f"{TABLE}_packed")),
+    "weight_scale": ("missing", lambda t: t.pop(f"{TABLE}_scale")),
+    "short scale": ("weight_scale is F32", lambda t: t.update({f"{TABLE}_scale": t[f"{TABLE}_scale"][1:]})),
+    "wrong type": ("weight_packed is I8", lambda t: t.update({f"{TABLE}_packed": t[f"{TABLE}_packed"].view(np.int8)})),
+    "odd groups": (
+        "groups, which do not divide a row",
+        lambda t: t.update({f"{TABLE}_multiplier": np.ones((len(t[f"{TABLE}_scale"]), 77), np.int8)}),
+    ),
+}
+
+
+@pytest.mark.parametrize("message, change", DAMAGE.values(), ids=DAMAGE)
+def test_damage_is_named(checkpoint, tmp_path, message, change):
+    config, params = checkpoints.load(checkpoint(), quantization="int4")
+    checkpoints.save(tmp_path, config, params)
+    rewrite(tmp_path, change)
+    with pytest.raises(CheckpointError, match=message):
+        checkpoints.scan(tmp_path)
+
+
+def test_config_json_says_who_reads_it(checkpoint, tmp_path):
+    config, params = checkpoints.load(checkpoint(), quantization="int4")
+    checkpoints.save(tmp_path, config, params)
+    note = json.loads((tmp_path / "config.json").read_text())["quantization_config"]
+    assert note == {"quant_method": "paligemma_jax", "bits": 4}

@@ -1,0 +1,78 @@
+"""Few-bit weights against float64."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from paligemma_jax.models import quantized
+from paligemma_jax.models.layers import linear
+
+WIDTHS = {"groups of 128": 256, "groups of 16": 48}
+
+
+@pytest.fixture(scope="module", params=WIDTHS.values(), ids=WIDTHS)
+def weight(request):
+    """Rows of very different size, one of them empty."""
+    rng = np.random.default_rng(0)
+    rows = rng.normal(size=(40, request.param)) * np.geomspace(1e-3, 1e3, 40)[:, None]
+    rows[7] = 0
+    return jnp.asarray(rows, jnp.float32)
+
+
+def whole(weight, bits):
+    """The weight that a quantized one stands for, worked out in numpy, and the step between two of its numbers."""
+    found = jax.tree.map(np.asarray, quantized.quantize(weight, bits))
+    if bits == 8:
+        return found.values * found.scale[:, None].astype(np.float64), found.scale[:, None]
+    numbers = np.concatenate([found.values & 15, found.values >> 4], axis=1).astype(np.int64) - 8
+    groups = found.multiplier.shape[1]
+    step = found.scale[:, None] * np.repeat(found.multiplier, weight.shape[1] // groups, axis=1).astype(np.float64)
+    assert np.abs(numbers).max() == 7 and found.multiplier.min() >= 1 and found.multiplier.max() == 18
+    return numbers * step, step
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_rounding_is_to_the_nearest(weight, bits):
+    found, step = whole(weight, bits)
+    assert found.shape == weight.shape
+    # Where a group's largest number lies just above a multiplier's reach, it is clipped by a thousandth of it.
+    assert (np.abs(found - np.asarray(weight, np.float64)) <= step * (0.51 if bits == 4 else 0.5001)).all()
+    assert not found[7].any()
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize("num_rows", [1, 2, 5, 40])
+def test_product_is_that_of_rounded_activations(weight, bits, num_rows):
+    x = np.random.default_rng(num_rows).normal(size=(num_rows, weight.shape[1])).astype(np.float32)
+    x[-1] *= 50
+    scale = np.abs(x).max(axis=1, keepdims=True) / 127
+    expected = (np.round(x / scale) * scale.astype(np.float64)) @ whole(weight, bits)[0].T
+    found = jax.jit(linear)(jnp.asarray(x), quantized.quantize(weight, bits))
+    assert found.dtype == jnp.float32
+    np.testing.assert_allclose(found, expected, rtol=2e-5, atol=2e-5 * np.abs(expected).max(axis=0).max())
+
+
+def test_a_large_weight_in_tiles_is_the_same_product(monkeypatch):
+    weight = jax.random.normal(jax.random.key(0), (512, 128))
+    x = jax.random.normal(jax.random.key(1), (2, 128))
+    few = quantized.quantize(weight, 4)
+    at_once = quantized.product(x, few, 16)
+    monkeypatch.setattr(quantized, "_TILE", 64 * 128)
+    np.testing.assert_array_equal(quantized.product(x, few, 16), at_once)
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_rows_are_those_of_the_weight(weight, bits):
+    index = jnp.array([[3, 0], [39, 7]])
+    found = quantized.rows_of(quantized.quantize(weight, bits), index)
+    assert found.shape == (2, 2, weight.shape[1]) and found.dtype == weight.dtype
+    np.testing.assert_allclose(found, whole(weight, bits)[0][np.asarray(index)], rtol=1e-6)
+
+
+def test_a_quantized_weight_looks_like_the_weight():
+    weight = jnp.ones((6, 32), jnp.bfloat16)
+    for bits, nbytes in ((8, 6 * 32), (4, 6 * 16)):
+        found = quantized.quantize(weight, bits)
+        assert (found.shape, found.size, found.dtype) == ((6, 32), 192, jnp.bfloat16)
+        assert found.values.nbytes == nbytes
