@@ -68,7 +68,7 @@ def test_answers_read_back(pool, codes):
 
 def test_batches_are_a_function_of_the_step(batches):
     jax.tree.map(np.testing.assert_array_equal, batches(5), dataclasses.replace(batches)(5))
-    assert (batches(5)["pixels"] != batches(6)["pixels"]).any()
+    assert (batches(6)["pixels"] != batches(7)["pixels"]).any()
 
 
 def test_batches_begin_easy_and_ask_for_masks_now_and_then(batches, pool, processor, tokenizer):
@@ -76,7 +76,7 @@ def test_batches_begin_easy_and_ask_for_masks_now_and_then(batches, pool, proces
         rows = batches._rows(language.TALK, step)
         counts = (pool["shape"][rows] >= 0).sum(axis=1)
         assert counts.max() <= most and (most < 4 or counts.max() > 2)
-    for step in range(8, 12):
+    for step in range(9, 12):
         batch = batches(step)
         num_soft = processor.config.vision.num_tokens
         plan = language.SEGMENT if step == 11 else language.TALK
@@ -89,9 +89,20 @@ def test_batches_begin_easy_and_ask_for_masks_now_and_then(batches, pool, proces
         assert prefixes == set(plan.tasks)
 
 
+def test_scenes_of_three_and_more_come_twice_as_often(batches, pool):
+    counts = (pool["shape"] >= 0).sum(axis=1)
+    hard = counts > 2
+    per_epoch = (len(counts) + hard.sum()) // language.TALK.num_pictures
+    first = -(-6 // per_epoch) * per_epoch  # of the first epoch that is not easy
+    rows = np.concatenate([batches._rows(language.TALK, first + step) for step in range(per_epoch)])
+    shown = np.bincount(rows, minlength=len(counts))
+    assert shown[~hard].max() == 1 and shown[hard].max() == 2
+    assert abs(shown[hard].mean() - 2 * shown[~hard].mean()) < 0.5
+
+
 def test_answers_belong_to_their_pictures(batches, pool):
     """Boxes of a `detect` lie where the picture, which may be mirrored, has them."""
-    batch = batches(8)
+    batch = batches(9)
     slots, decode = batch["image_slots"], batches.processor.tokenizer.decode
     checked = 0
     for row in range(len(slots)):
