@@ -26,7 +26,7 @@ def common() -> ConfigDict:
 def get_config() -> ConfigDict:
     """Keys of the runs that use a model: generate, chat and evaluate."""
     config = common()
-    config.quantization = "none"  # none; int8 and int4 are not available yet
+    config.quantization = "none"  # of the decoder's weights: none, int8 or int4, half and a quarter of bfloat16
     config.resample = "auto"  # how pictures are resized: bicubic, bilinear, or auto, as the checkpoint says
     config.mask_vae = ""  # file of the mask decoder, if vae-oid.npz is not beside the weights
 
@@ -41,10 +41,12 @@ def get_config() -> ConfigDict:
     config.top_p = 1.0  # draw among the fewest tokens with this probability together; 1 means all
     config.min_p = 0.0  # draw among tokens with this share of the likeliest one's probability; 0 means all
     config.num_beams = 1  # above 1: beam search
+    config.speculate = "auto"  # guess tokens ahead, which changes no answer: on, off, or auto, where that is faster
 
     config.format = "text"  # text, or json: one object per line
     config.stream = False  # print an answer while it is made
     config.output_dir = ""  # folder for pictures with boxes and masks drawn on them, and for the masks
+    config.profile = ""  # folder for a trace of where the time goes once the model is loaded
     config.loc_scale = 1023  # the location that means the far edge; 1024 for models of tools that divide by it
 
     config.data = "scenes"  # what evaluate measures on: scenes, drawn as in training, or foreign, by another program

@@ -21,7 +21,7 @@ from paligemma_jax.errors import (
     SamplingError,
     TokenizerError,
 )
-from paligemma_jax.generation import engine
+from paligemma_jax.generation import engine, speculation
 from paligemma_jax.models import mask_vae
 from paligemma_jax.models.paligemma import PaliGemma
 from paligemma_jax.processing.image import ImageSettings
@@ -82,6 +82,21 @@ def test_rows_do_not_depend_on_their_neighbours_or_turns(model, pictures, sampli
     ]
     assert all(map(same, together, alone))
     assert all(map(same, together, model.generate(pictures, PROMPTS, 12, sampling, batch_size=np.int64(2))))
+
+
+@pytest.mark.parametrize("sampling", [pj.Sampling(), HOT], ids=["greedy", "sampled"])
+def test_speculation_changes_no_answer(model, pictures, sampling, monkeypatch):
+    plain = model.generate(pictures, PROMPTS, 12, sampling, speculate=False)
+    monkeypatch.setattr(engine, "generate", None)  # from here on it would be an error
+    guessed = model.generate(pictures, PROMPTS, 12, sampling, speculate=True)
+    assert all(map(same, plain, guessed))
+    for first, second in zip(plain, guessed, strict=True):
+        np.testing.assert_allclose(first.logprobs, second.logprobs, atol=1e-4)
+        assert second.timing.new_tokens == len(second.tokens) and second.timing.decode_ms_per_token > 0
+    stream = model.stream(pictures[0], PROMPTS[0], 12, sampling, speculate=True)
+    assert "".join(stream) == plain[0].text and same(stream.output, plain[0])
+    monkeypatch.setattr(speculation, "wins", lambda params, hints: hints.outlined)
+    assert same(model.generate(pictures[1], PROMPTS[1], 12, sampling)[0], plain[1])
 
 
 def test_long_prompts_run_in_smaller_groups_with_the_same_answers(model, pictures, monkeypatch):
@@ -268,8 +283,8 @@ def test_a_missing_mask_vae_is_named_with_where_its_name_came_from(model, tmp_pa
 
 def test_load_names_what_is_wrong(model, tmp_path, tokenizer):
     model.save(tmp_path)
-    with pytest.raises(ConfigError, match="int8"):
-        pj.load(tmp_path, quantization="int8")
+    with pytest.raises(ConfigError, match="int8 or int4"):
+        pj.load(tmp_path, quantization="int3")
     with pytest.raises(ConfigError, match="float64"):
         pj.load(tmp_path, dtype="float64")
     with pytest.raises(CheckpointError, match="nowhere"):
@@ -298,6 +313,8 @@ def test_impossible_requests_are_named(model, pictures):
         model.generate(pictures, PROMPTS, batch_size=0)
     with pytest.raises(PromptError, match="not list"):
         model.stream(pictures[0], PROMPTS)
+    with pytest.raises(SamplingError, match="num_beams=2 with speculation"):
+        model.generate(pictures[0], PROMPTS[0], sampling=pj.Sampling(num_beams=2), speculate=True)
     with pytest.raises(SamplingError, match="num_beams=2 cannot stream"):
         model.stream(pictures[0], PROMPTS[0], sampling=pj.Sampling(num_beams=2))
     with pytest.raises(ImageError, match=r"\(2, 4, 31\).*4, 32"):

@@ -79,10 +79,10 @@ def decode(params: Params, state: BeamState, *, config: PaliGemmaConfig, num_ste
     """Lengthen the beams by `num_steps` tokens; a row that is done stays as it is."""
 
     def step(state: BeamState, _: None) -> tuple[BeamState, None]:
-        last = lax.dynamic_index_in_dim(state.running.tokens, state.step - 1, axis=2, keepdims=False).reshape(-1)
-        positions = state.prefix_length + state.step - 1
+        last = lax.dynamic_index_in_dim(state.running.tokens, state.step - 1, axis=2).reshape(-1, 1)
+        positions = (state.prefix_length + state.step - 1)[:, None]
         logits, cache = next_logits(params, config, last, positions, state.prefix_length, state.cache)
-        return _advance(dataclasses.replace(state, cache=cache), logits, config), None
+        return _advance(dataclasses.replace(state, cache=cache), logits[:, 0], config), None
 
     return lax.scan(step, state, None, length=num_steps)[0]
 

@@ -46,6 +46,10 @@ class Clock:
         self._decode_steps += static.get("num_steps", 0)
         return result
 
+    def add_steps(self, count: int) -> None:
+        """Count decode steps that a call gave without naming their number."""
+        self._decode_steps += count
+
     def timing(self, new_tokens: int) -> Timing:
         """What the calls of a generation add up to."""
         decode_s = sum(self._run_s.get("decode", []))

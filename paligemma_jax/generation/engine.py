@@ -79,13 +79,12 @@ def first_logits(params: Params, config: PaliGemmaConfig, inputs: Inputs, num_sl
 def next_logits(
     params: Params, config: PaliGemmaConfig, tokens: jax.Array, positions: jax.Array, prefix_length: jax.Array, cache
 ):
-    """Run one token [B] per row at its position [B]: logits [B, V] after it, and the cache with it."""
+    """Run n tokens [B, n] per row at their positions [B, n]: logits [B, n, V] after each, and the cache with them."""
     # Tied to the token, the table stays out of what XLA moves ahead of a loop: on CPU a whole copy of it in float32.
     decoder = params["language_model"]
     table, tokens = lax.optimization_barrier((decoder["embed_tokens"], tokens))
     params = params | {"language_model": decoder | {"embed_tokens": table}}
-    logits, cache = apply(params, config, "decode", tokens[:, None], positions[:, None], prefix_length, cache)
-    return logits[:, 0], cache
+    return apply(params, config, "decode", tokens, positions, prefix_length, cache)
 
 
 @functools.partial(jax.jit, static_argnames=("config", "num_slots"))
@@ -109,9 +108,9 @@ def decode(
     """
 
     def step(state: State, _: None) -> tuple[State, tuple[jax.Array, jax.Array]]:
-        positions = state.prefix_length + state.step - 1
-        logits, cache = next_logits(params, config, state.tokens, positions, state.prefix_length, state.cache)
-        tokens, logprobs = choose(logits, state.keys, state.step, rule, config.image_token_id)
+        last, positions = state.tokens[:, None], (state.prefix_length + state.step - 1)[:, None]
+        logits, cache = next_logits(params, config, last, positions, state.prefix_length, state.cache)
+        tokens, logprobs = choose(logits[:, 0], state.keys, state.step, rule, config.image_token_id)
         tokens = jnp.where(state.done, config.pad_token_id, tokens)
         logprobs = jnp.where(state.done, 0.0, logprobs)
         done = state.done | (tokens == config.eos_token_id)

@@ -115,7 +115,7 @@ def choose(
     Args:
       logits: [B, V] float32.
       keys: [B] random keys of the rows.
-      step: how many tokens were chosen before; folded into the keys.
+      step: how many tokens were chosen before, one number or one per row [B]; folded into the keys.
 
     Returns:
       tokens i32 [B], and their log-probabilities f32 [B] under the model's own distribution: over all of V, at
@@ -125,7 +125,7 @@ def choose(
     if rule.temperature is None:
         tokens = jnp.argmax(allowed, axis=-1)
     else:
-        step_keys = jax.vmap(jax.random.fold_in, (0, None))(keys, step)
+        step_keys = jax.vmap(jax.random.fold_in)(keys, jnp.broadcast_to(step, keys.shape))
         tokens = jax.vmap(jax.random.categorical)(step_keys, filter_logits(allowed, rule))
     tokens = tokens.astype(jnp.int32)
     return tokens, token_logprobs(logits, tokens)

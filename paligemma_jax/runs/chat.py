@@ -43,8 +43,8 @@ class Chat:
     def answer(self, prompt: str) -> None:
         """Stream the answer, then say how fast it came."""
         warn_about_free_prompts(self._config, [prompt])
-        limits = (self._config.max_new_tokens, self._sampling)
-        pieces = self._model.stream(None, prompt, *limits, image_embeddings=self._soft_tokens)
+        limits = (self._config.max_new_tokens, self._sampling, self._soft_tokens, settings.speculate(self._config))
+        pieces = self._model.stream(None, prompt, *limits)
         print_pieces(pieces)
         self._results.report(self._name, self._picture, prompt, pieces.output, streamed=True)
         note(_speed(pieces.output.timing))
@@ -56,10 +56,19 @@ def run(config: ConfigDict) -> int:
         raise ConfigError("chat prints text while it is made: set format=text, or run=generate for JSON")
     settings.loc_scale(config)
     sampling = settings.sampling(config, stream=True)
+    settings.speculate(config)
     models.check_weights(config)
     name, picture = _read(config.image)  # before the model is loaded
+    profile = environment.profiled(config)
     chat = Chat(models.load(config), config, sampling)
-    chat.show(name, picture)
+    with profile:
+        chat.show(name, picture)
+        _talk(chat)
+    return 0
+
+
+def _talk(chat: Chat) -> None:
+    """Obey what the user types until there is no more, or Ctrl-C."""
     try:
         note("type a prompt, or help")
         for line in _lines():
@@ -75,7 +84,6 @@ def run(config: ConfigDict) -> int:
                 note(f"error: {environment.out_of_memory(error)}")
     except KeyboardInterrupt:
         note("")
-    return 0
 
 
 def _obey(chat: Chat, line: str) -> None:

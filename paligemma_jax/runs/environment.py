@@ -1,7 +1,10 @@
-"""The process around a run: its platform, compilation cache and silence, and what a lack of memory means."""
+"""The process around a run: platform, compilation cache, silence, profile, and what a lack of memory means."""
 
+import contextlib
 import logging
 import os
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import absl.logging
@@ -9,6 +12,7 @@ import jax
 from ml_collections import ConfigDict
 
 from paligemma_jax.errors import ConfigError
+from paligemma_jax.runs.results import note
 from paligemma_jax.runs.settings import one_of
 
 _INSTALL = {"gpu": 'pip install -U "jax[cuda13]"', "tpu": 'pip install -U "jax[tpu]"', "cpu": "pip install -U jax"}
@@ -49,3 +53,29 @@ def enable_compilation_cache() -> None:
         root = Path(root) if os.path.isabs(root) else Path("~/.cache").expanduser()
         jax.config.update("jax_compilation_cache_dir", str(root / "paligemma_jax" / "compiled"))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)  # small programs add up
+
+
+def profiled(config: ConfigDict) -> contextlib.AbstractContextManager[None]:
+    """A block whose work is traced into the folder config.profile; nothing happens when that is empty.
+
+    Call this before the model is loaded: a folder that cannot be written to is an OSError at once.
+    """
+    if not config.profile:
+        return contextlib.nullcontext()
+    directory = Path(config.profile).expanduser()
+    directory.mkdir(parents=True, exist_ok=True)
+    tempfile.TemporaryFile(dir=directory).close()
+    return _traced(directory)
+
+
+@contextlib.contextmanager
+def _traced(directory: Path) -> Iterator[None]:
+    options = jax.profiler.ProfileOptions()
+    options.python_tracer_level = 0  # every Python call would be most of the file
+    try:
+        with jax.profiler.trace(directory, profiler_options=options):
+            yield
+    finally:
+        traces = directory.glob("plugins/profile/*/*.trace.json.gz")
+        newest = max(traces, key=lambda path: path.stat().st_mtime, default=directory)
+        note(f"wrote {newest}: open it at https://ui.perfetto.dev, or: pip install xprof && xprof {directory}")

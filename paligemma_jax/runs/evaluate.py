@@ -11,8 +11,8 @@ from paligemma_jax.evaluation import scenes
 from paligemma_jax.evaluation.foreign import drawn_by_another
 from paligemma_jax.evaluation.samples import drawn_as_in_training
 from paligemma_jax.files import write_json
+from paligemma_jax.runs import environment, settings
 from paligemma_jax.runs import model as models
-from paligemma_jax.runs import settings
 from paligemma_jax.runs.results import note
 
 _SOURCES = {"scenes": drawn_as_in_training, "foreign": drawn_by_another}  # config.data
@@ -27,7 +27,10 @@ def run(config: ConfigDict) -> int:
     output = Path(config.output).expanduser() if config.output else None
     if output:
         output.parent.mkdir(parents=True, exist_ok=True)  # a bad place is known before the work
-    measured = scenes.evaluate(models.load(config), config.num_scenes, config.scenes_seed, source)
+    profile = environment.profiled(config)
+    model = models.load(config)
+    with profile:
+        measured = scenes.evaluate(model, config.num_scenes, config.scenes_seed, source)
     metrics = {task: {name: _finite(value) for name, value in values.items()} for task, values in measured.items()}
     if output_format == "json":
         print(json.dumps(metrics))

@@ -12,8 +12,8 @@ from tqdm import tqdm
 import paligemma_jax as pj
 from paligemma_jax.errors import ConfigError, ImageError
 from paligemma_jax.processing.image import find_images, load_image
+from paligemma_jax.runs import environment, settings
 from paligemma_jax.runs import model as models
-from paligemma_jax.runs import settings
 from paligemma_jax.runs.results import Results, note, warn_about_free_prompts
 
 Picture = tuple[str, Image.Image | ImageError]
@@ -27,6 +27,7 @@ def run(config: ConfigDict) -> int:
     if config.batch_size < 1:
         raise ConfigError(f"batch_size={config.batch_size} is not possible: give a whole number of at least 1")
     settings.loc_scale(config)
+    settings.speculate(config)
     sampling = settings.sampling(config, stream=config.stream)
     prompts = settings.prompts(config)
     models.check_weights(config)
@@ -38,10 +39,11 @@ def run(config: ConfigDict) -> int:
     if len(names) == 1 and isinstance(problem := first[0][1], ImageError):
         raise problem  # before the model is loaded
 
+    profile = environment.profiled(config)
     model = models.load(config)
     results = Results(model, config, several=len(names) * len(prompts) > 1)
     failed = 0
-    with _progress_bar(len(names)) as bar:
+    with profile, _progress_bar(len(names)) as bar:
         for group in itertools.chain([first], groups):
             readable = [(name, picture) for name, picture in group if not isinstance(picture, ImageError)]
             rows = [(name, picture, prompt) for name, picture in readable for prompt in prompts]
@@ -75,6 +77,7 @@ def _answer(
     results: Results,
 ) -> None:
     """Answer and report some (name, picture, prompt)."""
+    speculate = settings.speculate(config)
     if config.stream:
         for name, asked in itertools.groupby(rows, key=operator.itemgetter(0)):
             asked = list(asked)
@@ -82,12 +85,13 @@ def _answer(
             soft_tokens = model.embed_image(picture)  # once, however many prompts follow
             for _, _, prompt in asked:
                 results.head(name, prompt)
-                pieces = model.stream(None, prompt, config.max_new_tokens, sampling, soft_tokens)
+                pieces = model.stream(None, prompt, config.max_new_tokens, sampling, soft_tokens, speculate)
                 print_pieces(pieces)
                 results.report(name, picture, prompt, pieces.output, streamed=True)
         return
     _, pictures, prompts = (list(column) for column in zip(*rows, strict=True))
-    outputs = model.generate(pictures, prompts, config.max_new_tokens, sampling, batch_size=config.batch_size)
+    options = {"batch_size": config.batch_size, "speculate": speculate}
+    outputs = model.generate(pictures, prompts, config.max_new_tokens, sampling, **options)
     for (name, picture, prompt), output in zip(rows, outputs, strict=True):
         results.head(name, prompt)
         results.report(name, picture, prompt, output)

@@ -39,6 +39,11 @@ def sampling(config: ConfigDict, stream: bool) -> Sampling:
     return chosen
 
 
+def speculate(config: ConfigDict) -> bool | None:
+    """Whether tokens are guessed ahead; None leaves it to the model."""
+    return {"auto": None, "on": True, "off": False}[one_of(config, "speculate", ("auto", "on", "off"))]
+
+
 def loc_scale(config: ConfigDict) -> int:
     """The location that means the far edge of a picture."""
     return one_of(config, "loc_scale", (1023, 1024))

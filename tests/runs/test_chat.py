@@ -31,6 +31,12 @@ def test_the_picture_can_be_changed(chat, generate, pictures):
     assert f"picture: {other}, 20 x 30" in err
 
 
+def test_a_profile_is_written_when_it_ends(chat, tmp_path):
+    status, _, err = chat("caption en", profile=tmp_path)
+    [trace] = tmp_path.glob("plugins/profile/*/*.trace.json.gz")
+    assert status == 0 and f"wrote {trace}" in err
+
+
 def test_an_error_does_not_end_it(chat, answer_with):
     answer_with("a circle")
     status, out, err = chat("image /nowhere.png", "caption en")

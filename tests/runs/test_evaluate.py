@@ -33,6 +33,12 @@ def test_pictures_of_another_program(generate, measured):
     assert measured[0][2] is drawn_by_another
 
 
+def test_a_profile_is_written(generate, tmp_path):
+    status, _, err = generate(run="evaluate", profile=tmp_path)
+    [trace] = tmp_path.glob("plugins/profile/*/*.trace.json.gz")
+    assert status == 0 and f"wrote {trace}" in err
+
+
 def test_prints_json(generate):
     status, out, _ = generate(run="evaluate", format="json")
     assert status == 0 and json.loads(out)["counts"] == {"scenes": 3}

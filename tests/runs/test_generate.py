@@ -1,5 +1,6 @@
 """config.run=generate: what is printed and written for one picture and for many."""
 
+import gzip
 import json
 import shutil
 
@@ -30,6 +31,13 @@ def test_streaming_prints_the_same(generate):
     assert generate(stream=True)[:2] == generate()[:2]
 
 
+@pytest.mark.parametrize("stream", [False, True])
+def test_speculation_can_be_asked_for(generate, monkeypatch, stream):
+    plain = generate(dtype="float32", speculate="off")[:2]
+    monkeypatch.setattr("paligemma_jax.generation.engine.generate", None)  # plain decoding would fail
+    assert generate(dtype="float32", speculate="on", stream=stream)[:2] == plain
+
+
 def test_json_record(generate, pictures):
     status, out, _ = generate(format="json", dtype="float32")
     assert status == 0
@@ -40,6 +48,16 @@ def test_json_record(generate, pictures):
     assert (record["finish_reason"], record["boxes"], record["masks"]) == ("length", [], [])
     assert record["timing"]["new_tokens"] == 4
     assert all(record["timing"][key] >= 0 for key in TIMING_KEYS)
+
+
+def test_a_profile_is_written_and_announced(generate, tmp_path):
+    status, out, err = generate(profile=tmp_path / "new" / "trace")
+    [trace] = (tmp_path / "new" / "trace").glob("plugins/profile/*/*.trace.json.gz")
+    with gzip.open(trace, "rt") as file:
+        names = {event.get("name") for event in json.load(file)["traceEvents"]}
+    assert any("prefill" in name for name in names if name), "the work is not in it"
+    assert (status, out) == generate()[:2]
+    assert f"wrote {trace}: open it at https://ui.perfetto.dev" in err
 
 
 @pytest.mark.parametrize("batch_size", (1, 16))
@@ -167,6 +185,7 @@ def test_resampling_can_be_chosen(generate, monkeypatch, answer_with):
         ({"format": "jsn"}, "did you mean json?"),
         ({"dtype": "float64"}, "dtype='float64'"),
         ({"resample": "nearest"}, "give auto, bicubic, bilinear"),
+        ({"speculate": True}, "give auto, on, off"),
         ({"quantization": "int3"}, "give none, int8, int4"),
         ({"stream": True, "format": "json"}, "stream prints text"),
         ({"checkpoint": ""}, "no checkpoint is given"),
@@ -188,3 +207,4 @@ def test_bad_files_are_one_line(refused, pictures, tmp_path):
     assert "not UTF-8" in refused(prompts_file=tmp_path / "binary.txt")
     (tmp_path / "file").touch()
     assert "file" in refused(output_dir=tmp_path / "file")
+    assert "file" in refused(profile=tmp_path / "file")
