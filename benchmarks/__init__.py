@@ -1,0 +1,1 @@
+"""How fast, how big and how exact: measured against transformers on the same machine."""
