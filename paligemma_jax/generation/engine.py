@@ -71,9 +71,8 @@ def embed_image(params: Params, pixels: jax.Array, *, config: PaliGemmaConfig) -
 def first_logits(params: Params, config: PaliGemmaConfig, inputs: Inputs, num_slots: int):
     """Run whole prompts: logits [B, V] after each row's last token, and the filled cache."""
     arrays = (inputs.soft_tokens, inputs.tokens, inputs.image_slots, inputs.prefix_length, inputs.length)
-    hidden, key_values = apply(params, config, "prefill", *arrays)
-    last = jnp.take_along_axis(hidden, (inputs.length - 1)[:, None, None], axis=1)[:, 0]
-    return apply(params, config, "logits", last), kv_cache.from_prefill(key_values, num_slots)
+    hidden, key_values = apply(params, config, "prefill", *arrays, (inputs.length - 1)[:, None])
+    return apply(params, config, "logits", hidden[:, 0]), kv_cache.from_prefill(key_values, num_slots)
 
 
 def next_logits(
@@ -126,9 +125,8 @@ def decode(
 def suffix_logits(params: Params, inputs: Inputs, *, config: PaliGemmaConfig, num_positions: int) -> jax.Array:
     """Teacher-forced logits [B, num_positions, V]: entry j is what the model expects as suffix token j."""
     arrays = (inputs.soft_tokens, inputs.tokens, inputs.image_slots, inputs.prefix_length, inputs.length)
-    hidden, _ = apply(params, config, "prefill", *arrays)
-    positions = _suffix_positions(inputs, num_positions) - 1
-    return apply(params, config, "logits", jnp.take_along_axis(hidden, positions[:, :, None], axis=1))
+    hidden, _ = apply(params, config, "prefill", *arrays, _suffix_positions(inputs, num_positions) - 1)
+    return apply(params, config, "logits", hidden)
 
 
 @functools.partial(jax.jit, static_argnames=("config", "num_positions"))

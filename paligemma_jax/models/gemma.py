@@ -1,10 +1,12 @@
 """Gemma and Gemma 2 decoders (arXiv 2403.08295, 2408.00118) with prefix-LM attention.
 
-Axes: B batch, T tokens, S cache slots, D width, N query heads, K key-value heads, H head dim, V vocabulary.
+Axes: B batch, T tokens, n of them whose output is wanted, S cache slots, D width, N query heads, K key-value heads,
+H head dim, V vocabulary.
 """
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 
 from paligemma_jax.config import TextConfig
 from paligemma_jax.models.attention import attend, prefix_lm_mask, rope, write_cache
@@ -13,26 +15,33 @@ from paligemma_jax.models.layers import Embedder, Linear, RMSNorm, soft_cap
 KeyValues = tuple[jax.Array, jax.Array]  # keys and values of one layer, each [B, S, K, H]
 
 
+def take_columns(x: jax.Array, columns: jax.Array | None) -> jax.Array:
+    """Columns [B, n] of x [B, T, ...], which may repeat; all of them when that is None."""
+    if columns is None:
+        return x
+    return jnp.take_along_axis(x, columns.reshape(*columns.shape, *(1,) * (x.ndim - 2)), axis=1)
+
+
 class Attention(nn.Module):
     config: TextConfig
 
     @nn.compact
     def __call__(
-        self, x: jax.Array, positions: jax.Array, mask: jax.Array, cache: KeyValues | None
+        self, x: jax.Array, positions: jax.Array, mask: jax.Array, cache: KeyValues | None, wanted: jax.Array | None
     ) -> tuple[jax.Array, KeyValues]:
         cfg = self.config
-        batch, num_tokens, width = x.shape
 
-        def heads(name: str, count: int) -> jax.Array:
-            return Linear(count * cfg.head_dim, name=name)(x).reshape(batch, num_tokens, count, cfg.head_dim)
+        def heads(name: str, x: jax.Array, count: int) -> jax.Array:
+            return Linear(count * cfg.head_dim, name=name)(x).reshape(*x.shape[:2], count, cfg.head_dim)
 
-        q = rope(heads("q_proj", cfg.num_heads), positions, cfg.rope_theta)
-        k = rope(heads("k_proj", cfg.num_kv_heads), positions, cfg.rope_theta)
-        v = heads("v_proj", cfg.num_kv_heads)
+        q = heads("q_proj", take_columns(x, wanted), cfg.num_heads)
+        q = rope(q, take_columns(positions, wanted), cfg.rope_theta)
+        k = rope(heads("k_proj", x, cfg.num_kv_heads), positions, cfg.rope_theta)
+        v = heads("v_proj", x, cfg.num_kv_heads)
         if cache is not None:
             k, v = write_cache(cache[0], k, positions), write_cache(cache[1], v, positions)
-        out = attend(q, k, v, cfg.query_scalar**-0.5, mask, cfg.attn_softcap)
-        out = Linear(width, name="o_proj")(out.reshape(batch, num_tokens, -1))
+        out = attend(q, k, v, cfg.query_scalar**-0.5, take_columns(mask, wanted), cfg.attn_softcap)
+        out = Linear(x.shape[-1], name="o_proj")(out.reshape(*out.shape[:2], -1))
         return out, (k, v)
 
 
@@ -46,20 +55,28 @@ class GatedMlp(nn.Module):
 
 
 class DecoderLayer(nn.Module):
-    """Pre-norm block; Gemma 2 also normalises what attention and MLP return, before the residual sum."""
+    """Pre-norm block; Gemma 2 also normalises what attention and MLP return, before the residual sum.
+
+    With `wanted` [B, n] the result [B, n, D] is of those columns; the keys and values are of all.
+    """
 
     config: TextConfig
 
     @nn.compact
     def __call__(
-        self, x: jax.Array, positions: jax.Array, mask: jax.Array, cache: KeyValues | None
+        self,
+        x: jax.Array,
+        positions: jax.Array,
+        mask: jax.Array,
+        cache: KeyValues | None,
+        wanted: jax.Array | None = None,
     ) -> tuple[jax.Array, KeyValues]:
         def norm(name: str, y: jax.Array) -> jax.Array:
             return RMSNorm(self.config.rms_norm_eps, name=name)(y)
 
         y = norm("pre_attention_norm", x)
-        y, key_values = Attention(self.config, name="self_attn")(y, positions, mask, cache)
-        x = x + (norm("post_attention_norm", y) if self.config.version == 2 else y)
+        y, key_values = Attention(self.config, name="self_attn")(y, positions, mask, cache, wanted)
+        x = take_columns(x, wanted) + (norm("post_attention_norm", y) if self.config.version == 2 else y)
         y = GatedMlp(self.config.mlp_dim, name="mlp")(norm("pre_ffw_norm", x))
         return x + (norm("post_ffw_norm", y) if self.config.version == 2 else y), key_values
 
@@ -84,19 +101,22 @@ class Gemma(nn.Module):
         prefix_length: jax.Array,
         length: jax.Array,
         cache: tuple[KeyValues, ...] | None = None,
+        wanted: jax.Array | None = None,
     ) -> tuple[jax.Array, tuple[KeyValues, ...]]:
         """Run the layers over embeddings x [B, T, D] at `positions` [B, T].
 
         Without a cache the tokens see each other, and the result holds their keys and values [B, T, K, H] per layer.
         With one they are written into it at their positions and see all of it up to `length` [B]; the result holds the
-        new cache. Returns hidden states [B, T, D] after the final norm, and the keys and values.
+        new cache. Returns hidden states [B, T, D] after the final norm, and the keys and values; with `wanted` [B, n]
+        the hidden states [B, n, D] of those columns, the only ones that the last layer works out.
         """
         num_keys = x.shape[1] if cache is None else cache[0][0].shape[1]
         windows = {self.config.window(i) for i in range(self.config.num_layers)}
         masks = {w: prefix_lm_mask(positions, num_keys, prefix_length, length, w) for w in windows}
         key_values = []
         for i, layer in enumerate(self.layers):
-            x, kv = layer(x, positions, masks[self.config.window(i)], None if cache is None else cache[i])
+            columns = wanted if i == self.config.num_layers - 1 else None
+            x, kv = layer(x, positions, masks[self.config.window(i)], None if cache is None else cache[i], columns)
             key_values.append(kv)
         return self.norm(x), tuple(key_values)
 

@@ -49,11 +49,15 @@ class PaliGemma(nn.Module):
         image_slots: jax.Array,
         prefix_length: jax.Array,
         length: jax.Array,
+        wanted: jax.Array | None = None,
     ) -> tuple[jax.Array, tuple[KeyValues, ...]]:
-        """Whole sequences without a cache: hidden states [B, T, D] and each layer's keys and values."""
+        """Whole sequences without a cache: hidden states [B, T, D] and each layer's keys and values.
+
+        With `wanted` [B, n] the hidden states [B, n, D] are those of these columns.
+        """
         x = self.embed(tokens, image_slots, soft_tokens)
         positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
-        return self.language_model(x, positions, prefix_length, length)
+        return self.language_model(x, positions, prefix_length, length, wanted=wanted)
 
     def decode(
         self, tokens: jax.Array, positions: jax.Array, prefix_length: jax.Array, cache: tuple[KeyValues, ...]

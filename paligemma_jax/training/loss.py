@@ -14,15 +14,14 @@ def answer_logits(
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Logits f32 [B, A, V] of the first A suffix tokens, their ids [B, A], and which of them exist, bool [B, A].
 
-    Only those places meet the vocabulary: the product with it is the largest of a small batch.
+    Only those places pass the last layer and meet the vocabulary: the product with it is the largest of a small batch.
     """
     sequence = (batch["tokens"], batch["image_slots"], batch["prefix_length"], batch["length"])
-    hidden, _ = model.apply({"params": params}, soft_tokens, *sequence, method="prefill")
     place = batch["prefix_length"][:, None] + jnp.arange(num_answers)[None, :]
     exists = place < batch["length"][:, None]
-    place = jnp.minimum(place, hidden.shape[1] - 1)
+    place = jnp.minimum(place, batch["tokens"].shape[1] - 1)
     targets = jnp.take_along_axis(batch["tokens"], place, axis=1)
-    said = jnp.take_along_axis(hidden, (place - 1)[:, :, None], axis=1)
+    said, _ = model.apply({"params": params}, soft_tokens, *sequence, place - 1, method="prefill")
     return model.apply({"params": params}, said, method="logits"), targets, exists
 
 

@@ -15,13 +15,13 @@ PREFIX, LENGTH = np.array([4, 9, 6]), np.array([12, 16, 9])  # three ragged rows
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def run(config, params, x, positions, prefix_length, length, cache=None):
-    return Gemma(config).apply({"params": params}, x, positions, prefix_length, length, cache)
+def run(config, params, x, positions, prefix_length, length, cache=None, wanted=None):
+    return Gemma(config).apply({"params": params}, x, positions, prefix_length, length, cache, wanted)
 
 
-def forward(config, params, x, prefix_length=PREFIX, length=LENGTH):
+def forward(config, params, x, prefix_length=PREFIX, length=LENGTH, wanted=None):
     positions = np.broadcast_to(np.arange(x.shape[1]), x.shape[:2])
-    return run(config, params, x, positions, np.asarray(prefix_length), np.asarray(length))
+    return run(config, params, x, positions, np.asarray(prefix_length), np.asarray(length), None, wanted)
 
 
 @pytest.fixture(scope="module")
@@ -53,6 +53,15 @@ def test_several_tokens_at_once_continue_a_cache(decoder, x):
     new = np.take_along_axis(np.asarray(x), positions[..., None], axis=1)
     hidden, _ = run(*decoder, new, positions, PREFIX, PREFIX + 3, from_prefill(key_values, num_slots=20))
     np.testing.assert_allclose(hidden, np.take_along_axis(np.asarray(full), positions[..., None], axis=1), atol=2e-5)
+
+
+def test_wanted_columns_are_those_of_all_and_their_keys_and_values_too(decoder, x):
+    full, key_values = forward(*decoder, x)
+    wanted = np.stack([LENGTH - 1, PREFIX, PREFIX - 1, LENGTH - 1], axis=1)  # prefix and suffix, one of them twice
+    some, the_same = forward(*decoder, x, wanted=wanted)
+    np.testing.assert_allclose(some, np.take_along_axis(np.asarray(full), wanted[..., None], axis=1), atol=2e-5)
+    for one, other in zip(jax.tree.leaves(key_values), jax.tree.leaves(the_same), strict=True):
+        np.testing.assert_allclose(one, other, atol=2e-5)
 
 
 def test_a_batch_equals_its_rows_alone_whatever_the_padding(decoder, x):
