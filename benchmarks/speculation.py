@@ -55,7 +55,7 @@ class Asked:
     """A question about a picture, ready to be answered again and again."""
 
     def __init__(self, model: pj.PaliGemma, sample: Sample, question: Question, args: argparse.Namespace):
-        self._clock = Clock(set())
+        self._clock = Clock({})
         batch = model.processor(sample.picture, question.prefix)
         soft_tokens = engine.embed_pictures(model.params, model.config, batch.pixels, self._clock)
         inputs = engine.prepare(batch, soft_tokens, range(1))

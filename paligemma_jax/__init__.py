@@ -5,7 +5,8 @@ from paligemma_jax.errors import UserError
 from paligemma_jax.generation.clock import Timing
 from paligemma_jax.generation.output import Output, TextStream
 from paligemma_jax.generation.sampling import Sampling
-from paligemma_jax.pipeline import PaliGemma, load
+from paligemma_jax.loading import load
+from paligemma_jax.pipeline import PaliGemma
 from paligemma_jax.tasks.detection import Detection, parse
 
 __all__ = [

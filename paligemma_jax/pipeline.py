@@ -3,11 +3,10 @@
 Axes: I pictures, N soft tokens of a picture, B rows (one prompt each), T suffix tokens, D decoder width, V vocabulary.
 """
 
+import contextlib
 import dataclasses
 import math
-import os
-import time
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import jax
@@ -17,16 +16,16 @@ import numpy as np
 from paligemma_jax import checkpoints
 from paligemma_jax.checkpoints.mask_vae import load_mask_vae, save_mask_vae
 from paligemma_jax.config import PaliGemmaConfig
-from paligemma_jax.errors import CheckpointError, ConfigError, ImageError, PromptError, SamplingError
+from paligemma_jax.errors import CheckpointError, ImageError, PromptError, SamplingError
 from paligemma_jax.files import replacing
 from paligemma_jax.generation import beam, engine, speculation
-from paligemma_jax.generation.clock import Clock
+from paligemma_jax.generation.clock import Clock, Programs, Rehearsal, Rehearsed
 from paligemma_jax.generation.output import Output, TextStream
 from paligemma_jax.generation.sampling import Sampling, row_keys, whole_number
 from paligemma_jax.models import mask_vae as mask_vae_model
-from paligemma_jax.processing.image import ImageSettings, ImageSource, load_image
+from paligemma_jax.processing.image import ImageSource, load_image
 from paligemma_jax.processing.processor import Batch, Images, Processor
-from paligemma_jax.processing.tokenizer import LOC_TOKENS, StreamDecoder, Tokenizer
+from paligemma_jax.processing.tokenizer import LOC_TOKENS, StreamDecoder
 from paligemma_jax.tasks.detection import Detection, parse
 from paligemma_jax.tasks.segmentation import attach_masks
 
@@ -35,6 +34,8 @@ MASK_VAE_VARIABLE = "PALIGEMMA_MASK_VAE"
 
 _BATCH_SIZE = 16  # rows that run at once
 _GREEDY = Sampling()
+
+Chunks = Iterator[tuple[np.ndarray, np.ndarray]]  # tokens i32 [n, B] and log-probabilities f32 [n, B]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,6 +70,7 @@ class PaliGemma:
       mask_vae: parameters of the mask VQ-VAE, or its file, which is read when first needed; None without masks.
       source: directory the model came from; `save` copies its tokenizer and preprocessor files.
       load_s: seconds that loading took.
+      compile_s: seconds that were spent on compiling before the first call, which reports them as its own.
     """
 
     def __init__(
@@ -79,6 +81,7 @@ class PaliGemma:
         mask_vae: mask_vae_model.Params | Path | None = None,
         source: Path | None = None,
         load_s: float = 0.0,
+        compile_s: float = 0.0,
     ):
         self.config = config
         self.params = params
@@ -86,7 +89,8 @@ class PaliGemma:
         self.load_s = load_s
         self._mask_vae = mask_vae
         self._source = source
-        self._programs: set[Hashable] = set()
+        self.compile_s = compile_s
+        self._programs: Programs = {}
 
     def generate(
         self,
@@ -126,18 +130,36 @@ class PaliGemma:
         if speculate and sampling.num_beams > 1:
             raise SamplingError(f"num_beams={sampling.num_beams} with speculation: beams have none, leave out one")
         run = self._start(images, prompts, max_new_tokens, image_embeddings)
-        keys = run.row_keys(sampling.seed)
         answers: list[tuple[np.ndarray, np.ndarray]] = []
-        for rows, inputs in run.groups(batch_size):
-            if sampling.num_beams > 1:
-                limits = (sampling.num_beams, max_new_tokens, _chunk())
-                tokens, logprobs = beam.search(self.params, self.config, inputs, *limits, run.clock)
-            else:
-                limits = (max_new_tokens, run.clock, speculate)
-                chunks = self._decode(inputs, keys[rows.start : rows.stop], sampling, *limits)
-                tokens, logprobs = (np.concatenate(parts) for parts in zip(*chunks, strict=True))
+        for rows, chunks in self._groups(run, batch_size, sampling, max_new_tokens, speculate):
+            tokens, logprobs = (np.concatenate(parts) for parts in zip(*chunks, strict=True))
             answers += [(tokens[:, i], logprobs[:, i]) for i in range(len(rows))]
         return [self._output(tokens, logprobs, run.clock) for tokens, logprobs in answers]
+
+    def compile(
+        self,
+        image_groups: Sequence[Sequence[int]],
+        prompts: str | Sequence[str],
+        max_new_tokens: int = 100,
+        sampling: Sampling = _GREEDY,
+        batch_size: int = _BATCH_SIZE,
+        speculate: bool | None = None,
+    ) -> None:
+        """Compile what `generate` will run, so that it starts at once; needs neither pictures nor weights.
+
+        Args:
+          image_groups: for each prompt, the numbers of the pictures that it is about; [[0]] for one about one.
+          prompts, max_new_tokens, sampling, batch_size, speculate: those of the `generate` to come. Prompts of like
+            length share programs.
+        """
+        batch = self.processor.layout(image_groups, prompts)
+        count = 1 + max(number for group in image_groups for number in group)
+        batch = dataclasses.replace(batch, pixels=np.zeros((count, *batch.pixels.shape[1:]), np.float32))
+        with contextlib.suppress(Rehearsed):
+            run = self._embed(batch, max_new_tokens, Rehearsal(self._programs))
+            for _, chunks in self._groups(run, batch_size, sampling, max_new_tokens, speculate):
+                for _ in chunks:
+                    pass
 
     def stream(
         self,
@@ -154,7 +176,8 @@ class PaliGemma:
         max_new_tokens = whole_number("max_new_tokens", max_new_tokens, 1)
         images = [image] if isinstance(image, list | tuple) else image
         run = self._start(images, [prompt], max_new_tokens, image_embeddings)  # a list: more than one row is an error
-        return TextStream(self._pieces(run, sampling, max_new_tokens, speculate))
+        [(_, chunks)] = self._groups(run, 1, sampling, max_new_tokens, speculate)
+        return TextStream(self._pieces(chunks, run.clock))
 
     def score(self, images: Images, prefixes: str | Sequence[str], suffixes: str | Sequence[str]) -> list[np.ndarray]:
         """Log-probabilities of given answers: for each row f32 [suffix tokens + 1], <eos> being the last."""
@@ -186,7 +209,7 @@ class PaliGemma:
         rows = images if isinstance(images, list | tuple) else [images]
         flat = [source for row in rows for source in (row if isinstance(row, list | tuple) else [row])]
         batch = self.processor(flat, "")
-        soft_tokens = engine.embed_pictures(self.params, self.config, batch.pixels, Clock(self._programs))
+        soft_tokens = engine.embed_pictures(self.params, self.config, batch.pixels, self._clock())
         return soft_tokens[batch.image_slots[:, 0] // self.config.vision.num_tokens]
 
     def detect(
@@ -250,22 +273,25 @@ class PaliGemma:
     ) -> "_Run":
         """Lay out a generation and embed its pictures."""
         if image_embeddings is None:
-            return self._embed(self.processor(images, prompts), max_new_tokens)
+            return self._embed(self.processor(images, prompts), max_new_tokens, self._clock())
         soft_tokens = self._checked_embeddings(image_embeddings)
         batch = self.processor.layout(_picture_groups(images, prompts, len(soft_tokens)), prompts)
         self._check_length(batch, max_new_tokens)
-        return _Run(batch, soft_tokens, Clock(self._programs))
+        return _Run(batch, soft_tokens, self._clock())
+
+    def _clock(self) -> Clock:
+        clock, self.compile_s = Clock(self._programs, self.compile_s), 0.0
+        return clock
 
     def _start_pairs(
         self, images: Images, prefixes: str | Sequence[str], suffixes: str | Sequence[str]
     ) -> tuple["_Run", np.ndarray]:
         """Lay out prompts with their answers and embed the pictures; also the answers' lengths [B]."""
         batch = self.processor(images, prefixes, suffixes)
-        return self._embed(batch, 0), batch.length - batch.prefix_length
+        return self._embed(batch, 0, self._clock()), batch.length - batch.prefix_length
 
-    def _embed(self, batch: Batch, max_new_tokens: int) -> "_Run":
+    def _embed(self, batch: Batch, max_new_tokens: int, clock: Clock) -> "_Run":
         self._check_length(batch, max_new_tokens)
-        clock = Clock(self._programs)
         return _Run(batch, engine.embed_pictures(self.params, self.config, batch.pixels, clock), clock)
 
     def _check_length(self, batch: Batch, max_new_tokens: int) -> None:
@@ -284,7 +310,18 @@ class PaliGemma:
             raise ImageError(f"image_embeddings have shape {shape}, this model takes {wanted}")
         return jnp.asarray(image_embeddings, self.params["language_model"]["norm"]["weight"].dtype)
 
-    def _decode(
+    def _groups(
+        self, run: "_Run", batch_size: int, sampling: Sampling, max_new_tokens: int, speculate: bool | None
+    ) -> Iterator[tuple[range, Chunks]]:
+        """Rows that run at once, and their tokens and log-probabilities as they come."""
+        keys = run.row_keys(sampling.seed)
+        for rows, inputs in run.groups(batch_size):
+            yield (
+                rows,
+                self._chunks(inputs, keys[rows.start : rows.stop], sampling, max_new_tokens, run.clock, speculate),
+            )
+
+    def _chunks(
         self,
         inputs: engine.Inputs,
         keys: jax.Array,
@@ -292,31 +329,29 @@ class PaliGemma:
         max_new_tokens: int,
         clock: Clock,
         speculate: bool | None,
-    ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    ) -> Chunks:
+        limits = (max_new_tokens, _chunk(), clock)
+        if sampling.num_beams > 1:
+            return iter([beam.search(self.params, self.config, inputs, sampling.num_beams, *limits)])
         keys = keys[np.resize(np.arange(len(keys)), len(inputs.tokens))]  # those of the padding do not matter
-        limits = (max_new_tokens, _chunk())
-        arguments = (self.params, self.config, inputs, keys, sampling.rule(), *limits, clock)
+        arguments = (self.params, self.config, inputs, keys, sampling.rule(), *limits)
         hints = speculation.hints(self.processor.tokenizer, inputs)
         if speculate or (speculate is None and speculation.wins(self.params, hints)):
             return speculation.generate(*arguments, hints)
         return engine.generate(*arguments)
 
-    def _pieces(
-        self, run: "_Run", sampling: Sampling, max_new_tokens: int, speculate: bool | None
-    ) -> Iterator[str | Output]:
+    def _pieces(self, chunks: Chunks, clock: Clock) -> Iterator[str | Output]:
         """Text as it comes, then the whole output."""
-        [(_, inputs)] = run.groups()
         decoder = StreamDecoder(self.processor.tokenizer)
-        chunks = []
-        limits = (max_new_tokens, run.clock, speculate)
-        for chunk in self._decode(inputs, run.row_keys(sampling.seed), sampling, *limits):
-            chunks.append(chunk)
+        seen = []
+        for chunk in chunks:
+            seen.append(chunk)
             if piece := "".join(map(decoder.feed, chunk[0][:, 0])):
                 yield piece
         if rest := decoder.finish():
             yield rest
-        tokens, logprobs = (np.concatenate(parts)[:, 0] for parts in zip(*chunks, strict=True))
-        yield self._output(tokens, logprobs, run.clock)
+        tokens, logprobs = (np.concatenate(parts)[:, 0] for parts in zip(*seen, strict=True))
+        yield self._output(tokens, logprobs, clock)
 
     def _output(self, tokens: np.ndarray, logprobs: np.ndarray, clock: Clock) -> Output:
         ends = np.flatnonzero(tokens == self.config.eos_token_id)
@@ -342,49 +377,6 @@ class PaliGemma:
         if isinstance(self._mask_vae, Path):
             self._mask_vae = load_mask_vae(self._mask_vae)
         return self._mask_vae
-
-
-def load(
-    path: str | Path,
-    dtype: str = "bfloat16",
-    quantization: str | None = None,
-    mask_vae: str | Path | None = None,
-) -> PaliGemma:
-    """Load a model.
-
-    Args:
-      path: Hugging Face directory, hub id, or big_vision .npz with tokenizer.model beside it.
-      dtype: "bfloat16", "float16" or "float32", of the parameters and activations.
-      quantization: "int8" or "int4" rounds the decoder's weights as they are read; None takes them as they are. A
-        checkpoint that was written quantized needs nothing here.
-      mask_vae: file of the mask VQ-VAE; by default vae-oid.npz beside the model, else $PALIGEMMA_MASK_VAE.
-
-    Raises:
-      ConfigError, CheckpointError, TokenizerError: see the message.
-    """
-    start = time.perf_counter()
-    if dtype == "float16" and jax.default_backend() == "tpu":
-        raise ConfigError("dtype 'float16' is not supported on TPU: use bfloat16")
-    found = checkpoints.resolve(path)
-    directory = found if found.is_dir() else found.parent
-    tokenizer = Tokenizer.from_dir(directory)
-    contents = checkpoints.scan(found)  # all small files are looked at before the long part
-    config = contents.config
-    tokenizer.check(config)
-    processor = Processor(config, tokenizer, ImageSettings.from_dir(directory, config.vision.image_size))
-    masks = _find_mask_vae(directory, mask_vae)
-    _, params = checkpoints.load(contents, dtype, quantization=quantization)
-    jax.block_until_ready(params)
-    return PaliGemma(config, params, processor, masks, directory, time.perf_counter() - start)
-
-
-def _find_mask_vae(directory: Path, given: str | Path | None) -> Path | None:
-    if given is None and (beside := directory / MASK_VAE_NAME).is_file():
-        return beside
-    named, by = (given, "mask_vae") if given else (os.environ.get(MASK_VAE_VARIABLE), f"${MASK_VAE_VARIABLE}")
-    if named and not Path(named).is_file():
-        raise CheckpointError(f"{named} is missing: name the file of the mask VQ-VAE with {by}, or leave it out")
-    return Path(named) if named else None
 
 
 def _picture_groups(images: Images | None, prompts: str | Sequence[str], count: int) -> list[list[int]]:

@@ -5,8 +5,9 @@ from pathlib import Path
 from typing import Any
 
 import jax
+from flax.traverse_util import unflatten_dict
 
-from paligemma_jax.checkpoints import big_vision, huggingface, packed
+from paligemma_jax.checkpoints import big_vision, huggingface, packed, safetensors
 from paligemma_jax.checkpoints.hub import resolve
 from paligemma_jax.checkpoints.place import Place, on_device
 from paligemma_jax.checkpoints.shapes import expected_shapes, parameter_count
@@ -14,7 +15,7 @@ from paligemma_jax.config import PaliGemmaConfig
 from paligemma_jax.errors import ConfigError
 from paligemma_jax.models import quantized
 
-__all__ = ["Contents", "expected_shapes", "load", "parameter_count", "resolve", "save", "scan"]
+__all__ = ["Contents", "abstract", "expected_shapes", "load", "parameter_count", "resolve", "save", "scan"]
 
 Contents = huggingface.Contents | big_vision.Contents
 
@@ -50,20 +51,44 @@ def load(
       ConfigError, CheckpointError: nothing is read unless the whole fits.
     """
     contents = source if isinstance(source, Contents) else scan(resolve(source), config)
+    _check_quantization(quantization, contents)
     if quantization is not None:
-        place = _quantizing(quantization, contents, place)
+        place = _quantizing(quantization, place)
     read = huggingface.load if isinstance(contents, huggingface.Contents) else big_vision.load
     return read(contents, dtype, progress, place)
 
 
-def _quantizing(name: str, contents: Contents, place: Place) -> Place:
-    """`place` with the decoder's weights rounded on their way."""
-    if name not in quantized.BITS:
+def abstract(contents: Contents, dtype: str, quantization: str | None = None) -> dict[str, Any]:
+    """What `load` will give, as shapes and dtypes only."""
+    target = safetensors.dtype_named(dtype)
+    _check_quantization(quantization, contents)
+    bits = quantized.BITS[quantization] if quantization else None
+    tensors = contents.tensors if isinstance(contents, huggingface.Contents) else {}
+
+    def leaf(path: str, shape: tuple[int, ...]) -> Any:
+        tensor = tensors.get(path)
+        if isinstance(tensor, packed.Packed):
+            return tensor.abstract(target)
+        struct = jax.ShapeDtypeStruct(shape, target)
+        if bits is None or not packed.is_quantized(path):
+            return struct
+        return jax.eval_shape(lambda weight: quantized.quantize(weight, bits), struct)
+
+    shapes = expected_shapes(contents.config)
+    return unflatten_dict({path: leaf(path, shape) for path, shape in shapes.items()}, sep="/")
+
+
+def _check_quantization(name: str | None, contents: Contents) -> None:
+    if name is not None and name not in quantized.BITS:
         raise ConfigError(f"quantization {name!r} is unknown: use {' or '.join(quantized.BITS)}, or leave it out")
-    if contents.quantization not in (None, name):
+    if name is not None and contents.quantization not in (None, name):
         raise ConfigError(
             f"the checkpoint is {contents.quantization} already: leave quantization={name!r} out, or give the original"
         )
+
+
+def _quantizing(name: str, place: Place) -> Place:
+    """`place` with the decoder's weights rounded on their way."""
 
     def rounded(path: str, array: Any) -> Any:
         if not packed.is_quantized(path):

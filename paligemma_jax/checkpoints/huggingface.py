@@ -228,8 +228,10 @@ def load(
                 return tensor.read(numbers, advance, lambda part: place(f"{path}/part", part))
             return place(path, safetensors.read(tensor, target, advance))
 
-        params = dict(zip(contents.tensors, pool.map(read, contents.tensors), strict=True))
-    return contents.config, unflatten_dict(params, sep="/")
+        # The largest first: what it takes to quantize them is gone before the others fill the memory.
+        paths = sorted(contents.tensors, key=lambda path: -contents.tensors[path].nbytes)
+        found = dict(zip(paths, pool.map(read, paths), strict=True))
+    return contents.config, unflatten_dict({path: found[path] for path in contents.tensors}, sep="/")
 
 
 def save(

@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 
 from paligemma_jax.checkpoints import safetensors
@@ -45,6 +46,11 @@ class Packed:
 
     def _parts(self) -> list[safetensors.Tensor]:
         return [tensor for tensor in (self.values, self.scale, self.multiplier) if tensor is not None]
+
+    def abstract(self, dtype: np.dtype) -> Quantized:
+        """The weight as shapes and dtypes only."""
+        parts = [jax.ShapeDtypeStruct(tensor.shape, tensor.stored) for tensor in self._parts()]
+        return Quantized(*parts, *[None] * (3 - len(parts)), dtype)
 
     def read(self, dtype: np.dtype, advance: Callable[[int], None], place: Callable[[Any], Any]) -> Quantized:
         """The weight, each part read once and passed to `place`; it stands for numbers of `dtype`."""

@@ -36,8 +36,13 @@ class Tensor(NamedTuple):
     offset: int  # bytes from the start of the file
 
     @property
+    def stored(self) -> np.dtype:
+        """The dtype of its numbers in the file; KeyError where it is none that weights have."""
+        return _STORED[self.dtype]
+
+    @property
     def nbytes(self) -> int:
-        return math.prod(self.shape) * _STORED[self.dtype].itemsize
+        return math.prod(self.shape) * self.stored.itemsize
 
 
 def dtype_named(name: str) -> np.dtype:
@@ -100,7 +105,7 @@ def empty_aligned(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
 
 def read(tensor: Tensor, dtype: np.dtype | None = None, advance: Callable[[int], None] | None = None) -> np.ndarray:
     """Read one tensor once, cast piece by piece to `dtype` (None: as stored); `advance` is told of bytes read."""
-    source = _STORED[tensor.dtype]
+    source = tensor.stored
     out = empty_aligned(tensor.shape, dtype or source)
     flat = out.reshape(-1)
     scratch = None if flat.dtype == source else np.empty(min(flat.size, _PIECE_ELEMENTS), source)

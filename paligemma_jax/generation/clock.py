@@ -6,6 +6,8 @@ from collections.abc import Callable, Hashable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 
 
 @dataclasses.dataclass(frozen=True)
@@ -18,33 +20,40 @@ class Timing:
     new_tokens: int
 
 
+Programs = dict[Hashable, jax.stages.Compiled]  # by function, shapes and static arguments
+
+
 class Clock:
     """Calls compiled functions and adds up where the time goes.
 
-    `seen` outlives the clock: the programs that its owner has called before.
+    `programs` outlive the clock: those that its owner has called before. `compile_s` was spent on them already.
     """
 
-    def __init__(self, seen: set[Hashable]):
-        self._seen = seen
-        self._compile_s = 0.0
+    def __init__(self, programs: Programs, compile_s: float = 0.0):
+        self._programs = programs
+        self._compile_s = compile_s
         self._run_s: dict[str, list[float]] = {}  # of each call, by the function's name
         self._decode_steps = 0
 
     def call(self, function: Callable[..., Any], params: Any, *args: Any, **static: Any) -> Any:
         """function(params, *args, **static), finished; a program that is new is compiled apart first."""
-        leaves, structure = jax.tree.flatten(args)
-        shapes = tuple((leaf.shape, leaf.dtype) for leaf in leaves)
-        program = (function, structure, shapes, tuple(static.items()))
         start = time.perf_counter()
-        if program not in self._seen:
-            function.lower(params, *args, **static).compile()
-            self._seen.add(program)
+        program = self._program(function, params, args, static)
         compiled = time.perf_counter()
-        result = jax.block_until_ready(function(params, *args, **static))
+        result = jax.block_until_ready(program(params, *args))
         self._compile_s += compiled - start
         self._run_s.setdefault(function.__name__, []).append(time.perf_counter() - compiled)
         self._decode_steps += static.get("num_steps", 0)
         return result
+
+    def _program(
+        self, function: Callable[..., Any], params: Any, args: tuple[Any, ...], static: dict[str, Any]
+    ) -> jax.stages.Compiled:
+        leaves, structure = jax.tree.flatten(args)
+        key = (function, structure, tuple((leaf.shape, leaf.dtype) for leaf in leaves), tuple(static.items()))
+        if key not in self._programs:
+            self._programs[key] = function.lower(params, *args, **static).compile()
+        return self._programs[key]
 
     def add_steps(self, count: int) -> None:
         """Count decode steps that a call gave without naming their number."""
@@ -60,3 +69,26 @@ class Clock:
             decode_ms_per_token=1e3 * decode_s / self._decode_steps if self._decode_steps else None,
             new_tokens=new_tokens,
         )
+
+
+class Rehearsed(Exception):
+    """Every program of a generation is compiled."""
+
+
+class Rehearsal(Clock):
+    """Compiles what is called and runs nothing: results are zeros, and the first decode step ends it by `Rehearsed`.
+
+    Parameters need shapes only (`jax.ShapeDtypeStruct`), so that programs can be compiled before the weights are there.
+    """
+
+    def call(self, function: Callable[..., Any], params: Any, *args: Any, **static: Any) -> Any:
+        program = self._program(function, params, args, static)
+        if function.__name__ == "decode":
+            raise Rehearsed
+        return jax.tree.map(_zeros, program.out_info)
+
+
+def _zeros(x: Any) -> jax.Array | np.ndarray:
+    if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
+        return jnp.broadcast_to(jax.random.key(0), x.shape)
+    return np.zeros(x.shape, x.dtype)

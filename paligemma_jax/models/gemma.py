@@ -50,8 +50,10 @@ class GatedMlp(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        gate = nn.gelu(Linear(self.mlp_dim, name="gate_proj")(x), approximate=True)
-        return Linear(x.shape[-1], name="down_proj")(gate * Linear(self.mlp_dim, name="up_proj")(x))
+        # float32 until the last product: rounding each step would be less exact and, on CPU, slower.
+        gate = nn.gelu(Linear(self.mlp_dim, dtype=jnp.float32, name="gate_proj")(x), approximate=True)
+        hidden = gate * Linear(self.mlp_dim, dtype=jnp.float32, name="up_proj")(x)
+        return Linear(x.shape[-1], name="down_proj")(hidden.astype(x.dtype))
 
 
 class DecoderLayer(nn.Module):

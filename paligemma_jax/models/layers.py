@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from paligemma_jax.models import quantized
+from paligemma_jax.models import cpu, quantized
 from paligemma_jax.models.quantized import Quantized
 
 _FEW_ROWS = 16  # at most so many rows, a CPU product is bound by reading the weights
@@ -18,22 +18,19 @@ def linear(x: jax.Array, weight: jax.Array | Quantized) -> jax.Array:
     """Product of activations [..., D] with a weight in file orientation [F, D]: float32 [..., F].
 
     The activations take the weight's dtype, or 8 bits if it is quantized; sums are kept in float32. On CPU a
-    half-precision product of one row is far slower than one of two, and few rows are fastest with the weight as the
-    left operand, so both are arranged here and nowhere else.
+    half-precision product of one row is far slower than one of two, and for few rows it matters which operand is the
+    left one, so both are arranged here and nowhere else.
     """
     if isinstance(weight, Quantized):
         y = quantized.product(x.reshape(-1, x.shape[-1]), weight, _FEW_ROWS)
         return y.reshape(*x.shape[:-1], weight.shape[0])
     rows = x.reshape(-1, x.shape[-1]).astype(weight.dtype)
     num_rows = rows.shape[0]
-    if jax.default_backend() == "cpu" and num_rows <= _FEW_ROWS:
-        if num_rows == 1 and weight.dtype != jnp.float32:
-            rows = jnp.concatenate([rows, rows])
-        y = lax.dot_general(weight, rows, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32)
-        y = y.T[:num_rows]
-    else:
-        y = lax.dot_general(rows, weight, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32)
-    return y.reshape(*x.shape[:-1], weight.shape[0])
+    few = jax.default_backend() == "cpu" and num_rows <= _FEW_ROWS
+    if few and num_rows == 1 and weight.dtype != jnp.float32:
+        rows = jnp.concatenate([rows, rows])
+    y = cpu.product(weight, rows).T if few and cpu.weight_first(weight) else cpu.product(rows, weight)
+    return y[:num_rows].reshape(*x.shape[:-1], weight.shape[0])
 
 
 def along_last(vector: jax.Array, x: jax.Array) -> jax.Array:
@@ -55,10 +52,11 @@ def parameter(
 
 
 class Linear(nn.Module):
-    """Affine map; `weight` [F, D] as in the file, `bias` [F] if asked for. Keeps the dtype of its input."""
+    """Affine map; `weight` [F, D] as in the file, `bias` [F] if asked for. The result has `dtype`, or its input's."""
 
     features: int
     use_bias: bool = False
+    dtype: jnp.dtype | None = None
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -66,7 +64,7 @@ class Linear(nn.Module):
         y = linear(x, parameter(self, "weight", init, (self.features, x.shape[-1])))
         if self.use_bias:
             y = y + along_last(parameter(self, "bias", nn.initializers.zeros, (self.features,)), y)
-        return y.astype(x.dtype)
+        return y.astype(self.dtype or x.dtype)
 
 
 class LayerNorm(nn.Module):

@@ -60,26 +60,56 @@ def quantize(weight: jax.Array, bits: int) -> Quantized:
     return (_quantize_8 if bits == 8 else _quantize_4)(weight)
 
 
-@jax.jit
+# What follows is compiled in parts: as one program, XLA on CPU works the largest values out again for every number.
+
+
 def _quantize_8(weight: jax.Array) -> Quantized:
-    most = jnp.max(jnp.abs(weight), axis=1).astype(jnp.float32)
-    scale = jnp.where(most > 0, most / _MOST_8, 1.0)
-    values = jnp.round(weight.astype(jnp.float32) * (1 / scale)[:, None])
-    return Quantized(values.astype(jnp.int8), scale, None, weight.dtype)
+    scale = _scale(_largest(weight, weight.shape[1]), _MOST_8)
+    return Quantized(_rounded_8(weight, scale), scale, None, weight.dtype)
+
+
+def _quantize_4(weight: jax.Array) -> Quantized:
+    largest = _largest(weight, math.gcd(weight.shape[1], _GROUP))
+    scale = _scale(largest, _MOST_4 * _MOST_MULTIPLIER)
+    multiplier = _multiplier(largest, scale)
+    return Quantized(_packed_4(_rounded_4(weight, scale, multiplier)), scale, multiplier, weight.dtype)
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def _largest(weight: jax.Array, group: int) -> jax.Array:
+    """Largest size in each group of inputs: f32 [F, G]."""
+    sizes = jnp.abs(weight.astype(jnp.float32))
+    return jnp.max(sizes.reshape(weight.shape[0], -1, group), axis=2)
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def _scale(largest: jax.Array, most: int) -> jax.Array:
+    largest = jnp.max(largest, axis=1)
+    return jnp.where(largest > 0, largest / most, 1.0)
 
 
 @jax.jit
-def _quantize_4(weight: jax.Array) -> Quantized:
-    (num_outputs, width), dtype = weight.shape, weight.dtype
-    group = math.gcd(width, _GROUP)
-    weight = weight.astype(jnp.float32).reshape(num_outputs, -1, group)
-    most = jnp.max(jnp.abs(weight), axis=2)  # [F, G]
-    most_of_all = jnp.max(most, axis=1)
-    scale = jnp.where(most_of_all > 0, most_of_all / (_MOST_4 * _MOST_MULTIPLIER), 1.0)
-    multiplier = jnp.clip(jnp.ceil(most / (_MOST_4 * scale[:, None]) - 1e-3), 1, _MOST_MULTIPLIER)
-    numbers = jnp.round(weight / (scale[:, None] * multiplier)[:, :, None])
-    numbers = (jnp.clip(numbers, -_MOST_4, _MOST_4) + 8).astype(jnp.uint8).reshape(num_outputs, 2, width // 2)
-    return Quantized(numbers[:, 0] | numbers[:, 1] << 4, scale, multiplier.astype(jnp.int8), dtype)
+def _multiplier(largest: jax.Array, scale: jax.Array) -> jax.Array:
+    return jnp.clip(jnp.ceil(largest / (_MOST_4 * scale[:, None]) - 1e-3), 1, _MOST_MULTIPLIER).astype(jnp.int8)
+
+
+@jax.jit
+def _rounded_8(weight: jax.Array, scale: jax.Array) -> jax.Array:
+    return jnp.round(weight.astype(jnp.float32) * (1 / scale)[:, None]).astype(jnp.int8)
+
+
+@jax.jit
+def _rounded_4(weight: jax.Array, scale: jax.Array, multiplier: jax.Array) -> jax.Array:
+    """The 4-bit numbers plus 8: u8 [F, D]."""
+    grouped = weight.astype(jnp.float32).reshape(*multiplier.shape, -1)
+    numbers = jnp.round(grouped / (scale[:, None] * multiplier)[:, :, None])
+    return (jnp.clip(numbers, -_MOST_4, _MOST_4) + 8).astype(jnp.uint8).reshape(weight.shape)
+
+
+@jax.jit
+def _packed_4(numbers: jax.Array) -> jax.Array:
+    low, high = jnp.split(numbers, 2, axis=1)
+    return low | high << 4
 
 
 def _whole(weight: Quantized) -> jax.Array:

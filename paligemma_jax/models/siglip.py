@@ -5,6 +5,7 @@ Axes: B pictures, S side in pixels, P patch side, N = (S / P)^2 patches row by r
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 
 from paligemma_jax.config import VisionConfig
 from paligemma_jax.models.attention import attend
@@ -59,7 +60,8 @@ class Mlp(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        hidden = nn.gelu(Linear(self.mlp_dim, use_bias=True, name="fc1")(x), approximate=True)
+        hidden = Linear(self.mlp_dim, use_bias=True, dtype=jnp.float32, name="fc1")(x)
+        hidden = nn.gelu(hidden, approximate=True).astype(x.dtype)
         return Linear(x.shape[-1], use_bias=True, name="fc2")(hidden)
 
 

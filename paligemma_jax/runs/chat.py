@@ -16,6 +16,7 @@ from paligemma_jax.runs import model as models
 from paligemma_jax.runs.generate import print_pieces
 from paligemma_jax.runs.results import Results, note, warn_about_free_prompts
 
+_USUAL_PROMPT = "caption en"  # most are about as long, and so share its programs
 _HELP = """type a prompt and press Enter: caption en, answer en how many cats are there?, detect cat, segment cat
   image PATH   change the picture (a path or URL)
   help         show this
@@ -60,7 +61,9 @@ def run(config: ConfigDict) -> int:
     models.check_weights(config)
     name, picture = _read(config.image)  # before the model is loaded
     profile = environment.profiled(config)
-    chat = Chat(models.load(config), config, sampling)
+    options = {"batch_size": 1, "speculate": settings.speculate(config)}
+    usual = ([[0]], _USUAL_PROMPT, config.max_new_tokens, sampling)
+    chat = Chat(models.load(config, lambda model: model.compile(*usual, **options)), config, sampling)
     with profile:
         chat.show(name, picture)
         _talk(chat)

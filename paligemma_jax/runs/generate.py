@@ -40,7 +40,8 @@ def run(config: ConfigDict) -> int:
         raise problem  # before the model is loaded
 
     profile = environment.profiled(config)
-    model = models.load(config)
+    readable = sum(not isinstance(picture, ImageError) for _, picture in first)
+    model = models.load(config, lambda model: _prepare(model, readable, prompts, config, sampling))
     results = Results(model, config, several=len(names) * len(prompts) > 1)
     failed = 0
     with profile, _progress_bar(len(names)) as bar:
@@ -67,6 +68,18 @@ def _read(names: list[str], count: int) -> Iterator[list[Picture]]:
             except ImageError as error:
                 group.append((name, error))
         yield group
+
+
+def _prepare(
+    model: pj.PaliGemma, num_pictures: int, prompts: list[str], config: ConfigDict, sampling: pj.Sampling
+) -> None:
+    """Compile what the first answers need: all prompts about some pictures, or the first one when they are streamed."""
+    if config.stream:
+        num_pictures, prompts = 1, prompts[:1]
+    groups = [[i] for i in range(num_pictures) for _ in prompts]
+    if groups:
+        options = {"batch_size": config.batch_size, "speculate": settings.speculate(config)}
+        model.compile(groups, prompts * num_pictures, config.max_new_tokens, sampling, **options)
 
 
 def _answer(

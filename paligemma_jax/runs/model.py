@@ -1,6 +1,7 @@
 """A run config to a model that is ready."""
 
 import dataclasses
+from collections.abc import Callable
 from pathlib import Path
 
 from ml_collections import ConfigDict
@@ -17,8 +18,8 @@ A directory that has them already: --config.checkpoint=DIR
 Meanwhile, the small model that is shipped: python main.py --config=configs/tiny.py"""
 
 
-def load(config: ConfigDict) -> pj.PaliGemma:
-    """The model of a generate, chat or evaluate run.
+def load(config: ConfigDict, prepare: Callable[[pj.PaliGemma], None] | None = None) -> pj.PaliGemma:
+    """The model of a generate, chat or evaluate run; see `pj.load` for `prepare`.
 
     Raises:
       UserError: see the message; nothing is fetched from the hub unless `checkpoint` names it.
@@ -32,6 +33,7 @@ def load(config: ConfigDict) -> pj.PaliGemma:
         dtype=dtype,
         quantization=None if quantization == "none" else quantization,
         mask_vae=config.mask_vae or None,
+        prepare=prepare,
     )
     if resample != "auto":
         settings = dataclasses.replace(model.processor.image_settings, resample=resample)

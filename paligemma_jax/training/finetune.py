@@ -12,9 +12,9 @@ from flax.traverse_util import flatten_dict
 from ml_collections import ConfigDict
 
 from paligemma_jax.errors import ConfigError
+from paligemma_jax.loading import load
 from paligemma_jax.models.paligemma import PaliGemma
 from paligemma_jax.models.quantized import Quantized
-from paligemma_jax.pipeline import load
 from paligemma_jax.training.data import make_batches, read_jsonl
 from paligemma_jax.training.loop import fit, init_state, make_step, open_checkpoints
 from paligemma_jax.training.loss import suffix_loss

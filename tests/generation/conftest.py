@@ -37,7 +37,7 @@ def make_inputs():
 
 @pytest.fixture
 def clock():
-    return Clock(set())
+    return Clock({})
 
 
 @pytest.fixture(scope="session")

@@ -220,7 +220,7 @@ def test_the_shipped_model_says_the_same_in_fewer_passes(shipped, sampling):
     picture = ASSETS / "examples" / "stars.png"
     prompts = ["detect star", "segment star ; circle", "caption en"]
     tokenizer, config = shipped.processor.tokenizer, shipped.config
-    clock = pj.generation.clock.Clock(set())
+    clock = pj.generation.clock.Clock({})
     batch = shipped.processor(picture, prompts)
     soft_tokens = engine.embed_pictures(shipped.params, config, batch.pixels, clock)
     for rows in (range(3), range(1)):

@@ -25,7 +25,7 @@ def _logits(config: PaliGemmaConfig, params: dict, batch: Batch) -> np.ndarray:
 
 
 def _greedy(config: PaliGemmaConfig, params: dict, batch: Batch, max_new_tokens: int) -> np.ndarray:
-    clock, rows = engine.Clock(set()), range(len(batch.tokens))
+    clock, rows = engine.Clock({}), range(len(batch.tokens))
     soft_tokens = engine.embed_pictures(params, config, batch.pixels, clock)
     inputs = engine.prepare(batch, soft_tokens, rows)
     keys = row_keys(0, range(len(inputs.tokens)))

@@ -48,7 +48,7 @@ def add_json(plain_dir, directory, name, content):
     return Tokenizer.from_dir(directory)
 
 
-@settings(deadline=None)
+@settings(derandomize=True, deadline=None)
 @given(text=TEXTS.filter(lambda text: "▁" not in text))  # SentencePiece's own sign for a space
 def test_decode_inverts_encode(tokenizer, text):
     ids = tokenizer.encode(text)
@@ -56,7 +56,7 @@ def test_decode_inverts_encode(tokenizer, text):
     assert not {0, 1, 2, 3} & set(ids), "text never becomes a control token"
 
 
-@settings(deadline=None)
+@settings(derandomize=True, deadline=None)
 @given(text=TEXTS)
 def test_encode_equals_sentencepiece_where_it_knows_the_markers(tokenizer, text):
     model = sentencepiece.SentencePieceProcessor()
@@ -64,14 +64,14 @@ def test_encode_equals_sentencepiece_where_it_knows_the_markers(tokenizer, text)
     assert tokenizer.encode(text) == model.encode(text)
 
 
-@settings(deadline=None)
+@settings(derandomize=True, deadline=None)
 @given(ids=st.lists(st.integers(0, 1800)))
 def test_stream_equals_decode_for_any_ids(tokenizer, ids):
     assert "".join(stream(tokenizer, ids)) == tokenizer.decode(ids)
 
 
 @given(text=st.text())
-@settings(deadline=None)
+@settings(derandomize=True, deadline=None)
 def test_stream_gives_whole_characters(tokenizer, text):
     pieces = stream(tokenizer, tokenizer.encode(text))
     assert "�" in text or "�" not in "".join(pieces)
@@ -200,7 +200,7 @@ def test_check(tokenizer):
 
 
 @pytest.mark.oracle
-@settings(deadline=None, max_examples=50)
+@settings(derandomize=True, deadline=None, max_examples=50)
 @given(text=TEXTS.filter(lambda text: not any(name in text for name in ("<bos>", "<pad>", "▁"))))
 def test_ids_equal_transformers(tokenizer_dir, tokenizer, text):
     transformers = pytest.importorskip("transformers")

@@ -1,0 +1,72 @@
+"""Files to a model that is ready to run."""
+
+import os
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import jax
+
+from paligemma_jax import checkpoints
+from paligemma_jax.errors import CheckpointError, ConfigError
+from paligemma_jax.models import cpu
+from paligemma_jax.pipeline import MASK_VAE_NAME, MASK_VAE_VARIABLE, PaliGemma
+from paligemma_jax.processing.image import ImageSettings
+from paligemma_jax.processing.processor import Processor
+from paligemma_jax.processing.tokenizer import Tokenizer
+
+
+def load(
+    path: str | Path,
+    dtype: str = "bfloat16",
+    quantization: str | None = None,
+    mask_vae: str | Path | None = None,
+    prepare: Callable[[PaliGemma], None] | None = None,
+) -> PaliGemma:
+    """Load a model.
+
+    Args:
+      path: Hugging Face directory, hub id, or big_vision .npz with tokenizer.model beside it.
+      dtype: "bfloat16", "float16" or "float32", of the parameters and activations.
+      quantization: "int8" or "int4" rounds the decoder's weights as they are read; None takes them as they are. A
+        checkpoint that was written quantized needs nothing here.
+      mask_vae: file of the mask VQ-VAE; by default vae-oid.npz beside the model, else $PALIGEMMA_MASK_VAE.
+      prepare: called with the model, whose parameters are only shapes yet, while the weights are read:
+        `lambda model: model.compile(...)` for what will be asked first.
+
+    Raises:
+      ConfigError, CheckpointError, TokenizerError: see the message.
+    """
+    start = time.perf_counter()
+    if dtype == "float16" and jax.default_backend() == "tpu":
+        raise ConfigError("dtype 'float16' is not supported on TPU: use bfloat16")
+    found = checkpoints.resolve(path)
+    directory = found if found.is_dir() else found.parent
+    tokenizer = Tokenizer.from_dir(directory)
+    contents = checkpoints.scan(found)  # all small files are looked at before the long part
+    config = contents.config
+    tokenizer.check(config)
+    processor = Processor(config, tokenizer, ImageSettings.from_dir(directory, config.vision.image_size))
+    masks = _find_mask_vae(directory, mask_vae)
+    model = PaliGemma(config, checkpoints.abstract(contents, dtype, quantization), processor, masks, directory)
+    cpu.measure(model.params)
+    with ThreadPoolExecutor(1) as pool:
+        prepared = pool.submit(prepare, model) if prepare else None
+        _, params = checkpoints.load(contents, dtype, quantization=quantization)
+        jax.block_until_ready(params)
+        load_s = time.perf_counter() - start
+        if prepared:
+            prepared.result()
+    model.params, model.load_s = params, load_s
+    model.compile_s = time.perf_counter() - start - load_s
+    return model
+
+
+def _find_mask_vae(directory: Path, given: str | Path | None) -> Path | None:
+    if given is None and (beside := directory / MASK_VAE_NAME).is_file():
+        return beside
+    named, by = (given, "mask_vae") if given else (os.environ.get(MASK_VAE_VARIABLE), f"${MASK_VAE_VARIABLE}")
+    if named and not Path(named).is_file():
+        raise CheckpointError(f"{named} is missing: name the file of the mask VQ-VAE with {by}, or leave it out")
+    return Path(named) if named else None
