@@ -97,10 +97,9 @@ def _check(
             raise CheckpointError(
                 f"{source}: {tensor.name} is {tensor.dtype} {list(tensor.shape)}, which fits no weight"
             )
-    if multiplier is not None and (not multiplier.shape[1] or 2 * values.shape[1] % multiplier.shape[1]):
-        raise CheckpointError(
-            f"{source}: {multiplier.name} has {multiplier.shape[1]} groups, which do not divide a row"
-        )
+    num_groups = multiplier.shape[1] if multiplier is not None else 2
+    if not num_groups or num_groups % 2 or 2 * values.shape[1] % num_groups:
+        raise CheckpointError(f"{source}: {multiplier.name} has {num_groups} groups, which do not divide half a row")
 
 
 def parts_of(key: str, leaf: Any) -> dict[str, Any]:

@@ -19,8 +19,9 @@ BITS = {"int8": 8, "int4": 4}
 _MOST_8 = 127
 _MOST_4 = 7
 _MOST_MULTIPLIER = _MOST_8 // _MOST_4
-_GROUP = 128  # inputs that share a multiplier, fewer where the width is no multiple of it
-_TILE = 4 << 20  # weights that are unpacked at once, so that they stay near the processor
+_GROUP = 128  # inputs that share a multiplier, fewer where half the width is no multiple of it
+_BLOCK = 32 << 20  # weights that are rounded at once
+_TILE = 1 << 20  # weights that are unpacked at once, so that they stay in the cache of a core
 
 
 @jax.tree_util.register_dataclass
@@ -56,8 +57,14 @@ def quantization_of(weight: Quantized) -> str:
 
 
 def quantize(weight: jax.Array, bits: int) -> Quantized:
-    """Round a weight [F, D] to the nearest of 8 bits, one scale per output, or of 4 bits in groups of inputs."""
-    return (_quantize_8 if bits == 8 else _quantize_4)(weight)
+    """Round a weight [F, D] to the nearest of 8 bits, one scale per output, or of 4 bits in groups of inputs.
+
+    A large one goes some rows at a time: in float32 a whole embedding table would be most of the memory in use.
+    """
+    rows = max(1, _BLOCK // weight.shape[1])
+    blocks = [weight[start : start + rows] for start in range(0, weight.shape[0], rows)]
+    parts = map(_quantize_8 if bits == 8 else _quantize_4, blocks)
+    return jax.tree.map(lambda *part: jnp.concatenate(part) if len(part) > 1 else part[0], *parts)
 
 
 # What follows is compiled in parts: as one program, XLA on CPU works the largest values out again for every number.
@@ -69,7 +76,7 @@ def _quantize_8(weight: jax.Array) -> Quantized:
 
 
 def _quantize_4(weight: jax.Array) -> Quantized:
-    largest = _largest(weight, math.gcd(weight.shape[1], _GROUP))
+    largest = _largest(weight, math.gcd(weight.shape[1] // 2, _GROUP))
     scale = _scale(largest, _MOST_4 * _MOST_MULTIPLIER)
     multiplier = _multiplier(largest, scale)
     return Quantized(_packed_4(_rounded_4(weight, scale, multiplier)), scale, multiplier, weight.dtype)
@@ -112,21 +119,27 @@ def _packed_4(numbers: jax.Array) -> jax.Array:
     return low | high << 4
 
 
-def _whole(weight: Quantized) -> jax.Array:
-    """The whole numbers i8 [F, D] that `scale` makes weights of."""
+def _whole(weight: Quantized) -> list[jax.Array]:
+    """The whole numbers that `scale` makes weights of: i8 [F, D], or its left and its right half.
+
+    The halves of the 4-bit form stay apart: putting them together would take longer than multiplying them.
+    """
     if weight.multiplier is None:
-        return weight.values
-    low, high = weight.values & 15, weight.values >> 4
-    numbers = lax.bitcast_convert_type(jnp.concatenate([low, high], axis=1), jnp.int8) - jnp.int8(8)
-    num_outputs, num_groups = weight.multiplier.shape
-    grouped = numbers.reshape(num_outputs, num_groups, -1) * weight.multiplier[:, :, None]
-    return grouped.reshape(num_outputs, -1)
+        return [weight.values]
+    numbers = weight.values & 15, weight.values >> 4
+    multipliers = jnp.split(weight.multiplier, 2, axis=1)
+
+    def half(numbers: jax.Array, multiplier: jax.Array) -> jax.Array:
+        grouped = (numbers.astype(jnp.int8) - jnp.int8(8)).reshape(*multiplier.shape, -1)
+        return (grouped * multiplier[:, :, None]).reshape(numbers.shape)
+
+    return [half(*pair) for pair in zip(numbers, multipliers, strict=True)]
 
 
 def rows_of(weight: Quantized, index: jax.Array) -> jax.Array:
     """Some rows [..., D] of the weight as numbers of its dtype."""
     chosen = jax.tree.map(lambda part: jnp.take(part, index.reshape(-1), axis=0), weight)
-    numbers = _whole(chosen).astype(jnp.float32) * chosen.scale[:, None]
+    numbers = jnp.concatenate(_whole(chosen), axis=1).astype(jnp.float32) * chosen.scale[:, None]
     return numbers.astype(weight.dtype).reshape(*index.shape, -1)
 
 
@@ -143,7 +156,7 @@ def product(x: jax.Array, weight: Quantized, few_rows: int) -> jax.Array:
         x = jnp.concatenate([x, x])
     scale = jnp.maximum(jnp.max(jnp.abs(x), axis=1, keepdims=True), 1e-30) / _MOST_8
     rounded = jnp.round(x / scale).astype(jnp.int8)
-    y = _by_tiles(weight, rounded).T if on_cpu and num_rows <= few_rows else _dot(rounded, _whole(weight))
+    y = _by_tiles(weight, rounded).T if on_cpu and num_rows <= few_rows else _sum_of_products(rounded, weight)
     y = y.astype(jnp.float32) * scale * weight.scale[None]
     return y[:num_rows]
 
@@ -152,15 +165,19 @@ def _dot(a: jax.Array, b: jax.Array) -> jax.Array:
     return lax.dot_general(a, b, (((1,), (1,)), ((), ())), preferred_element_type=jnp.int32)
 
 
+def _sum_of_products(x: jax.Array, weight: Quantized, weight_first: bool = False) -> jax.Array:
+    """Whole-number product i32 [M, F] of x [M, D], or [F, M] with the weight as the left operand."""
+    parts = _whole(weight)
+    pairs = zip(jnp.split(x, len(parts), axis=1), parts, strict=True)
+    return sum(_dot(part, piece) if weight_first else _dot(piece, part) for piece, part in pairs)
+
+
 def _by_tiles(weight: Quantized, x: jax.Array) -> jax.Array:
     """Whole-number product i32 [F, M]; 4-bit weights are unpacked a tile of rows at a time."""
     num_outputs, width = weight.shape
     rows = math.gcd(num_outputs, 1 << (_TILE // width).bit_length() - 1)
     if weight.multiplier is None or rows == num_outputs or rows * width < _TILE // 8:
-        return _dot(_whole(weight), x)
+        return _sum_of_products(x, weight, weight_first=True)
     tiles = jax.tree.map(lambda part: part.reshape(-1, rows, *part.shape[1:]), weight)
-    return lax.map(functools.partial(_tile, x), tiles).reshape(num_outputs, -1)
-
-
-def _tile(x: jax.Array, weight: Quantized) -> jax.Array:
-    return _dot(_whole(weight), x)
+    multiply = functools.partial(_sum_of_products, x, weight_first=True)
+    return lax.map(multiply, tiles).reshape(num_outputs, -1)

@@ -63,7 +63,7 @@ DAMAGE = {
     "short scale": ("weight_scale is F32", lambda t: t.update({f"{TABLE}_scale": t[f"{TABLE}_scale"][1:]})),
     "wrong type": ("weight_packed is I8", lambda t: t.update({f"{TABLE}_packed": t[f"{TABLE}_packed"].view(np.int8)})),
     "odd groups": (
-        "groups, which do not divide a row",
+        "groups, which do not divide half a row",
         lambda t: t.update({f"{TABLE}_multiplier": np.ones((len(t[f"{TABLE}_scale"]), 77), np.int8)}),
     ),
 }

@@ -8,7 +8,7 @@ import pytest
 from paligemma_jax.models import quantized
 from paligemma_jax.models.layers import linear
 
-WIDTHS = {"groups of 128": 256, "groups of 16": 48}
+WIDTHS = {"groups of 128": 256, "groups of 8": 48}
 
 
 @pytest.fixture(scope="module", params=WIDTHS.values(), ids=WIDTHS)
@@ -76,3 +76,10 @@ def test_a_quantized_weight_looks_like_the_weight():
         found = quantized.quantize(weight, bits)
         assert (found.shape, found.size, found.dtype) == ((6, 32), 192, jnp.bfloat16)
         assert found.values.nbytes == nbytes
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_a_large_weight_is_rounded_in_blocks_that_make_no_difference(weight, bits, monkeypatch):
+    whole = quantized.quantize(weight, bits)
+    monkeypatch.setattr(quantized, "_BLOCK", 7 * weight.shape[1])
+    jax.tree.map(np.testing.assert_array_equal, whole, quantized.quantize(weight, bits))
