@@ -99,6 +99,45 @@ def test_speculation_changes_no_answer(model, pictures, sampling, monkeypatch):
     assert same(model.generate(pictures[1], PROMPTS[1], 12, sampling)[0], plain[1])
 
 
+@pytest.mark.parametrize(
+    "sampling, options",
+    [
+        (pj.Sampling(), {"speculate": False}),
+        (pj.Sampling(), {"speculate": True}),
+        (HOT, {"batch_size": 2}),
+        (pj.Sampling(num_beams=2), {}),
+    ],
+    ids=["greedy", "speculation", "sampled", "beams"],
+)
+def test_compiled_before_there_are_weights_nothing_is_left_to_compile(model, pictures, sampling, options):
+    expected = model.generate(pictures[:2], PROMPTS[:2], 12, sampling, **options)
+    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), model.params)
+    fresh = pj.PaliGemma(model.config, shapes, model.processor)
+    fresh.compile([[0], [1]], PROMPTS[:2], 12, sampling, **options)
+    fresh.params = model.params
+    known = set(fresh._programs)
+    assert all(map(same, expected, fresh.generate(pictures[:2], PROMPTS[:2], 12, sampling, **options)))
+    assert set(fresh._programs) == known and len(known) >= 3  # picture encoder, prefill, decode
+
+
+def test_what_is_compiled_while_loading_is_told_with_the_first_answer(model, pictures, tmp_path):
+    model.save(tmp_path)
+    seen = []
+
+    def prepare(loading: pj.PaliGemma) -> None:
+        seen.extend(jax.tree.leaves(loading.params))
+        loading.compile([[0]], PROMPTS[0], 4)
+
+    loaded = pj.load(tmp_path, dtype="float32", prepare=prepare)
+    assert all(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in seen)
+    waited = loaded.compile_s
+    [first], [second] = (loaded.generate(pictures[0], PROMPTS[0], 4) for _ in range(2))
+    assert waited > 0 and first.timing.compile_s >= waited > second.timing.compile_s
+    assert same(first, model.generate(pictures[0], PROMPTS[0], 4)[0])
+    with pytest.raises(PromptError, match="positions"):
+        pj.load(tmp_path, prepare=lambda loading: loading.compile([[0]], PROMPTS[0], 10**6))
+
+
 def test_long_prompts_run_in_smaller_groups_with_the_same_answers(model, pictures, monkeypatch):
     together = model.generate(pictures, PROMPTS, 8, HOT)
     sizes, prepare = [], engine.prepare

@@ -72,7 +72,7 @@ def abstract(contents: Contents, dtype: str, quantization: str | None = None) ->
         struct = jax.ShapeDtypeStruct(shape, target)
         if bits is None or not packed.is_quantized(path):
             return struct
-        return jax.eval_shape(lambda weight: quantized.quantize(weight, bits), struct)
+        return quantized.abstract(struct, bits)
 
     shapes = expected_shapes(contents.config)
     return unflatten_dict({path: leaf(path, shape) for path, shape in shapes.items()}, sep="/")

@@ -20,7 +20,6 @@ _MOST_8 = 127
 _MOST_4 = 7
 _MOST_MULTIPLIER = _MOST_8 // _MOST_4
 _GROUP = 128  # inputs that share a multiplier, fewer where half the width is no multiple of it
-_BLOCK = 32 << 20  # weights that are rounded at once
 _TILE = 1 << 20  # weights that are unpacked at once, so that they stay in the cache of a core
 
 
@@ -57,14 +56,13 @@ def quantization_of(weight: Quantized) -> str:
 
 
 def quantize(weight: jax.Array, bits: int) -> Quantized:
-    """Round a weight [F, D] to the nearest of 8 bits, one scale per output, or of 4 bits in groups of inputs.
+    """Round a weight [F, D] to the nearest of 8 bits, one scale per output, or of 4 bits in groups of inputs."""
+    return _QUANTIZE[bits](weight)
 
-    A large one goes some rows at a time: in float32 a whole embedding table would be most of the memory in use.
-    """
-    rows = max(1, _BLOCK // weight.shape[1])
-    blocks = [weight[start : start + rows] for start in range(0, weight.shape[0], rows)]
-    parts = map(_quantize_8 if bits == 8 else _quantize_4, blocks)
-    return jax.tree.map(lambda *part: jnp.concatenate(part) if len(part) > 1 else part[0], *parts)
+
+def abstract(weight: jax.ShapeDtypeStruct, bits: int) -> Quantized:
+    """What `quantize` gives, as shapes and dtypes only."""
+    return jax.eval_shape(_QUANTIZE[bits], weight)
 
 
 # What follows is compiled in parts: as one program, XLA on CPU works the largest values out again for every number.
@@ -80,6 +78,9 @@ def _quantize_4(weight: jax.Array) -> Quantized:
     scale = _scale(largest, _MOST_4 * _MOST_MULTIPLIER)
     multiplier = _multiplier(largest, scale)
     return Quantized(_packed_4(_rounded_4(weight, scale, multiplier)), scale, multiplier, weight.dtype)
+
+
+_QUANTIZE = {8: _quantize_8, 4: _quantize_4}
 
 
 @functools.partial(jax.jit, static_argnums=1)
@@ -152,6 +153,9 @@ def product(x: jax.Array, weight: Quantized, few_rows: int) -> jax.Array:
     num_rows = x.shape[0]
     on_cpu = jax.default_backend() == "cpu"
     x = x.astype(jnp.float32)
+    if weight.multiplier is not None:
+        # Tied to the activations, a weight is unpacked when it is its turn: XLA would begin with all of them.
+        weight, x = lax.optimization_barrier((weight, x))
     if on_cpu and num_rows == 1:
         x = jnp.concatenate([x, x])
     scale = jnp.maximum(jnp.max(jnp.abs(x), axis=1, keepdims=True), 1e-30) / _MOST_8

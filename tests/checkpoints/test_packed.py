@@ -83,3 +83,17 @@ def test_config_json_says_who_reads_it(checkpoint, tmp_path):
     checkpoints.save(tmp_path, config, params)
     note = json.loads((tmp_path / "config.json").read_text())["quantization_config"]
     assert note == {"quant_method": "paligemma_jax", "bits": 4}
+
+
+@pytest.mark.parametrize("name", [None, "int8", "int4"])
+@pytest.mark.parametrize("written", [False, True])
+def test_the_shapes_of_a_load_are_known_before_it(checkpoint, tmp_path, name, written):
+    directory = checkpoint()
+    config, params = checkpoints.load(directory, quantization=name)
+    if written:
+        checkpoints.save(tmp_path, config, params)
+        directory = tmp_path
+    expected = checkpoints.abstract(checkpoints.scan(directory), "bfloat16", None if written else name)
+    assert jax.tree.structure(expected) == jax.tree.structure(params)
+    for before, after in zip(*map(jax.tree.leaves, (expected, params)), strict=True):
+        assert (before.shape, before.dtype) == (after.shape, after.dtype)

@@ -76,10 +76,3 @@ def test_a_quantized_weight_looks_like_the_weight():
         found = quantized.quantize(weight, bits)
         assert (found.shape, found.size, found.dtype) == ((6, 32), 192, jnp.bfloat16)
         assert found.values.nbytes == nbytes
-
-
-@pytest.mark.parametrize("bits", [8, 4])
-def test_a_large_weight_is_rounded_in_blocks_that_make_no_difference(weight, bits, monkeypatch):
-    whole = quantized.quantize(weight, bits)
-    monkeypatch.setattr(quantized, "_BLOCK", 7 * weight.shape[1])
-    jax.tree.map(np.testing.assert_array_equal, whole, quantized.quantize(weight, bits))
