@@ -41,7 +41,7 @@ def get_config() -> ConfigDict:
     config.top_p = 1.0  # draw among the fewest tokens with this probability together; 1 means all
     config.min_p = 0.0  # draw among tokens with this share of the likeliest one's probability; 0 means all
     config.num_beams = 1  # above 1: beam search
-    config.speculate = "auto"  # guess tokens ahead, which changes no answer: on, off, or auto, where that is faster
+    config.speculate = "auto"  # guess tokens ahead, which changes no answer: on, off or auto
 
     config.format = "text"  # text, or json: one object per line
     config.stream = False  # print an answer while it is made

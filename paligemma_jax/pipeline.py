@@ -116,8 +116,8 @@ class PaliGemma:
             row when that is None); the pictures are not even read then.
           batch_size: rows that run at once, fewer where prompts are so long that memory would run out; more are run
             in turn.
-          speculate: guess some tokens ahead, and check them all at once: the same answers, faster or slower. By default
-            where that was measured to be faster.
+          speculate: guess some tokens ahead, and check them all at once: the same answers, faster or slower. None
+            leaves it to `speculation.wins`.
 
         Returns:
           One answer per row.

@@ -92,7 +92,7 @@ def hints(tokenizer: Tokenizer, inputs: engine.Inputs) -> Hints:
 
 
 def wins(params: engine.Params, hints: Hints) -> bool:
-    """Whether speculation was measured to be faster: on CPU, for one answer with boxes, of a large 16-bit model."""
+    """Whether to speculate by default: on CPU, for one answer with boxes, of a large 16-bit model."""
     if jax.default_backend() != "cpu" or len(hints.text) > 1 or not hints.outlined:
         return False
     weights = jax.tree.leaves(params["language_model"])

@@ -25,8 +25,8 @@ def product(a: jax.Array, b: jax.Array) -> jax.Array:
 def weight_first(weight: Any) -> bool:
     """Whether few rows times a weight [F, D], an array or its shape, are fastest with the weight as the left operand.
 
-    With bfloat16 that takes 0.6 of the time of the other order on a Zen 5 core, 1.6 times as long on a Zen 4 core, so
-    it is measured, once in a process, where a large weight makes it matter.
+    With bfloat16 that takes 1.6 times as long as the other order on a Zen 4 core (benchmarks/results/products.md), and
+    processors differ, so it is measured, once in a process, where a large weight makes it matter.
     """
     return weight.size < _LARGE or _measured(jnp.dtype(weight.dtype))
 

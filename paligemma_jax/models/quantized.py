@@ -153,9 +153,6 @@ def product(x: jax.Array, weight: Quantized, few_rows: int) -> jax.Array:
     num_rows = x.shape[0]
     on_cpu = jax.default_backend() == "cpu"
     x = x.astype(jnp.float32)
-    if weight.multiplier is not None:
-        # Tied to the activations, a weight is unpacked when it is its turn: XLA would begin with all of them.
-        weight, x = lax.optimization_barrier((weight, x))
     if on_cpu and num_rows == 1:
         x = jnp.concatenate([x, x])
     scale = jnp.maximum(jnp.max(jnp.abs(x), axis=1, keepdims=True), 1e-30) / _MOST_8
