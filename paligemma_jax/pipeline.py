@@ -20,7 +20,7 @@ from paligemma_jax.errors import CheckpointError, ImageError, PromptError, Sampl
 from paligemma_jax.files import replacing
 from paligemma_jax.generation import beam, engine, speculation
 from paligemma_jax.generation.clock import Clock, Programs, Rehearsal, Rehearsed
-from paligemma_jax.generation.output import Output, TextStream
+from paligemma_jax.generation.output import Output, TextStream, Trace
 from paligemma_jax.generation.sampling import Sampling, row_keys, whole_number
 from paligemma_jax.models import mask_vae as mask_vae_model
 from paligemma_jax.processing.image import ImageSource, load_image
@@ -179,9 +179,18 @@ class PaliGemma:
         [(_, chunks)] = self._groups(run, 1, sampling, max_new_tokens, speculate)
         return TextStream(self._pieces(chunks, run.clock))
 
-    def score(self, images: Images, prefixes: str | Sequence[str], suffixes: str | Sequence[str]) -> list[np.ndarray]:
-        """Log-probabilities of given answers: for each row f32 [suffix tokens + 1], <eos> being the last."""
-        run, lengths = self._start_pairs(images, prefixes, suffixes)
+    def score(
+        self,
+        images: Images | None,
+        prefixes: str | Sequence[str],
+        suffixes: str | Sequence[str],
+        image_embeddings: jax.Array | np.ndarray | None = None,
+    ) -> list[np.ndarray]:
+        """Log-probabilities of given answers: for each row f32 [suffix tokens + 1], <eos> being the last.
+
+        `image_embeddings` are those of `generate`.
+        """
+        run, lengths = self._start_pairs(images, prefixes, suffixes, image_embeddings)
         scores = []
         for rows, inputs in run.groups():
             static = {"config": self.config, "num_positions": _power_of_two(lengths.max())}
@@ -204,13 +213,45 @@ class PaliGemma:
                 result[row, : lengths[row]] = logits[i, : lengths[row]]
         return result
 
-    def embed_image(self, images: Images) -> jax.Array:
-        """Soft tokens [I, N, D] of the pictures in order, lists of pictures flattened, in the parameters' dtype."""
+    def embed_image(self, images: Images, projected: bool = True) -> jax.Array:
+        """Soft tokens [I, N, D] of the pictures in order, lists of pictures flattened, in the parameters' dtype.
+
+        With `projected=False` the encoder's features [I, N, E] instead, which `project` makes soft tokens of.
+        """
         rows = images if isinstance(images, list | tuple) else [images]
         flat = [source for row in rows for source in (row if isinstance(row, list | tuple) else [row])]
         batch = self.processor(flat, "")
-        soft_tokens = engine.embed_pictures(self.params, self.config, batch.pixels, self._clock())
-        return soft_tokens[batch.image_slots[:, 0] // self.config.vision.num_tokens]
+        embedded = engine.embed_pictures(self.params, self.config, batch.pixels, self._clock(), projected)
+        return embedded[batch.image_slots[:, 0] // self.config.vision.num_tokens]
+
+    def project(self, features: jax.Array | np.ndarray) -> jax.Array:
+        """The encoder's features [I, N, E] to soft tokens [I, N, D]."""
+        features = self._checked_embeddings(features, "features", self.config.vision.width)
+        return self._clock().call(engine.project, self.params, features, config=self.config)
+
+    def trace(
+        self,
+        image: ImageSource | Sequence[ImageSource] | None,
+        prompt: str,
+        answer: str,
+        image_embeddings: jax.Array | np.ndarray | None = None,
+    ) -> Trace:
+        """Hidden states and attention of one prompt with its answer, about a picture or several seen together."""
+        images = [image] if isinstance(image, list | tuple) else image
+        run, [count] = self._start_pairs(images, [prompt], [answer], image_embeddings)
+        [(_, inputs)] = run.groups()
+        static = {"config": self.config, "num_positions": _power_of_two(count)}
+        hidden, attention, logprobs = run.clock.call(engine.trace, self.params, inputs, **static)
+        length = int(inputs.length[0])
+        return Trace(
+            tokens=inputs.tokens[0, :length],
+            patches=inputs.image_slots[0, :length],
+            prefix_length=int(inputs.prefix_length[0]),
+            soft_tokens=run.soft_tokens,
+            hidden=hidden[:, 0, :length],
+            attention=np.asarray(attention[:, 0, :, :count, :length]),
+            logprobs=np.asarray(logprobs[0, :count]),
+        )
 
     def detect(
         self, image: ImageSource, classes: str, max_new_tokens: int = 256, loc_scale: int = 1023
@@ -270,12 +311,13 @@ class PaliGemma:
         prompts: str | Sequence[str],
         max_new_tokens: int,
         image_embeddings: jax.Array | np.ndarray | None,
+        suffixes: str | Sequence[str] | None = None,
     ) -> "_Run":
-        """Lay out a generation and embed its pictures."""
+        """Lay out prompts, with their answers if there are any, and embed the pictures."""
         if image_embeddings is None:
-            return self._embed(self.processor(images, prompts), max_new_tokens, self._clock())
+            return self._embed(self.processor(images, prompts, suffixes), max_new_tokens, self._clock())
         soft_tokens = self._checked_embeddings(image_embeddings)
-        batch = self.processor.layout(_picture_groups(images, prompts, len(soft_tokens)), prompts)
+        batch = self.processor.layout(_picture_groups(images, prompts, len(soft_tokens)), prompts, suffixes)
         self._check_length(batch, max_new_tokens)
         return _Run(batch, soft_tokens, self._clock())
 
@@ -284,11 +326,15 @@ class PaliGemma:
         return clock
 
     def _start_pairs(
-        self, images: Images, prefixes: str | Sequence[str], suffixes: str | Sequence[str]
+        self,
+        images: Images | None,
+        prefixes: str | Sequence[str],
+        suffixes: str | Sequence[str],
+        image_embeddings: jax.Array | np.ndarray | None = None,
     ) -> tuple["_Run", np.ndarray]:
         """Lay out prompts with their answers and embed the pictures; also the answers' lengths [B]."""
-        batch = self.processor(images, prefixes, suffixes)
-        return self._embed(batch, 0, self._clock()), batch.length - batch.prefix_length
+        run = self._start(images, prefixes, 0, image_embeddings, suffixes)
+        return run, run.batch.length - run.batch.prefix_length
 
     def _embed(self, batch: Batch, max_new_tokens: int, clock: Clock) -> "_Run":
         self._check_length(batch, max_new_tokens)
@@ -303,12 +349,16 @@ class PaliGemma:
                 f"do not fit the model's {limit} positions: shorten one of them"
             )
 
-    def _checked_embeddings(self, image_embeddings: jax.Array | np.ndarray) -> jax.Array:
-        shape, expected = np.shape(image_embeddings), (self.config.vision.num_tokens, self.config.text.width)
+    def _checked_embeddings(
+        self, embeddings: jax.Array | np.ndarray, name: str = "image_embeddings", width: int | None = None
+    ) -> jax.Array:
+        shape, expected = np.shape(embeddings), (self.config.vision.num_tokens, width or self.config.text.width)
         if len(shape) != 3 or shape[1:] != expected or not shape[0]:
-            wanted = f"(pictures, {expected[0]}, {expected[1]})"
-            raise ImageError(f"image_embeddings have shape {shape}, this model takes {wanted}")
-        return jnp.asarray(image_embeddings, self.params["language_model"]["norm"]["weight"].dtype)
+            raise ImageError(
+                f"{name} have shape {shape}, this model takes (pictures, {expected[0]}, {expected[1]}): "
+                "take those of a picture of the same model"
+            )
+        return jnp.asarray(embeddings, self.params["language_model"]["norm"]["weight"].dtype)
 
     def _groups(
         self, run: "_Run", batch_size: int, sampling: Sampling, max_new_tokens: int, speculate: bool | None

@@ -51,7 +51,7 @@ def embedded(monkeypatch) -> list[int]:
     counts = []
     plain = engine.embed_pictures
     monkeypatch.setattr(
-        engine, "embed_pictures", lambda p, c, pixels, clock: counts.append(len(pixels)) or plain(p, c, pixels, clock)
+        engine, "embed_pictures", lambda p, c, pixels, *rest: counts.append(len(pixels)) or plain(p, c, pixels, *rest)
     )
     return counts
 

@@ -19,7 +19,7 @@ from jax import lax
 from paligemma_jax.config import PaliGemmaConfig
 from paligemma_jax.generation import cache as kv_cache
 from paligemma_jax.generation.clock import Clock
-from paligemma_jax.generation.sampling import Rule, choose, token_logprobs
+from paligemma_jax.generation.sampling import Rule, choose, forbid, token_logprobs
 from paligemma_jax.models.paligemma import PaliGemma
 from paligemma_jax.processing.processor import Batch
 
@@ -121,6 +121,44 @@ def decode(
     return lax.scan(step, state, None, length=num_steps)
 
 
+@functools.partial(jax.jit, static_argnames="config")
+def encode_image(params: Params, pixels: jax.Array, *, config: PaliGemmaConfig) -> jax.Array:
+    """Pixels [I, S, S, 3] to the image encoder's features [I, N, E], which the projector has not seen yet."""
+    return apply(params, config, "encode_image", pixels)
+
+
+@functools.partial(jax.jit, static_argnames="config")
+def project(params: Params, features: jax.Array, *, config: PaliGemmaConfig) -> jax.Array:
+    """Features [I, N, E] of the image encoder to soft tokens [I, N, D]."""
+    return apply(params, config, "project", features)
+
+
+@functools.partial(jax.jit, static_argnames=("config", "num_positions"))
+def trace(
+    params: Params, inputs: Inputs, *, config: PaliGemmaConfig, num_positions: int
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """The inside of a teacher-forced pass.
+
+    Returns hidden states [L + 1, B, T, D], see `Gemma.trace`; the attention [L, B, heads, num_positions, T] of the
+    positions that give the suffix tokens; and the log-probabilities of those tokens [B, num_positions].
+    """
+    arrays = (inputs.soft_tokens, inputs.tokens, inputs.image_slots, inputs.prefix_length, inputs.length)
+    positions = _suffix_positions(inputs, num_positions)
+    hidden, attention = apply(params, config, "trace", *arrays, positions - 1)
+    logits = apply(params, config, "lens", jnp.take_along_axis(hidden[-1], (positions - 1)[:, :, None], axis=1))
+    return hidden, attention, token_logprobs(logits, jnp.take_along_axis(inputs.tokens, positions, axis=1))
+
+
+@functools.partial(jax.jit, static_argnames=("config", "count"))
+def likeliest(
+    params: Params, hidden: jax.Array, *, config: PaliGemmaConfig, count: int
+) -> tuple[jax.Array, jax.Array]:
+    """The tokens that hidden states [M, D] of any layer would say: ids i32 [M, count] and probabilities, best first."""
+    logits = forbid(apply(params, config, "lens", hidden), config.image_token_id)
+    probabilities, tokens = lax.top_k(jax.nn.softmax(logits, axis=-1), count)
+    return tokens, probabilities
+
+
 @functools.partial(jax.jit, static_argnames=("config", "num_positions"))
 def suffix_logits(params: Params, inputs: Inputs, *, config: PaliGemmaConfig, num_positions: int) -> jax.Array:
     """Teacher-forced logits [B, num_positions, V]: entry j is what the model expects as suffix token j."""
@@ -174,17 +212,20 @@ def most_at_once(num_tokens: int) -> int:
     return 1 << max(1, _MAX_SCORES // num_tokens**2).bit_length() - 1
 
 
-def embed_pictures(params: Params, config: PaliGemmaConfig, pixels: np.ndarray, clock: Clock) -> jax.Array:
-    """Pixels [I, S, S, 3] to soft tokens [I, N, D], each picture once.
+def embed_pictures(
+    params: Params, config: PaliGemmaConfig, pixels: np.ndarray, clock: Clock, projected: bool = True
+) -> jax.Array:
+    """Pixels [I, S, S, 3] to soft tokens [I, N, D], or to features [I, N, E], each picture once.
 
     The pictures are cut into powers of two: few programs, and none of them pads.
     """
     most = min(_MAX_PICTURES, most_at_once(config.vision.num_tokens))
+    embed = embed_image if projected else encode_image
     pieces = []
     start = 0
     while start < len(pixels):
         size = min(most, 1 << (len(pixels) - start).bit_length() - 1)
-        pieces.append(clock.call(embed_image, params, pixels[start : start + size], config=config))
+        pieces.append(clock.call(embed, params, pixels[start : start + size], config=config))
         start += size
     return pieces[0] if len(pieces) == 1 else jnp.concatenate(pieces)
 

@@ -3,6 +3,7 @@
 import dataclasses
 from collections.abc import Iterator
 
+import jax
 import numpy as np
 
 from paligemma_jax.generation.clock import Timing
@@ -38,3 +39,25 @@ class TextStream(Iterator[str]):
             self.output = piece
             raise StopIteration
         return piece
+
+
+@dataclasses.dataclass(frozen=True)
+class Trace:
+    """The inside of one prompt with its answer. Axes: T positions, L layers, I pictures, N patches, D decoder width.
+
+    tokens: i32 [T], pictures, prompt, answer and <eos>.
+    patches: i32 [T], which of the I * N patches stands at a position, -1 for text.
+    prefix_length: how many positions come before the answer.
+    soft_tokens: [I, N, D].
+    hidden: [L + 1, T, D], what enters each layer, and what leaves the last one, before the final norm.
+    attention: f32 [L, heads, n, T], what the position that gives answer token i makes of each position; sums to one.
+    logprobs: f32 [n], of the answer's tokens.
+    """
+
+    tokens: np.ndarray
+    patches: np.ndarray
+    prefix_length: int
+    soft_tokens: jax.Array
+    hidden: jax.Array
+    attention: np.ndarray
+    logprobs: np.ndarray

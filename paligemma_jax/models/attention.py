@@ -61,23 +61,34 @@ def attend(
 ) -> jax.Array:
     """Softmax attention with grouped heads.
 
-    q [B, T, N, H], k and v [B, S, K, H], mask [B, T, S] or None for all. Scores, which are multiplied by `scale` and
-    then capped, and softmax are float32; the result [B, T, N, H] has the dtype of v. A half-precision product of a
-    single row is slow on CPU, so a lone query is doubled.
+    q [B, T, N, H], k and v [B, S, K, H], mask [B, T, S] or None for all; `attention_weights` says how they are
+    weighed. The result [B, T, N, H] has the dtype of v. A half-precision product of a single row is slow on CPU, so a
+    lone query is doubled.
+    """
+    num_queries, num_heads = q.shape[1:3]
+    queries = q
+    if num_queries * num_heads == k.shape[2] and q.dtype != jnp.float32 and jax.default_backend() == "cpu":
+        queries = jnp.concatenate([q, q], axis=1)
+    weights = attention_weights(queries, k, scale, mask, softcap).astype(v.dtype)
+    out = jnp.einsum("bkgts,bskh->btkgh", weights, v, preferred_element_type=jnp.float32)
+    return out[:, :num_queries].reshape(q.shape).astype(v.dtype)
+
+
+def attention_weights(
+    q: jax.Array, k: jax.Array, scale: float, mask: jax.Array | None = None, softcap: float | None = None
+) -> jax.Array:
+    """How much each query makes of each key: float32 [B, K, G, T, S], which sums to one over S.
+
+    Scores, which are multiplied by `scale` and then capped, and softmax are float32; see `attend` for the shapes.
     """
     batch, num_queries, num_heads, head_dim = q.shape
     num_kv_heads = k.shape[2]
     grouped = q.reshape(batch, num_queries, num_kv_heads, num_heads // num_kv_heads, head_dim)
-    lone = num_queries * grouped.shape[3] == 1 and q.dtype != jnp.float32 and jax.default_backend() == "cpu"
-    if lone:
-        grouped = jnp.concatenate([grouped, grouped], axis=1)
     scores = jnp.einsum("btkgh,bskh->bkgts", grouped, k, preferred_element_type=jnp.float32)
     scores = soft_cap(scores * scale, softcap)
     if mask is not None:
         scores = jnp.where(mask[:, None, None], scores, _MASKED)
-    weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
-    out = jnp.einsum("bkgts,bskh->btkgh", weights, v, preferred_element_type=jnp.float32)
-    return out[:, :num_queries].reshape(q.shape).astype(v.dtype)
+    return jax.nn.softmax(scores, axis=-1)
 
 
 def write_cache(cache: jax.Array, new: jax.Array, positions: jax.Array) -> jax.Array:

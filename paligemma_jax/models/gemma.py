@@ -1,7 +1,7 @@
 """Gemma and Gemma 2 decoders (arXiv 2403.08295, 2408.00118) with prefix-LM attention.
 
-Axes: B batch, T tokens, n of them whose output is wanted, S cache slots, D width, N query heads, K key-value heads,
-H head dim, V vocabulary.
+Axes: B batch, T tokens, n of them that are looked at, S cache slots, D width, N query heads, K key-value heads,
+H head dim, L layers, V vocabulary.
 """
 
 import flax.linen as nn
@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from paligemma_jax.config import TextConfig
-from paligemma_jax.models.attention import attend, prefix_lm_mask, rope, write_cache
+from paligemma_jax.models.attention import attend, attention_weights, prefix_lm_mask, rope, write_cache
 from paligemma_jax.models.layers import Embedder, Linear, RMSNorm, soft_cap
 
 KeyValues = tuple[jax.Array, jax.Array]  # keys and values of one layer, each [B, S, K, H]
@@ -27,8 +27,14 @@ class Attention(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x: jax.Array, positions: jax.Array, mask: jax.Array, cache: KeyValues | None, wanted: jax.Array | None
-    ) -> tuple[jax.Array, KeyValues]:
+        self,
+        x: jax.Array,
+        positions: jax.Array,
+        mask: jax.Array,
+        cache: KeyValues | None,
+        wanted: jax.Array | None,
+        watched: jax.Array | None,
+    ) -> tuple[jax.Array, KeyValues, jax.Array | None]:
         cfg = self.config
 
         def heads(name: str, x: jax.Array, count: int) -> jax.Array:
@@ -40,9 +46,13 @@ class Attention(nn.Module):
         v = heads("v_proj", x, cfg.num_kv_heads)
         if cache is not None:
             k, v = write_cache(cache[0], k, positions), write_cache(cache[1], v, positions)
-        out = attend(q, k, v, cfg.query_scalar**-0.5, take_columns(mask, wanted), cfg.attn_softcap)
+        scale, cap = cfg.query_scalar**-0.5, cfg.attn_softcap
+        out = attend(q, k, v, scale, take_columns(mask, wanted), cap)
         out = Linear(x.shape[-1], name="o_proj")(out.reshape(*out.shape[:2], -1))
-        return out, (k, v)
+        if watched is None:
+            return out, (k, v), None
+        weights = attention_weights(take_columns(q, watched), k, scale, take_columns(mask, watched), cap)
+        return out, (k, v), weights.reshape(len(x), cfg.num_heads, *weights.shape[-2:])
 
 
 class GatedMlp(nn.Module):
@@ -59,7 +69,8 @@ class GatedMlp(nn.Module):
 class DecoderLayer(nn.Module):
     """Pre-norm block; Gemma 2 also normalises what attention and MLP return, before the residual sum.
 
-    With `wanted` [B, n] the result [B, n, D] is of those columns; the keys and values are of all.
+    With `wanted` [B, n] the result [B, n, D] is of those columns; the keys and values are of all. With `watched` [B, n]
+    the last result holds what those columns make of each key, float32 [B, N, n, S].
     """
 
     config: TextConfig
@@ -72,15 +83,17 @@ class DecoderLayer(nn.Module):
         mask: jax.Array,
         cache: KeyValues | None,
         wanted: jax.Array | None = None,
-    ) -> tuple[jax.Array, KeyValues]:
+        watched: jax.Array | None = None,
+    ) -> tuple[jax.Array, KeyValues, jax.Array | None]:
         def norm(name: str, y: jax.Array) -> jax.Array:
             return RMSNorm(self.config.rms_norm_eps, name=name)(y)
 
         y = norm("pre_attention_norm", x)
-        y, key_values = Attention(self.config, name="self_attn")(y, positions, mask, cache, wanted)
+        attention = Attention(self.config, name="self_attn")
+        y, key_values, weights = attention(y, positions, mask, cache, wanted, watched)
         x = take_columns(x, wanted) + (norm("post_attention_norm", y) if self.config.version == 2 else y)
         y = GatedMlp(self.config.mlp_dim, name="mlp")(norm("pre_ffw_norm", x))
-        return x + (norm("post_ffw_norm", y) if self.config.version == 2 else y), key_values
+        return x + (norm("post_ffw_norm", y) if self.config.version == 2 else y), key_values, weights
 
 
 class Gemma(nn.Module):
@@ -113,15 +126,48 @@ class Gemma(nn.Module):
         the hidden states [B, n, D] of those columns, the only ones that the last layer works out.
         """
         num_keys = x.shape[1] if cache is None else cache[0][0].shape[1]
-        windows = {self.config.window(i) for i in range(self.config.num_layers)}
-        masks = {w: prefix_lm_mask(positions, num_keys, prefix_length, length, w) for w in windows}
+        masks = self._masks(positions, num_keys, prefix_length, length)
         key_values = []
         for i, layer in enumerate(self.layers):
             columns = wanted if i == self.config.num_layers - 1 else None
-            x, kv = layer(x, positions, masks[self.config.window(i)], None if cache is None else cache[i], columns)
+            x, kv, _ = layer(x, positions, masks[i], None if cache is None else cache[i], columns)
             key_values.append(kv)
         return self.norm(x), tuple(key_values)
+
+    def trace(
+        self,
+        x: jax.Array,
+        positions: jax.Array,
+        prefix_length: jax.Array,
+        length: jax.Array,
+        watched: jax.Array,
+    ) -> tuple[jax.Array, jax.Array]:
+        """What happens inside `__call__` without a cache, as arrays.
+
+        Returns hidden states [L + 1, B, T, D], those that enter each layer and those that leave the last one, before
+        the final norm; and what each head of the columns `watched` [B, n] makes of every position, float32
+        [L, B, N, n, T].
+        """
+        masks = self._masks(positions, x.shape[1], prefix_length, length)
+        hidden, attention = [x], []
+        for layer, mask in zip(self.layers, masks, strict=True):
+            x, _, weights = layer(x, positions, mask, None, watched=watched)
+            hidden.append(x)
+            attention.append(weights)
+        return jnp.stack(hidden), jnp.stack(attention)
+
+    def _masks(
+        self, positions: jax.Array, num_keys: int, prefix_length: jax.Array, length: jax.Array
+    ) -> list[jax.Array]:
+        """The mask [B, T, S] of each layer."""
+        windows = [self.config.window(i) for i in range(self.config.num_layers)]
+        masks = {w: prefix_lm_mask(positions, num_keys, prefix_length, length, w) for w in set(windows)}
+        return [masks[w] for w in windows]
 
     def logits(self, hidden: jax.Array) -> jax.Array:
         """Hidden states [..., D] to float32 logits [..., V]."""
         return soft_cap(self.embed_tokens.decode(hidden), self.config.final_softcap)
+
+    def lens(self, hidden: jax.Array) -> jax.Array:
+        """Hidden states [..., D] of any layer to the logits [..., V] they would give if it were the last."""
+        return self.logits(self.norm(hidden))

@@ -1,6 +1,7 @@
 """PaliGemma (arXiv 2407.07726, 2412.03555): SigLIP, a linear projector and a Gemma decoder.
 
-Axes: I pictures, S side in pixels, N soft tokens of a picture, B batch, T tokens, D decoder width, V vocabulary.
+Axes: I pictures, S side in pixels, N soft tokens of a picture, E encoder width, B batch, T tokens, n of them that are
+looked at, L layers, D decoder width, V vocabulary.
 """
 
 import flax.linen as nn
@@ -31,9 +32,17 @@ class PaliGemma(nn.Module):
         self.multi_modal_projector = Projector(self.config.text.width)
         self.language_model = Gemma(self.config.text)
 
+    def encode_image(self, pixels: jax.Array) -> jax.Array:
+        """Pixels [I, S, S, 3] in [-1, 1] to the encoder's features of each patch [I, N, E]."""
+        return self.vision_tower(pixels)
+
+    def project(self, features: jax.Array) -> jax.Array:
+        """Features [I, N, E] of patches to soft tokens [I, N, D]."""
+        return self.multi_modal_projector(features)
+
     def embed_image(self, pixels: jax.Array) -> jax.Array:
         """Pixels [I, S, S, 3] in [-1, 1] to soft tokens [I, N, D]; they enter the decoder unscaled."""
-        return self.multi_modal_projector(self.vision_tower(pixels))
+        return self.project(self.encode_image(pixels))
 
     def embed(self, tokens: jax.Array, image_slots: jax.Array, soft_tokens: jax.Array) -> jax.Array:
         """Sequences [B, T, D]: soft tokens [I, N, D] where `image_slots` [B, T] points at one, else text."""
@@ -58,6 +67,24 @@ class PaliGemma(nn.Module):
         x = self.embed(tokens, image_slots, soft_tokens)
         positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
         return self.language_model(x, positions, prefix_length, length, wanted=wanted)
+
+    def trace(
+        self,
+        soft_tokens: jax.Array,
+        tokens: jax.Array,
+        image_slots: jax.Array,
+        prefix_length: jax.Array,
+        length: jax.Array,
+        watched: jax.Array,
+    ) -> tuple[jax.Array, jax.Array]:
+        """The inside of `prefill`: hidden states [L + 1, B, T, D] and attention [L, B, heads, n, T]; see Gemma."""
+        x = self.embed(tokens, image_slots, soft_tokens)
+        positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
+        return self.language_model.trace(x, positions, prefix_length, length, watched)
+
+    def lens(self, hidden: jax.Array) -> jax.Array:
+        """Hidden states [..., D] of any layer to the logits [..., V] they would give if it were the last."""
+        return self.language_model.lens(hidden)
 
     def decode(
         self, tokens: jax.Array, positions: jax.Array, prefix_length: jax.Array, cache: tuple[KeyValues, ...]
