@@ -62,7 +62,7 @@ class Asked:
         sampling = pj.Sampling(temperature=args.temperature)
         keys = row_keys(sampling.seed, [question.prefix])
         self._arguments = model.params, model.config, inputs, keys, sampling.rule(), args.max_new_tokens
-        self._hints = speculation.hints(model.processor.tokenizer, inputs)
+        self._hints = speculation.hints(model.processor.tokenizer, [question.prefix])
         self._eos = model.config.eos_token_id
 
     def answer(self, guesses: int, chunk: int) -> tuple[Answer, int, float]:
@@ -72,10 +72,10 @@ class Asked:
         start = time.perf_counter()
         parts += chunks
         elapsed_ms = 1e3 * (time.perf_counter() - start)
-        tokens, logprobs = (np.concatenate(part)[:, 0] for part in zip(*parts, strict=True))
+        tokens, odds = jax.tree.map(lambda *part: np.concatenate(part)[:, 0], *parts)
         ends = np.flatnonzero(tokens == self._eos)
         count = int(ends[0]) + 1 if len(ends) else len(tokens)
-        return (tokens[:count], logprobs[:count]), len(parts) - 1, elapsed_ms
+        return (tokens[:count], odds.logprobs[:count]), len(parts) - 1, elapsed_ms
 
     def _chunks(self, guesses: int, chunk: int) -> Iterator[Answer]:
         if guesses == 0:

@@ -30,9 +30,11 @@ def get_config() -> ConfigDict:
     config.resample = "auto"  # how pictures are resized: bicubic, bilinear, or auto, as the checkpoint says
     config.mask_vae = ""  # file of the mask decoder, if vae-oid.npz is not beside the weights
 
-    config.image = shipped("examples/shapes.png")  # path, URL, folder, or glob in quotes
+    config.image = shipped("examples/shapes.png")  # path, URL, folder, or glob in quotes; a video's path too
+    config.video_fps = 1.0  # frames looked at of each second of a video
     config.prompt = "caption en"  # "answer en where is the cat?", "detect cat ; dog", "segment cat", "ocr"
     config.prompts_file = ""  # text file with a prompt per line, asked of each picture instead of `prompt`
+    config.split_classes = False  # ask a detect or segment prompt once per class, and put the answers together
     config.max_new_tokens = 100  # longest answer
     config.batch_size = 16  # answers that are worked out together; fewer where prompts are long
 
@@ -45,7 +47,14 @@ def get_config() -> ConfigDict:
 
     config.format = "text"  # text, or json: one object per line
     config.stream = False  # print an answer while it is made
+    config.constrain = False  # answers to detect and segment are nothing but complete objects of the classes asked for
+    config.min_score = 0.0  # objects with a lower score, 0 to 1, are left out
+    config.nms = 0.0  # of two boxes of a label with a higher IoU the lower scored is left out; 0: only of the same box
+    config.export = ""  # coco, yolo or both with a comma: files of all objects, in `output_dir`
     config.output_dir = ""  # folder for pictures with boxes and masks drawn on them, and for the masks
+    config.save_embeddings = ""  # .npy file for the pictures' embeddings
+    config.load_embeddings = ""  # .npy file of embeddings that answers are about instead of the pictures' own
+    config.embeddings = "projected"  # which: projected, the soft tokens, or features, what the encoder gives before
     config.profile = ""  # folder for a trace of where the time goes once the model is loaded
     config.loc_scale = 1023  # the location that means the far edge; 1024 for models of tools that divide by it
 

@@ -5,9 +5,9 @@ Axes: I pictures, N soft tokens of a picture, B rows (one prompt each), T suffix
 
 import contextlib
 import dataclasses
-import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -18,14 +18,15 @@ from paligemma_jax.checkpoints.mask_vae import load_mask_vae, save_mask_vae
 from paligemma_jax.config import PaliGemmaConfig
 from paligemma_jax.errors import CheckpointError, ImageError, PromptError, SamplingError
 from paligemma_jax.files import replacing
-from paligemma_jax.generation import beam, engine, speculation
+from paligemma_jax.generation import beam, confidence, engine, grammar, speculation
 from paligemma_jax.generation.clock import Clock, Programs, Rehearsal, Rehearsed
 from paligemma_jax.generation.output import Output, TextStream, Trace
 from paligemma_jax.generation.sampling import Sampling, row_keys, whole_number
+from paligemma_jax.locating import locate
 from paligemma_jax.models import mask_vae as mask_vae_model
-from paligemma_jax.processing.image import ImageSource, load_image
+from paligemma_jax.processing.image import ImageSource
 from paligemma_jax.processing.processor import Batch, Images, Processor
-from paligemma_jax.processing.tokenizer import LOC_TOKENS, StreamDecoder
+from paligemma_jax.processing.tokenizer import StreamDecoder
 from paligemma_jax.tasks.detection import Detection, parse
 from paligemma_jax.tasks.segmentation import attach_masks
 
@@ -35,7 +36,15 @@ MASK_VAE_VARIABLE = "PALIGEMMA_MASK_VAE"
 _BATCH_SIZE = 16  # rows that run at once
 _GREEDY = Sampling()
 
-Chunks = Iterator[tuple[np.ndarray, np.ndarray]]  # tokens i32 [n, B] and log-probabilities f32 [n, B]
+
+@dataclasses.dataclass(frozen=True)
+class _Choosing:
+    """How tokens are chosen; the arguments of `generate`."""
+
+    max_new_tokens: int
+    sampling: Sampling
+    speculate: bool | None
+    constrain: bool
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,6 +110,7 @@ class PaliGemma:
         image_embeddings: jax.Array | np.ndarray | None = None,
         batch_size: int = _BATCH_SIZE,
         speculate: bool | None = None,
+        constrain: bool = False,
     ) -> list[Output]:
         """Answer prompts about pictures.
 
@@ -118,6 +128,8 @@ class PaliGemma:
             in turn.
           speculate: guess some tokens ahead, and check them all at once: the same answers, faster or slower. None
             leaves it to `speculation.wins`.
+          constrain: answers to `detect` and `segment` prompts can be nothing but objects with the labels asked for, or
+            empty; see `generation.grammar`. Other prompts are answered freely.
 
         Returns:
           One answer per row.
@@ -125,16 +137,16 @@ class PaliGemma:
         Raises:
           ImageError, PromptError, SamplingError: see the message.
         """
-        max_new_tokens = whole_number("max_new_tokens", max_new_tokens, 1)
+        choosing = _Choosing(whole_number("max_new_tokens", max_new_tokens, 1), sampling, speculate, constrain)
         batch_size = whole_number("batch_size", batch_size, 1)
         if speculate and sampling.num_beams > 1:
             raise SamplingError(f"num_beams={sampling.num_beams} with speculation: beams have none, leave out one")
         run = self._start(images, prompts, max_new_tokens, image_embeddings)
-        answers: list[tuple[np.ndarray, np.ndarray]] = []
-        for rows, chunks in self._groups(run, batch_size, sampling, max_new_tokens, speculate):
-            tokens, logprobs = (np.concatenate(parts) for parts in zip(*chunks, strict=True))
-            answers += [(tokens[:, i], logprobs[:, i]) for i in range(len(rows))]
-        return [self._output(tokens, logprobs, run.clock) for tokens, logprobs in answers]
+        answers: list[engine.Chunk] = []
+        for rows, chunks in self._groups(run, batch_size, choosing):
+            whole = jax.tree.map(lambda *parts: np.concatenate(parts), *chunks)
+            answers += [jax.tree.map(lambda x: x[:, i], whole) for i in range(len(rows))]  # noqa: B023
+        return [self._output(answer, run.clock) for answer in answers]
 
     def compile(
         self,
@@ -144,20 +156,21 @@ class PaliGemma:
         sampling: Sampling = _GREEDY,
         batch_size: int = _BATCH_SIZE,
         speculate: bool | None = None,
+        constrain: bool = False,
     ) -> None:
         """Compile what `generate` will run, so that it starts at once; needs neither pictures nor weights.
 
         Args:
           image_groups: for each prompt, the numbers of the pictures that it is about; [[0]] for one about one.
-          prompts, max_new_tokens, sampling, batch_size, speculate: those of the `generate` to come. Prompts of like
-            length share programs.
+          prompts, max_new_tokens, sampling, batch_size, speculate, constrain: those of the `generate` to come. Prompts
+            of like length share programs.
         """
         batch = self.processor.layout(image_groups, prompts)
         count = 1 + max(number for group in image_groups for number in group)
         batch = dataclasses.replace(batch, pixels=np.zeros((count, *batch.pixels.shape[1:]), np.float32))
         with contextlib.suppress(Rehearsed):
             run = self._embed(batch, max_new_tokens, Rehearsal(self._programs))
-            for _, chunks in self._groups(run, batch_size, sampling, max_new_tokens, speculate):
+            for _, chunks in self._groups(run, batch_size, _Choosing(max_new_tokens, sampling, speculate, constrain)):
                 for _ in chunks:
                     pass
 
@@ -169,6 +182,7 @@ class PaliGemma:
         sampling: Sampling = _GREEDY,
         image_embeddings: jax.Array | np.ndarray | None = None,
         speculate: bool | None = None,
+        constrain: bool = False,
     ) -> TextStream:
         """The same as `generate` for one prompt about a picture, or about several seen together, piece by piece."""
         if sampling.num_beams > 1:
@@ -176,7 +190,7 @@ class PaliGemma:
         max_new_tokens = whole_number("max_new_tokens", max_new_tokens, 1)
         images = [image] if isinstance(image, list | tuple) else image
         run = self._start(images, [prompt], max_new_tokens, image_embeddings)  # a list: more than one row is an error
-        [(_, chunks)] = self._groups(run, 1, sampling, max_new_tokens, speculate)
+        [(_, chunks)] = self._groups(run, 1, _Choosing(max_new_tokens, sampling, speculate, constrain))
         return TextStream(self._pieces(chunks, run.clock))
 
     def score(
@@ -253,22 +267,14 @@ class PaliGemma:
             logprobs=np.asarray(logprobs[0, :count]),
         )
 
-    def detect(
-        self, image: ImageSource, classes: str, max_new_tokens: int = 256, loc_scale: int = 1023
-    ) -> list[Detection]:
-        """Boxes of what is named in `classes` ("cat ; dog"), with scores; see `objects`."""
-        picture = load_image(image)
-        output = self.generate(picture, f"detect {classes}", max_new_tokens)[0]
-        return self.objects(output, picture.size, loc_scale, masks=False)
+    def detect(self, images: ImageSource | Sequence[ImageSource], classes: str | Sequence[str], **options: Any):
+        """Boxes of what is named in `classes`, with scores; see `locating.locate` for the options."""
+        return locate(self, "detect", images, classes, **options)
 
-    def segment(
-        self, image: ImageSource, classes: str, max_new_tokens: int = 256, loc_scale: int = 1023
-    ) -> list[Detection]:
-        """Boxes and masks of what is named in `classes`, with scores; see `objects`."""
-        self._mask_decoder()  # its absence is known before the long part
-        picture = load_image(image)
-        output = self.generate(picture, f"segment {classes}", max_new_tokens)[0]
-        return self.objects(output, picture.size, loc_scale)
+    def segment(self, images: ImageSource | Sequence[ImageSource], classes: str | Sequence[str], **options: Any):
+        """Boxes and masks of what is named in `classes`, with scores; see `locating.locate` for the options."""
+        self.mask_decoder()  # its absence is known before the long part
+        return locate(self, "segment", images, classes, **options)
 
     def objects(
         self, output: Output, size: tuple[int, int], loc_scale: int = 1023, masks: bool = True
@@ -282,16 +288,16 @@ class PaliGemma:
           masks: decode segmentation tokens.
 
         Returns:
-          Objects in pixels; a score is the geometric mean of the probabilities of the four location tokens.
+          Objects in pixels, with scores; see `generation.confidence`.
 
         Raises:
           CheckpointError: masks are asked for and there, but the mask VQ-VAE is not.
         """
         found, _ = parse(output.text, size, loc_scale)
-        scored = [dataclasses.replace(item, score=self._score(item, output)) for item in found]
+        scored = confidence.score(found, output, self.processor.tokenizer, size, loc_scale)
         if not masks or all(item.codes is None for item in scored):
             return scored
-        decoder = self._mask_decoder()
+        decoder = self.mask_decoder()
         return attach_masks(scored, size, lambda codes: mask_vae_model.decode(decoder, codes))
 
     def save(self, directory: str | Path) -> None:
@@ -303,7 +309,7 @@ class PaliGemma:
                 temporary.write_bytes(self.processor.tokenizer.to_bytes())
         self.processor.image_settings.save(directory, self.config.vision.num_tokens)
         if self._mask_vae is not None:
-            save_mask_vae(directory / MASK_VAE_NAME, self._mask_decoder(), np.float32)
+            save_mask_vae(directory / MASK_VAE_NAME, self.mask_decoder(), np.float32)
 
     def _start(
         self,
@@ -361,36 +367,33 @@ class PaliGemma:
         return jnp.asarray(embeddings, self.params["language_model"]["norm"]["weight"].dtype)
 
     def _groups(
-        self, run: "_Run", batch_size: int, sampling: Sampling, max_new_tokens: int, speculate: bool | None
-    ) -> Iterator[tuple[range, Chunks]]:
-        """Rows that run at once, and their tokens and log-probabilities as they come."""
-        keys = run.row_keys(sampling.seed)
+        self, run: "_Run", batch_size: int, choosing: _Choosing
+    ) -> Iterator[tuple[range, Iterator[engine.Chunk]]]:
+        """Rows that run at once, and their tokens as they come."""
+        keys = run.row_keys(choosing.sampling.seed)
         for rows, inputs in run.groups(batch_size):
-            yield (
-                rows,
-                self._chunks(inputs, keys[rows.start : rows.stop], sampling, max_new_tokens, run.clock, speculate),
-            )
+            yield rows, self._chunks(inputs, keys[rows.start : rows.stop], choosing, run.clock)
 
     def _chunks(
-        self,
-        inputs: engine.Inputs,
-        keys: jax.Array,
-        sampling: Sampling,
-        max_new_tokens: int,
-        clock: Clock,
-        speculate: bool | None,
-    ) -> Chunks:
-        limits = (max_new_tokens, _chunk(), clock)
+        self, inputs: engine.Inputs, keys: jax.Array, choosing: _Choosing, clock: Clock
+    ) -> Iterator[engine.Chunk]:
+        sampling, tokenizer, config = choosing.sampling, self.processor.tokenizer, self.config
+        prompts = engine.prompts(tokenizer, inputs)
+        limit = choosing.max_new_tokens
+        allowed = grammar.build(tokenizer, prompts, config, limit) if choosing.constrain else None
+        rule = dataclasses.replace(sampling.rule(), loc_start=np.int32(tokenizer.loc_start), grammar=allowed)
+        limits = (limit, _chunk(), clock)
         if sampling.num_beams > 1:
-            return iter([beam.search(self.params, self.config, inputs, sampling.num_beams, *limits)])
+            return iter([beam.search(self.params, config, inputs, sampling.num_beams, rule, *limits)])
         keys = keys[np.resize(np.arange(len(keys)), len(inputs.tokens))]  # those of the padding do not matter
-        arguments = (self.params, self.config, inputs, keys, sampling.rule(), *limits)
-        hints = speculation.hints(self.processor.tokenizer, inputs)
+        arguments = (self.params, config, inputs, keys, rule, *limits)
+        hints = speculation.hints(tokenizer, prompts)
+        speculate = choosing.speculate
         if speculate or (speculate is None and speculation.wins(self.params, hints)):
             return speculation.generate(*arguments, hints)
         return engine.generate(*arguments)
 
-    def _pieces(self, chunks: Chunks, clock: Clock) -> Iterator[str | Output]:
+    def _pieces(self, chunks: Iterator[engine.Chunk], clock: Clock) -> Iterator[str | Output]:
         """Text as it comes, then the whole output."""
         decoder = StreamDecoder(self.processor.tokenizer)
         seen = []
@@ -400,27 +403,18 @@ class PaliGemma:
                 yield piece
         if rest := decoder.finish():
             yield rest
-        tokens, logprobs = (np.concatenate(parts)[:, 0] for parts in zip(*seen, strict=True))
-        yield self._output(tokens, logprobs, clock)
+        yield self._output(jax.tree.map(lambda *parts: np.concatenate(parts)[:, 0], *seen), clock)
 
-    def _output(self, tokens: np.ndarray, logprobs: np.ndarray, clock: Clock) -> Output:
-        ends = np.flatnonzero(tokens == self.config.eos_token_id)
-        count = int(ends[0]) + 1 if len(ends) else len(tokens)
-        text = self.processor.tokenizer.decode(tokens[:count])
+    def _output(self, answer: engine.Chunk, clock: Clock) -> Output:
+        ends = np.flatnonzero(answer[0] == self.config.eos_token_id)
+        count = int(ends[0]) + 1 if len(ends) else len(answer[0])
+        tokens, odds = jax.tree.map(lambda x: x[:count], answer)
+        text = self.processor.tokenizer.decode(tokens)
         reason = "eos" if len(ends) else "length"
-        return Output(text, tokens[:count], logprobs[:count], reason, clock.timing(count))
+        return Output(text, tokens, odds.logprobs, reason, clock.timing(count), odds.near, odds.expected)
 
-    def _score(self, item: Detection, output: Output) -> float | None:
-        """Geometric mean of the probabilities of an object's four location tokens; None if spelled in letters."""
-        tokenizer = self.processor.tokenizer
-        decoder = StreamDecoder(tokenizer)
-        ends = np.cumsum([len(decoder.feed(token)) for token in output.tokens])  # in the text, of each token
-        begin, end = item.span
-        locs = (output.tokens >= tokenizer.loc_start) & (output.tokens < tokenizer.loc_start + len(LOC_TOKENS))
-        corners = output.logprobs[locs & (ends > begin) & (ends <= end)]
-        return math.exp(corners.mean()) if len(corners) == 4 else None
-
-    def _mask_decoder(self) -> mask_vae_model.Params:
+    def mask_decoder(self) -> mask_vae_model.Params:
+        """Parameters of the mask VQ-VAE, read when first asked for; CheckpointError when there are none."""
         if self._mask_vae is None:
             remedy = f"pass mask_vae=FILE, or set {MASK_VAE_VARIABLE}"
             raise CheckpointError(f"masks need {MASK_VAE_NAME}, which is not beside the model: {remedy}")

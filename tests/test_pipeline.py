@@ -223,29 +223,44 @@ def test_beams_are_searched_when_asked_for(model, pictures):
     assert all(out.timing.new_tokens == len(out.tokens) for out in best)
 
 
-def _answering(model, monkeypatch, text: str, probabilities: dict[str, float] | None = None) -> list[str]:
+def _answering(model, monkeypatch, text: str) -> list[str]:
     """Make the model answer `text`; returns the prompts it will be asked."""
     tokens = np.array([*model.processor.tokenizer.encode(text), model.config.eos_token_id])
-    logprobs = np.full(len(tokens), -5.0, np.float32)
-    for token, probability in (probabilities or {}).items():
-        logprobs[tokens == model.processor.tokenizer.encode(token)[0]] = np.log(probability)
-    output = pj.Output(model.processor.tokenizer.decode(tokens), tokens, logprobs, "eos", pj.Timing(0.0, 1.0, 1.0, 1))
-    prompts = []
-    monkeypatch.setattr(model, "generate", lambda image, prompt, *_: prompts.append(prompt) or [output])
-    return prompts
+    certain = np.zeros(len(tokens), np.float32)
+    timing = pj.Timing(0.0, 1.0, 1.0, 1)
+    output = pj.Output(model.processor.tokenizer.decode(tokens), tokens, certain, "eos", timing, certain + 1, certain)
+    asked = []
+    monkeypatch.setattr(
+        model, "generate", lambda images, prompts, *_, **__: asked.extend(prompts) or [output] * len(prompts)
+    )
+    return asked
 
 
 def test_detect_gives_pixels_and_scores(model, pictures, monkeypatch):
     answer = "<loc0000><loc0000><loc1023><loc0341> cat ; <loc0001><loc0002><loc0003><loc0004> a dog"
-    chances = {"<loc0000>": 0.5, "<loc1023>": 0.5, "<loc0341>": 0.5} | {
-        f"<loc000{i}>": p for i, p in zip(range(1, 5), (0.9, 0.4, 0.8, 0.1), strict=True)
-    }
-    prompts = _answering(model, monkeypatch, answer, chances)
+    asked = _answering(model, monkeypatch, answer)
     cat, dog = model.detect(pictures[0], "cat ; a dog")
-    assert prompts == ["detect cat ; a dog"]
+    assert asked == ["detect cat ; a dog"]
     assert (cat.label, dog.label) == ("cat", "a dog")
     np.testing.assert_allclose(cat.box, (0, 0, 10, 20))
-    np.testing.assert_allclose([cat.score, dog.score], [0.5, (0.9 * 0.4 * 0.8 * 0.1) ** 0.25], rtol=1e-5)
+    assert (cat.score, dog.score) == (1.0, 1.0)
+
+
+def test_detect_in_several_pictures_and_one_prompt_per_class(model, pictures, monkeypatch):
+    asked = _answering(model, monkeypatch, "<loc0000><loc0000><loc1023><loc0341> cat")
+    first, second = model.detect([pictures[0], pictures[1]], ["cat", "a  dog"], one_by_one=True)
+    assert asked == ["detect cat", "detect a dog"] * 2
+    assert [item.label for item in first] == ["cat"] == [item.label for item in second]  # said twice, given once
+    assert model.detect([pictures[0]], "cat", min_score=1.01) == [[]]
+    for classes in ("", "cat ;", [], ["cat ; dog"], [" "]):
+        with pytest.raises(PromptError, match="give names"):
+            model.detect(pictures[0], classes)
+
+
+def test_what_is_detected_is_never_malformed(model, pictures):
+    for item in model.detect(pictures[0], "cat ; a dog", 64, sampling=HOT, nms=0.5):
+        assert item.label in ("cat", "a dog") and 0 <= item.score <= 1
+        assert len(item.side_probabilities) == 4 and item.expected_box[0] <= item.expected_box[2]
 
 
 def test_segment_decodes_masks(model, pictures, monkeypatch, tmp_path):
@@ -253,9 +268,9 @@ def test_segment_decodes_masks(model, pictures, monkeypatch, tmp_path):
     save_mask_vae(tmp_path / "vae.npz", mask_vae.init_params(jax.random.key(0), small))
     with_masks = pj.PaliGemma(model.config, model.params, model.processor, tmp_path / "vae.npz")
     codes = "".join(SEG_TOKENS[:16])
-    prompts = _answering(with_masks, monkeypatch, f"<loc0000><loc0000><loc1023><loc0511>{codes} cat")
+    asked = _answering(with_masks, monkeypatch, f"<loc0000><loc0000><loc1023><loc0511>{codes} cat")
     [cat] = with_masks.segment(pictures[0], "cat")
-    assert prompts == ["segment cat"]
+    assert asked == ["segment cat"]
     assert cat.codes == tuple(range(16))
     assert cat.mask.shape == (20, 30) and cat.mask.dtype == bool
     assert not cat.mask[:, 15:].any()

@@ -8,15 +8,37 @@ from collections.abc import Callable
 import numpy as np
 from tqdm import tqdm
 
-from paligemma_jax.evaluation.metrics import box_iou, mask_iou, match
+from paligemma_jax.errors import ConfigError
+from paligemma_jax.evaluation.ranking import Found, auc, match, mean_average_precision
 from paligemma_jax.evaluation.samples import Sample, drawn_as_in_training
 from paligemma_jax.pipeline import PaliGemma
-from paligemma_jax.tasks.detection import Detection
+from paligemma_jax.tasks.detection import Detection, parse
+from paligemma_jax.tasks.overlap import box_iou, mask_iou
 from paligemma_jax.training.questions import Question, caption, sample_answer, sample_locate
 
 _ANSWERS_PER_SCENE = 3
 _MAX_NEW_TOKENS = 128
 _BATCH_SCENES = 16
+
+
+@dataclasses.dataclass
+class Tally:
+    """What was measured so far.
+
+    values: numbers by what they measure.
+    located: what was found, what is there, and the picture's size, of each `detect`.
+    """
+
+    values: dict[str, list[float]] = dataclasses.field(default_factory=lambda: collections.defaultdict(list))
+    located: list[Found] = dataclasses.field(default_factory=list)
+
+    def mean(self, name: str) -> float:
+        """NaN when nothing was measured."""
+        return float(np.mean(self.values[name])) if self.values[name] else float("nan")
+
+    def ratio(self, name: str, of: str) -> float:
+        """One sum as a share of another."""
+        return float(np.sum(self.values[name]) / max(1.0, np.sum(self.values[of])))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,33 +54,33 @@ def evaluate(
     num_scenes: int = 500,
     seed: int = 20_000_000,
     source: Callable[[int, int], Sample] = drawn_as_in_training,
+    constrain: bool = False,
 ) -> dict[str, dict[str, float]]:
     """Ask about the first pictures of a seed, `source(seed, index)`, which training never saw; progress on stderr.
 
     Of every picture: the caption in English and German, three questions, one `detect` and one `segment`. Captions and
     answers count when they are right to the letter. Things found are matched to true ones of their label, best first,
     at an IoU of at least one half; `mean_iou` is over the matched boxes, `mask_miou` over all true things, a missed one
-    counting 0. `absent_empty` is the share of empty answers where nothing asked for is there.
+    counting 0. `absent_empty` is the share of empty answers where nothing asked for is there, `malformed` of those with
+    an incomplete object. `score_auc` is the chance that a matched box scores higher than one that is not; COCO's `map`,
+    which takes the scores too, needs pycocotools and is NaN without.
+
+    With `constrain` answers with boxes can be nothing but well-formed; see `generation.grammar`.
 
     Returns:
       Per task its numbers, each in 0..1 but for the counts.
     """
-    tally: dict[str, list[float]] = collections.defaultdict(list)
+    tally = Tally()
     with tqdm(total=num_scenes, desc="evaluating", unit="scene") as bar:
         for start in range(0, num_scenes, _BATCH_SCENES):
             indices = range(start, min(start + _BATCH_SCENES, num_scenes))
             samples = [source(seed, index) for index in indices]
             for ask in (_captions, _answers, _locations):  # answers of like length are generated together
                 asked = (ask(sample, seed, index) for sample, index in zip(samples, indices, strict=True))
-                _measure(model, list(itertools.chain.from_iterable(asked)), tally)
+                _measure(model, list(itertools.chain.from_iterable(asked)), tally, constrain)
             bar.update(len(samples))
 
-    def mean(name: str) -> float:
-        return float(np.mean(tally[name])) if tally[name] else float("nan")
-
-    def ratio(name: str, of: str) -> float:
-        return float(np.sum(tally[name]) / max(1.0, np.sum(tally[of])))
-
+    mean, ratio = tally.mean, tally.ratio
     return {
         "caption": {"exact_en": mean("caption en"), "exact_de": mean("caption de")},
         "answer": {
@@ -70,6 +92,9 @@ def evaluate(
             "recall": ratio("detect matched", "detect true"),
             "precision": ratio("detect matched", "detect found"),
             "absent_empty": mean("detect absent"),
+            "malformed": mean("detect malformed"),
+            "score_auc": auc(tally.values["detect right"], tally.values["detect wrong"]),
+            **_average_precision(tally.located),
         },
         "segment": {
             "mask_miou": mean("segment mask"),
@@ -77,9 +102,21 @@ def evaluate(
             "recall": ratio("segment matched", "segment true"),
             "precision": ratio("segment matched", "segment found"),
             "absent_empty": mean("segment absent"),
+            "malformed": mean("segment malformed"),
         },
-        "counts": {"scenes": num_scenes, "answers": len(tally["answer"]), "objects": int(np.sum(tally["detect true"]))},
+        "counts": {
+            "scenes": num_scenes,
+            "answers": len(tally.values["answer"]),
+            "objects": int(np.sum(tally.values["detect true"])),
+        },
     }
+
+
+def _average_precision(located: list[Found]) -> dict[str, float]:
+    try:
+        return mean_average_precision(located)
+    except ConfigError:
+        return {"map": float("nan")}
 
 
 def _captions(sample: Sample, seed: int, index: int) -> list[Asked]:
@@ -99,37 +136,45 @@ def _locations(sample: Sample, seed: int, index: int) -> list[Asked]:
     return [Asked(sample, sample_locate(task, sample.kinds, left, rng)) for task in ("detect", "segment")]
 
 
-def _measure(model: PaliGemma, asked: list[Asked], tally: dict[str, list[float]]) -> None:
+def _measure(model: PaliGemma, asked: list[Asked], tally: Tally, constrain: bool) -> None:
     pictures, prompts = [a.sample.picture for a in asked], [a.question.prefix for a in asked]
-    outputs = model.generate(pictures, prompts, _MAX_NEW_TOKENS)
+    outputs = model.generate(pictures, prompts, _MAX_NEW_TOKENS, constrain=constrain)
     for item, output in zip(asked, outputs, strict=True):
         task = item.question.task
         if task in ("detect", "segment"):
             _measure_location(item, model.objects(output, item.sample.picture.size), output.text, tally)
             continue
         right = float(output.text == item.question.suffix)
-        tally[task].append(right)
+        tally.values[task].append(right)
         if task == "answer":
             kind = " ".join(item.question.prefix.split()[2:4])
-            tally[f"answer {kind}"].append(right)
+            tally.values[f"answer {kind}"].append(right)
 
 
-def _measure_location(item: Asked, found: list[Detection], text: str, tally: dict[str, list[float]]) -> None:
-    task, truth = item.question.task, item.question.objects
+def _measure_location(item: Asked, found: list[Detection], text: str, tally: Tally) -> None:
+    task, truth, size = item.question.task, item.question.objects, item.sample.picture.size
+    values = tally.values
     if not truth:
-        tally[f"{task} absent"].append(float(not text))
+        values[f"{task} absent"].append(float(not text))
+    values[f"{task} malformed"].append(float(bool(parse(text, size)[1])))
     boxes = [item.sample.boxes[place] for place, _ in truth]
     overlap = np.zeros((len(found), len(truth)))
     for i, thing in enumerate(found):
         for j, (_, label) in enumerate(truth):
             overlap[i, j] = box_iou(thing.box, boxes[j]) if thing.label == label else 0.0
     pairs = match(overlap)
-    tally[f"{task} iou"] += [float(overlap[pair]) for pair in pairs]
-    tally[f"{task} matched"].append(len(pairs))
-    tally[f"{task} found"].append(len(found))
-    tally[f"{task} true"].append(len(truth))
+    values[f"{task} iou"] += [float(overlap[pair]) for pair in pairs]
+    values[f"{task} matched"].append(len(pairs))
+    values[f"{task} found"].append(len(found))
+    values[f"{task} true"].append(len(truth))
+    right = {i for i, _ in pairs}
+    for i, thing in enumerate(found):
+        values[f"{task} right" if i in right else f"{task} wrong"].append(thing.score or 0.0)
+    if task == "detect":
+        true = [Detection(label, box) for (_, label), box in zip(truth, boxes, strict=True)]
+        tally.located.append((found, true, size))
     if task == "segment" and truth:
         matched = {j: found[i].mask for i, j in pairs}
         for j, (place, _) in enumerate(truth):
             mask = matched.get(j)
-            tally["segment mask"].append(0.0 if mask is None else mask_iou(mask, item.sample.masks[place]))
+            values["segment mask"].append(0.0 if mask is None else mask_iou(mask, item.sample.masks[place]))

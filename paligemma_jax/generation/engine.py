@@ -19,11 +19,14 @@ from jax import lax
 from paligemma_jax.config import PaliGemmaConfig
 from paligemma_jax.generation import cache as kv_cache
 from paligemma_jax.generation.clock import Clock
-from paligemma_jax.generation.sampling import Rule, choose, forbid, token_logprobs
+from paligemma_jax.generation.grammar import Place, start
+from paligemma_jax.generation.sampling import Odds, Rule, choose, forbid, move, token_logprobs
 from paligemma_jax.models.paligemma import PaliGemma
 from paligemma_jax.processing.processor import Batch
+from paligemma_jax.processing.tokenizer import Tokenizer
 
 Params = dict[str, Any]
+Chunk = tuple[np.ndarray, Odds]  # tokens i32 [n, B] and their odds, numpy arrays [n, B]
 
 _MAX_PICTURES = 16  # pictures that the vision tower takes at once
 _MAX_SCORES = 2**24  # attention scores of a head: a sequence with the 4096 tokens of a picture at 896 px runs alone
@@ -47,7 +50,8 @@ class State:
     """A generation in progress."""
 
     tokens: jax.Array  # i32 [B], chosen last, not in the cache yet
-    logprobs: jax.Array  # f32 [B], of `tokens`
+    odds: Odds  # [B], of `tokens`
+    place: Place | None  # [B], in the rule's grammar, after `tokens`
     cache: kv_cache.Cache
     prefix_length: jax.Array  # i32 [B]
     step: jax.Array  # i32 [], tokens chosen so far
@@ -92,31 +96,37 @@ def prefill(
 ) -> State:
     """Run the prompts and choose the first token of each row."""
     logits, cache = first_logits(params, config, inputs, num_slots)
-    step = jnp.int32(0)
-    tokens, logprobs = choose(logits, keys, step, rule, config.image_token_id)
-    return State(tokens, logprobs, cache, inputs.prefix_length, step + 1, tokens == config.eos_token_id, keys)
+    step, place = jnp.int32(0), start(rule.grammar, len(logits))
+    tokens, odds = choose(logits, keys, step, rule, config.image_token_id, place)
+    place, done = move(rule, place, tokens), tokens == config.eos_token_id
+    return State(tokens, odds, place, cache, inputs.prefix_length, step + 1, done, keys)
 
 
 @functools.partial(jax.jit, static_argnames=("config", "num_steps"), donate_argnames="state")
 def decode(
     params: Params, state: State, rule: Rule, *, config: PaliGemmaConfig, num_steps: int
-) -> tuple[State, tuple[jax.Array, jax.Array]]:
-    """Choose n = `num_steps` more tokens: the new state, tokens i32 [n, B] and log-probabilities f32 [n, B].
+) -> tuple[State, tuple[jax.Array, Odds]]:
+    """Choose n = `num_steps` more tokens: the new state, tokens i32 [n, B] and their odds [n, B].
 
     A row that has ended gives pad_token_id and 0.
     """
 
-    def step(state: State, _: None) -> tuple[State, tuple[jax.Array, jax.Array]]:
+    def step(state: State, _: None) -> tuple[State, tuple[jax.Array, Odds]]:
         last, positions = state.tokens[:, None], (state.prefix_length + state.step - 1)[:, None]
         logits, cache = next_logits(params, config, last, positions, state.prefix_length, state.cache)
-        tokens, logprobs = choose(logits[:, 0], state.keys, state.step, rule, config.image_token_id)
-        tokens = jnp.where(state.done, config.pad_token_id, tokens)
-        logprobs = jnp.where(state.done, 0.0, logprobs)
-        done = state.done | (tokens == config.eos_token_id)
+        chosen, odds = choose(logits[:, 0], state.keys, state.step, rule, config.image_token_id, state.place)
+        tokens = jnp.where(state.done, config.pad_token_id, chosen)
+        odds = jax.tree.map(lambda x: jnp.where(state.done, 0.0, x), odds)
         state = dataclasses.replace(
-            state, tokens=tokens, logprobs=logprobs, cache=cache, step=state.step + 1, done=done
+            state,
+            tokens=tokens,
+            odds=odds,
+            place=move(rule, state.place, chosen),
+            cache=cache,
+            step=state.step + 1,
+            done=state.done | (tokens == config.eos_token_id),
         )
-        return state, (tokens, logprobs)
+        return state, (tokens, odds)
 
     return lax.scan(step, state, None, length=num_steps)
 
@@ -150,9 +160,7 @@ def trace(
 
 
 @functools.partial(jax.jit, static_argnames=("config", "count"))
-def likeliest(
-    params: Params, hidden: jax.Array, *, config: PaliGemmaConfig, count: int
-) -> tuple[jax.Array, jax.Array]:
+def likeliest(params: Params, hidden: jax.Array, *, config: PaliGemmaConfig, count: int) -> tuple[jax.Array, jax.Array]:
     """The tokens that hidden states [M, D] of any layer would say: ids i32 [M, count] and probabilities, best first."""
     logits = forbid(apply(params, config, "lens", hidden), config.image_token_id)
     probabilities, tokens = lax.top_k(jax.nn.softmax(logits, axis=-1), count)
@@ -191,20 +199,24 @@ def generate(
     max_new_tokens: int,
     chunk: int,
     clock: Clock,
-) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Tokens i32 [n, B] and log-probabilities f32 [n, B] as they come: first one step, then `chunk` steps at a time.
+) -> Iterator[Chunk]:
+    """What was chosen, as it comes: first one step, then `chunk` steps at a time.
 
     Ends with `max_new_tokens`, or within a chunk of the end of the last row; a row that ended before gives padding.
     """
     num_slots = kv_cache.num_slots(inputs.tokens.shape[1], max_new_tokens)
     state = clock.call(prefill, params, inputs, keys, rule, config=config, num_slots=num_slots)
-    yield np.asarray(state.tokens)[None], np.asarray(state.logprobs)[None]
+    yield jax.tree.map(lambda x: np.asarray(x)[None], (state.tokens, state.odds))
     count = 1
     while count < max_new_tokens and not np.asarray(state.done).all():
         state, chosen = clock.call(decode, params, state, rule, config=config, num_steps=chunk)
-        tokens, logprobs = (np.asarray(x)[: max_new_tokens - count] for x in chosen)
+        yield jax.tree.map(lambda x: np.asarray(x)[: max_new_tokens - count], chosen)  # noqa: B023
         count += chunk
-        yield tokens, logprobs
+
+
+def where_row(condition: jax.Array, x: jax.Array, y: jax.Array) -> jax.Array:
+    """Rows of x [B, ...] where the condition [B] holds, else of y."""
+    return jnp.where(condition.reshape(-1, *[1] * (x.ndim - 1)), x, y)
 
 
 def most_at_once(num_tokens: int) -> int:
@@ -245,6 +257,12 @@ def prepare(batch: Batch, soft_tokens: jax.Array, rows: range) -> Inputs:
         soft_tokens = jnp.take(soft_tokens, pictures, axis=0)
     arrays = (batch.tokens[index], np.where(slots >= 0, local, -1), batch.prefix_length[index], batch.length[index])
     return Inputs(soft_tokens, *(np.asarray(x, np.int32) for x in arrays))
+
+
+def prompts(tokenizer: Tokenizer, inputs: Inputs) -> list[str]:
+    """The text of each row's prompt."""
+    rows = zip(inputs.tokens, inputs.image_slots, inputs.prefix_length, strict=True)
+    return [tokenizer.decode(ids[:length][slots[:length] < 0]).strip() for ids, slots, length in rows]
 
 
 def _padded(count: int) -> np.ndarray:

@@ -17,6 +17,8 @@ class Output:
     tokens: i32 [n], <eos> included when it was reached.
     logprobs: f32 [n], log-probability of each token under the model's unfiltered distribution at temperature 1.
     finish_reason: "eos", or "length" when max_new_tokens cut it off.
+    near: f32 [n], of a location token the probability of all that are within `sampling.NEAR` of it, else 0.
+    expected: f32 [n], the mean location, 0..1023, under the model's distribution over locations at that token.
     """
 
     text: str
@@ -24,6 +26,8 @@ class Output:
     logprobs: np.ndarray
     finish_reason: str
     timing: Timing
+    near: np.ndarray
+    expected: np.ndarray
 
 
 class TextStream(Iterator[str]):

@@ -1,6 +1,6 @@
 """How the next token is chosen from logits: greedily, or at random from a filtered distribution.
 
-Axes: B rows, V vocabulary.
+Axes: B rows, V vocabulary, C tokens of a row.
 """
 
 import dataclasses
@@ -14,6 +14,10 @@ import jax.numpy as jnp
 from jax import lax
 
 from paligemma_jax.errors import SamplingError
+from paligemma_jax.generation import grammar as grammars
+from paligemma_jax.processing.tokenizer import LOC_TOKENS
+
+NEAR = 32  # locations to both sides that count as the same place: 3% of a picture's side
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,12 +73,34 @@ class Sampling:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Rule:
-    """Scalars of `Sampling` as arrays: new values need no new program. None costs nothing; all None is greedy."""
+    """How to choose, as arrays: new values need no new program. None costs nothing; all None is greedy.
+
+    temperature, top_k, top_p, min_p: scalars of `Sampling`.
+    loc_start: id of the first location token, for `Odds`.
+    grammar: what may come next.
+    """
 
     temperature: jax.Array | None = None
     top_k: jax.Array | None = None
     top_p: jax.Array | None = None
     min_p: jax.Array | None = None
+    loc_start: jax.Array | None = None
+    grammar: grammars.Grammar | None = None
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Odds:
+    """What the model thinks of tokens [...], by its own distribution: over all of V, at temperature 1, unfiltered.
+
+    logprobs: f32, log-probability of each.
+    near: f32, probability of the locations at most `NEAR` away from one that is a location; else 0.
+    expected: f32, mean location under the distribution over locations, in 0..1023; 0 when `Rule.loc_start` is None.
+    """
+
+    logprobs: jax.Array
+    near: jax.Array
+    expected: jax.Array
 
 
 def whole_number(name: str, value: object, least: int, most: int | None = None) -> int:
@@ -108,27 +134,55 @@ def _fold_in_each(seed: jax.Array, numbers: jax.Array) -> jax.Array:
 
 
 def choose(
-    logits: jax.Array, keys: jax.Array, step: jax.Array, rule: Rule, num_allowed: int
-) -> tuple[jax.Array, jax.Array]:
+    logits: jax.Array,
+    keys: jax.Array,
+    step: jax.Array,
+    rule: Rule,
+    num_allowed: int,
+    place: grammars.Place | None = None,
+) -> tuple[jax.Array, Odds]:
     """The next token of each row, always one below `num_allowed`.
 
     Args:
       logits: [B, V] float32.
       keys: [B] random keys of the rows.
       step: how many tokens were chosen before, one number or one per row [B]; folded into the keys.
+      place: of the rows in the rule's grammar, if it has one.
 
     Returns:
-      tokens i32 [B], and their log-probabilities f32 [B] under the model's own distribution: over all of V, at
-      temperature 1, unfiltered.
+      tokens i32 [B], and their odds [B].
     """
     allowed = forbid(logits, num_allowed)
+    if rule.grammar is not None:
+        allowed = grammars.allow(rule.grammar, place, step, allowed)
     if rule.temperature is None:
         tokens = jnp.argmax(allowed, axis=-1)
     else:
         step_keys = jax.vmap(jax.random.fold_in)(keys, jnp.broadcast_to(step, keys.shape))
         tokens = jax.vmap(jax.random.categorical)(step_keys, filter_logits(allowed, rule))
     tokens = tokens.astype(jnp.int32)
-    return tokens, token_logprobs(logits, tokens)
+    return tokens, jax.tree.map(lambda x: x[:, 0], odds(logits, tokens[:, None], rule.loc_start))
+
+
+def move(rule: Rule, place: grammars.Place | None, tokens: jax.Array) -> grammars.Place | None:
+    """Where rows stand in the grammar after one more token each [B]; None without a grammar."""
+    return None if rule.grammar is None else grammars.move(rule.grammar, place, tokens)
+
+
+def odds(logits: jax.Array, tokens: jax.Array, loc_start: jax.Array | None) -> Odds:
+    """What logits [B, V] say of some tokens [B, C]: odds [B, C]."""
+    total = jax.nn.logsumexp(logits, axis=-1, keepdims=True)
+    logprobs = jnp.take_along_axis(logits, tokens, axis=-1) - total
+    if loc_start is None:
+        return Odds(logprobs, jnp.zeros_like(logprobs), jnp.zeros_like(logprobs))
+    count = len(LOC_TOKENS)
+    probabilities = jnp.exp(lax.dynamic_slice_in_dim(logits, loc_start, count, axis=1) - total)
+    place = jnp.arange(count)[None]
+    expected = jnp.sum(probabilities * place, axis=1, keepdims=True) / jnp.sum(probabilities, axis=1, keepdims=True)
+    chosen = (tokens - loc_start)[:, :, None]
+    near = jnp.sum(jnp.where(jnp.abs(place[:, None] - chosen) <= NEAR, probabilities[:, None], 0.0), axis=2)
+    is_location = (tokens >= loc_start) & (tokens < loc_start + count)
+    return Odds(logprobs, jnp.where(is_location, near, 0.0), jnp.broadcast_to(expected, logprobs.shape))
 
 
 def forbid(logits: jax.Array, num_allowed: int) -> jax.Array:

@@ -14,7 +14,7 @@ Axes: B rows, P hint tokens, M answer slots, L = P + M, k guesses.
 
 import dataclasses
 import functools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -25,14 +25,17 @@ from paligemma_jax.config import PaliGemmaConfig
 from paligemma_jax.generation import cache as kv_cache
 from paligemma_jax.generation import engine
 from paligemma_jax.generation.clock import Clock
-from paligemma_jax.generation.sampling import Rule, choose
+from paligemma_jax.generation.grammar import Place
+from paligemma_jax.generation.sampling import Odds, Rule, choose, move
 from paligemma_jax.processing.tokenizer import LOC_TOKENS, SEG_TOKENS, Tokenizer
+from paligemma_jax.tasks.classes import class_names
+from paligemma_jax.tasks.detection import NUM_CODES
 
 _NUM_GUESSES = 4  # k: on CPU more cost as much as they save (benchmarks/speculation.py)
 _CONTEXT = 24  # tokens back that places are compared: a box, a mask and what stands before them
 _HEAVY = 2**29  # weights of a decoder that a pass spends its time reading
 _BOX = "<loc0512>" * 4
-_OBJECTS = {"detect": _BOX, "segment": _BOX + "<seg064>" * 16}  # what stands before a label, by task
+_OBJECTS = {"detect": _BOX, "segment": _BOX + "<seg064>" * NUM_CODES}  # what stands before a label, by task
 
 Kinds = tuple[tuple[int, int], ...]  # first id and end of each range of ids that match each other
 
@@ -57,7 +60,8 @@ class State:
     """A generation in progress."""
 
     text: jax.Array  # i32 [B, L], hints, then the answer from column P on, then padding
-    logprobs: jax.Array  # f32 [B, M], of the answer
+    odds: Odds  # [B, M], of the answer
+    place: Place | None  # [B], in the rule's grammar, after the last token
     leftover: jax.Array  # i32 [B, k], chosen in the last pass behind its wrong guess; -1 where nothing was
     cache: kv_cache.Cache
     prefix_length: jax.Array  # i32 [B]
@@ -69,26 +73,23 @@ class State:
 
 def outline(prompt: str) -> str:
     """How the answer to a `detect` or `segment` prompt would be written; "" for other prompts."""
-    task, _, classes = prompt.partition(" ")
-    labels = [" ".join(name.split()) for name in classes.split(";")]
-    if task not in _OBJECTS or not all(labels):
+    if not (labels := class_names(prompt)):
         return ""
     # The last one twice: several things may have one label.
-    return "\n" + " ; ".join(f"{_OBJECTS[task]} {label}" for label in [*labels, labels[-1]])
+    return "\n" + " ; ".join(f"{_OBJECTS[prompt.split()[0]]} {label}" for label in [*labels, labels[-1]])
 
 
-def hints(tokenizer: Tokenizer, inputs: engine.Inputs) -> Hints:
-    """The hints that the prompts give; P is a power of two, so that few programs are compiled."""
-    rows, outlined = [], False
-    for tokens, slots, length in zip(inputs.tokens, inputs.image_slots, inputs.prefix_length, strict=True):
-        prompt = tokens[:length][slots[:length] < 0].tolist()
-        expected = outline(tokenizer.decode(prompt).strip())
-        rows.append(tokenizer.encode(expected) + prompt)
-        outlined |= expected != ""
+def hints(tokenizer: Tokenizer, prompts: Sequence[str]) -> Hints:
+    """The hints that the prompts of a batch give; P is a power of two, so that few programs are compiled."""
+    expected = [outline(prompt) for prompt in prompts]
+    rows = [
+        [*tokenizer.encode(text), *tokenizer.encode(prompt), tokenizer.newline_id]
+        for text, prompt in zip(expected, prompts, strict=True)
+    ]
     width = 1 << max(5, (max(map(len, rows)) - 1).bit_length())
     text = np.array([[-1] * (width - len(row)) + row for row in rows], np.int32)
     ranges = (tokenizer.loc_start, len(LOC_TOKENS)), (tokenizer.seg_start, len(SEG_TOKENS))
-    return Hints(text, tuple((start, start + count) for start, count in ranges), outlined)
+    return Hints(text, tuple((start, start + count) for start, count in ranges), any(expected))
 
 
 def wins(params: engine.Params, hints: Hints) -> bool:
@@ -146,7 +147,7 @@ def decode(
 
 def _lengthen(params: engine.Params, state: State, rule: Rule, config: PaliGemmaConfig, kinds: Kinds) -> State:
     num_rows, num_guesses = state.leftover.shape
-    num_slots = state.logprobs.shape[1]
+    num_slots = state.odds.logprobs.shape[1]
     begin = state.text.shape[1] - num_slots  # column of the answer
     length = begin + state.step
     guesses = guess(state.text, length, state.leftover, kinds)
@@ -159,8 +160,9 @@ def _lengthen(params: engine.Params, state: State, rule: Rule, config: PaliGemma
     logits, cache = engine.next_logits(params, config, tokens, positions, state.prefix_length, state.cache)
     keys = jnp.repeat(state.keys, num_guesses + 1)
     flat = logits.reshape(-1, logits.shape[-1])
-    chosen = choose(flat, keys, steps.reshape(-1), rule, config.image_token_id)
-    tokens, logprobs = (x.reshape(num_rows, -1) for x in chosen)
+    places = _places(state.place, guesses, rule)
+    chosen = choose(flat, keys, steps.reshape(-1), rule, config.image_token_id, _flat(places))
+    tokens, odds = jax.tree.map(lambda x: x.reshape(num_rows, -1), chosen)
 
     ends = tokens == config.eos_token_id
     right = jnp.cumprod(guesses == tokens[:, :-1], axis=1)
@@ -171,18 +173,41 @@ def _lengthen(params: engine.Params, state: State, rule: Rule, config: PaliGemma
     behind = jnp.pad(tokens, [(0, 0), (0, num_guesses)], constant_values=-1)
     leftover = jnp.take_along_axis(behind, count[:, None] + at[:, :-1], axis=1)
 
+    if rule.grammar is not None:  # after the last of the kept ones, which is no guess
+        last = jnp.maximum(count, 1) - 1
+        before = jax.tree.map(lambda x: x[jnp.arange(num_rows), last], places)
+        moved = move(rule, before, jnp.take_along_axis(tokens, last[:, None], axis=1)[:, 0])
+        place = jax.tree.map(functools.partial(engine.where_row, count > 0), moved, state.place)
+    else:
+        place = None
+
     rows = lax.broadcasted_iota(jnp.int32, tokens.shape, 0)
     slots = jnp.where(kept, steps, num_slots)  # beyond the end: dropped
     step = state.step + count
     return dataclasses.replace(
         state,
         text=state.text.at[rows, begin + slots].set(tokens, mode="drop"),
-        logprobs=state.logprobs.at[rows, slots].set(logprobs, mode="drop"),
+        odds=jax.tree.map(lambda x, new: x.at[rows, slots].set(new, mode="drop"), state.odds, odds),
+        place=place,
         leftover=leftover,
         cache=cache,
         step=step,
         done=state.done | jnp.any(kept & ends, axis=1) | (step >= state.limit),
     )
+
+
+def _places(place: Place | None, guesses: jax.Array, rule: Rule) -> Place | None:
+    """Where rows stand in the grammar before each guess [B, k] and behind the last: [B, k + 1]."""
+    if place is None:
+        return None
+    places = [place]
+    for i in range(guesses.shape[1]):
+        places.append(move(rule, places[-1], guesses[:, i]))
+    return jax.tree.map(lambda *x: jnp.stack(x, axis=1), *places)
+
+
+def _flat(places: Place | None) -> Place | None:
+    return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), places)
 
 
 def generate(
@@ -196,8 +221,8 @@ def generate(
     clock: Clock,
     hints: Hints,
     num_guesses: int = _NUM_GUESSES,
-) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """The answers of `engine.generate`: tokens i32 [n, B] and log-probabilities f32 [n, B] as they come.
+) -> Iterator[engine.Chunk]:
+    """The answers of `engine.generate` as they come.
 
     First one step, then the steps that `chunk` passes have brought every row that goes on; n differs from chunk to
     chunk. Ends as `engine.generate` does.
@@ -207,11 +232,14 @@ def generate(
     num_rows, begin = hints.text.shape
     shape = num_rows, num_slots - inputs.tokens.shape[1]
     text = np.concatenate([hints.text, np.full(shape, config.pad_token_id, np.int32)], axis=1)
-    logprobs = np.zeros(shape, np.float32)
-    text[:, begin], logprobs[:, 0] = first.tokens, first.logprobs
+    odds = Odds(*(np.zeros(shape, np.float32) for _ in range(3)))
+    text[:, begin] = first.tokens
+    for values, known in zip(jax.tree.leaves(odds), jax.tree.leaves(first.odds), strict=True):
+        values[:, 0] = known
     state = State(
         text=text,
-        logprobs=logprobs,
+        odds=odds,
+        place=first.place,
         leftover=np.full((num_rows, num_guesses), -1, np.int32),
         cache=first.cache,
         prefix_length=first.prefix_length,
@@ -220,7 +248,7 @@ def generate(
         done=np.asarray(first.done) | (max_new_tokens == 1),
         keys=first.keys,
     )
-    yield text[None, :, begin], logprobs[None, :, 0]
+    yield text[None, :, begin], jax.tree.map(lambda x: x[None, :, 0], odds)
     given = furthest = 1
     done = state.done
     while not done.all():
@@ -230,6 +258,6 @@ def generate(
         furthest = int(step.max())
         common = furthest if done.all() else int(step[~done].min())
         if common > given:
-            text, logprobs = np.asarray(state.text)[:, begin:], np.asarray(state.logprobs)
-            yield text[:, given:common].T, logprobs[:, given:common].T
+            answer = np.asarray(state.text)[:, begin:], jax.tree.map(np.asarray, state.odds)
+            yield jax.tree.map(lambda x: x[:, given:common].T, answer)  # noqa: B023
             given = common

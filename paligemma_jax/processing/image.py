@@ -18,7 +18,7 @@ import time
 import urllib.error
 import urllib.request
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO, Literal
 
@@ -63,7 +63,7 @@ def load_image(source: ImageSource) -> Image.Image:
         return _to_rgb(source, getattr(source, "filename", "") or "the given picture")
     if isinstance(source, np.ndarray):
         return _to_rgb(_from_array(source), "the given array")
-    if isinstance(source, str) and _is_url(source):
+    if isinstance(source, str) and is_url(source):
         return _decode(io.BytesIO(_download(source)), source)
     if not isinstance(source, str | os.PathLike):
         raise ImageError(
@@ -174,20 +174,21 @@ class ImageSettings:
         }
 
 
-def find_images(pattern: str) -> list[str]:
+def find_images(pattern: str, also: Sequence[str] = ()) -> list[str]:
     """Pictures named by a path, URL, folder or glob (`**` goes into subfolders), in natural order: 2.png before 10.png.
 
-    From folders and globs only files with a picture's suffix are taken.
+    From folders and globs only files with a picture's suffix are taken, from globs those with one of `also` as well.
 
     Raises:
         ImageError: when there is none.
     """
     path = os.path.expanduser(pattern)
-    if _is_url(path) or os.path.isfile(path):
+    if is_url(path) or os.path.isfile(path):
         return [path]
     is_folder = os.path.isdir(path)
     names = glob.glob(os.path.join(glob.escape(path), "*") if is_folder else path, recursive=True)
-    found = [name for name in names if Path(name).suffix.lower() in _SUFFIXES and os.path.isfile(name)]
+    suffixes = _SUFFIXES if is_folder else (*_SUFFIXES, *also)
+    found = [name for name in names if Path(name).suffix.lower() in suffixes and os.path.isfile(name)]
     if found:
         return sorted(found, key=_natural_key)
     if is_folder:
@@ -203,7 +204,8 @@ def _natural_key(name: str) -> tuple[list[str | int], str]:
     return parts, name
 
 
-def _is_url(text: str) -> bool:
+def is_url(text: str) -> bool:
+    """Whether a name of a picture is an address to fetch it from."""
     return text.lower().startswith(("http://", "https://"))
 
 

@@ -14,7 +14,10 @@ from paligemma_jax.processing.image import find_images, load_image
 from paligemma_jax.runs import environment, settings
 from paligemma_jax.runs import model as models
 from paligemma_jax.runs.generate import print_pieces
-from paligemma_jax.runs.results import Results, note, warn_about_free_prompts
+from paligemma_jax.runs.notes import note
+from paligemma_jax.runs.questions import Question
+from paligemma_jax.runs.results import Results, warn_about_free_prompts
+from paligemma_jax.runs.sources import Source
 
 _USUAL_PROMPT = "caption en"  # most are about as long, and so share its programs
 _HELP = """type a prompt and press Enter: caption en, answer en how many cats are there?, detect cat, segment cat
@@ -31,23 +34,23 @@ class Chat:
         self._config = config
         self._sampling = sampling
         self._results = Results(model, config)
-        self._name = ""
-        self._picture: Image.Image
+        self._source: Source
         self._soft_tokens: jax.Array
 
     def show(self, name: str, picture: Image.Image) -> None:
         """Talk about another picture."""
         self._soft_tokens = self._model.embed_image(picture)  # once, however many prompts follow
-        self._name, self._picture = name, picture
+        self._source = Source(name, picture)
         note(f"picture: {name}, {picture.width} x {picture.height}")
 
     def answer(self, prompt: str) -> None:
         """Stream the answer, then say how fast it came."""
         warn_about_free_prompts(self._config, [prompt])
-        limits = (self._config.max_new_tokens, self._sampling, self._soft_tokens, settings.speculate(self._config))
-        pieces = self._model.stream(None, prompt, *limits)
+        limits = (self._config.max_new_tokens, self._sampling, self._soft_tokens)
+        options = {"speculate": settings.speculate(self._config), "constrain": self._config.constrain}
+        pieces = self._model.stream(None, prompt, *limits, **options)
         print_pieces(pieces)
-        self._results.report(self._name, self._picture, prompt, pieces.output, streamed=True)
+        self._results.report(self._source, Question.whole(prompt), [pieces.output], streamed=True)
         note(_speed(pieces.output.timing))
 
 
@@ -56,6 +59,7 @@ def run(config: ConfigDict) -> int:
     if settings.one_of(config, "format", ("text", "json")) == "json":
         raise ConfigError("chat prints text while it is made: set format=text, or run=generate for JSON")
     settings.loc_scale(config)
+    settings.choice(config)
     sampling = settings.sampling(config, stream=True)
     settings.speculate(config)
     models.check_weights(config)

@@ -18,6 +18,8 @@ RUNS = {  # config.run: module in paligemma_jax/runs, and what it does
     "chat": "answer prompts about a picture as they are typed",
     "train": "fine-tune a model on your own pictures (needs configs/finetune.py)",
     "evaluate": "measure the shipped model on pictures it has not seen",
+    "inspect": "draw what an answer rests on (needs configs/inspect.py)",
+    "swap": "answer about a picture with another one's embeddings (needs configs/swap.py)",
     "make_tiny": "build the shipped model from a seed (needs configs/make_tiny.py)",
 }
 

@@ -12,7 +12,7 @@ import jax
 from ml_collections import ConfigDict
 
 from paligemma_jax.errors import ConfigError
-from paligemma_jax.runs.results import note
+from paligemma_jax.runs.notes import note
 from paligemma_jax.runs.settings import one_of
 
 _INSTALL = {"gpu": 'pip install -U "jax[cuda13]"', "tpu": 'pip install -U "jax[tpu]"', "cpu": "pip install -U jax"}

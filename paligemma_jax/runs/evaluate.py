@@ -13,7 +13,7 @@ from paligemma_jax.evaluation.samples import drawn_as_in_training
 from paligemma_jax.files import write_json
 from paligemma_jax.runs import environment, settings
 from paligemma_jax.runs import model as models
-from paligemma_jax.runs.results import note
+from paligemma_jax.runs.notes import note
 
 _SOURCES = {"scenes": drawn_as_in_training, "foreign": drawn_by_another}  # config.data
 
@@ -30,7 +30,7 @@ def run(config: ConfigDict) -> int:
     profile = environment.profiled(config)
     model = models.load(config)
     with profile:
-        measured = scenes.evaluate(model, config.num_scenes, config.scenes_seed, source)
+        measured = scenes.evaluate(model, config.num_scenes, config.scenes_seed, source, config.constrain)
     metrics = {task: {name: _finite(value) for name, value in values.items()} for task, values in measured.items()}
     if output_format == "json":
         print(json.dumps(metrics))

@@ -1,22 +1,28 @@
 """config.run=generate: every prompt about every picture."""
 
+import contextlib
 import itertools
-import operator
 import sys
 from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
 
+import jax
+import jax.numpy as jnp
 from ml_collections import ConfigDict
-from PIL import Image
 from tqdm import tqdm
 
 import paligemma_jax as pj
 from paligemma_jax.errors import ConfigError, ImageError
-from paligemma_jax.processing.image import find_images, load_image
-from paligemma_jax.runs import environment, settings
+from paligemma_jax.processing.image import find_images
+from paligemma_jax.processing.video import VIDEO_SUFFIXES, is_video, require
+from paligemma_jax.runs import environment, exports, settings
 from paligemma_jax.runs import model as models
-from paligemma_jax.runs.results import Results, note, warn_about_free_prompts
-
-Picture = tuple[str, Image.Image | ImageError]
+from paligemma_jax.runs.embedded import Embedded
+from paligemma_jax.runs.notes import note
+from paligemma_jax.runs.questions import Question, questions
+from paligemma_jax.runs.results import Results, warn_about_free_prompts
+from paligemma_jax.runs.sources import Source, in_groups, read
 
 
 def run(config: ConfigDict) -> int:
@@ -24,50 +30,58 @@ def run(config: ConfigDict) -> int:
     output_format = settings.one_of(config, "format", ("text", "json"))
     if config.stream and output_format == "json":
         raise ConfigError("stream prints text while it is made: set format=text, or leave stream out")
+    if config.stream and config.split_classes:
+        raise ConfigError("split_classes asks all classes at once, stream one after the other: leave out one of them")
     if config.batch_size < 1:
         raise ConfigError(f"batch_size={config.batch_size} is not possible: give a whole number of at least 1")
     settings.loc_scale(config)
     settings.speculate(config)
+    settings.choice(config)
+    fps = settings.video_fps(config)
     sampling = settings.sampling(config, stream=config.stream)
-    prompts = settings.prompts(config)
+    asked = questions(config)
+    prompts = [question.prompt for question in asked]
+    kinds = settings.exports(config)
+    exports.check(kinds, prompts)
     models.check_weights(config)
-    names = find_images(config.image)
+    names = find_images(config.image, also=VIDEO_SUFFIXES)
+    has_video = any(map(is_video, names))
+    if has_video:
+        require()
     warn_about_free_prompts(config, prompts)
 
-    groups = _read(names, max(1, config.batch_size // len(prompts)))
+    parts = [part for question in asked for part in question.parts]
+    groups = in_groups(read(names, fps), max(1, config.batch_size // len(parts)))
     first = next(groups)
-    if len(names) == 1 and isinstance(problem := first[0][1], ImageError):
+    if len(names) == 1 and isinstance(problem := first[0], ImageError):
         raise problem  # before the model is loaded
 
+    embedded = Embedded(config, None if has_video else len(names))
     profile = environment.profiled(config)
-    readable = sum(not isinstance(picture, ImageError) for _, picture in first)
-    model = models.load(config, lambda model: _prepare(model, readable, prompts, config, sampling))
-    results = Results(model, config, several=len(names) * len(prompts) > 1)
+    readable = sum(isinstance(source, Source) for source in first)
+    prepare = None if embedded.asked else lambda model: _prepare(model, readable, parts, config, sampling)
+    model = models.load(config, prepare)
+    several = has_video or len(names) * len(prompts) > 1
+    writers = exports.Exports(kinds, Path(config.output_dir).expanduser(), prompts) if kinds else None
     failed = 0
-    with profile, _progress_bar(len(names)) as bar:
+    with (
+        contextlib.closing(Results(model, config, several, writers)) as results,
+        contextlib.closing(embedded),
+        profile,
+        _progress_bar(None if has_video else len(names)) as bar,
+    ):
         for group in itertools.chain([first], groups):
-            readable = [(name, picture) for name, picture in group if not isinstance(picture, ImageError)]
-            rows = [(name, picture, prompt) for name, picture in readable for prompt in prompts]
             bar.clear()
-            for _, problem in (item for item in group if isinstance(item[1], ImageError)):
+            for problem in (item for item in group if isinstance(item, ImageError)):
                 note(f"error: {problem}")
+                embedded.skip()
                 failed += 1
-            if rows:
-                _answer(model, rows, config, sampling, results)
+            sources = [source for source in group if isinstance(source, Source)]
+            if sources:
+                soft_tokens = embedded.soft_tokens(model, [source.image for source in sources])
+                _answer(model, sources, asked, soft_tokens, config, sampling, results)
             bar.update(len(group))
     return 1 if failed else 0
-
-
-def _read(names: list[str], count: int) -> Iterator[list[Picture]]:
-    """The pictures, `count` at a time, with the error in place of one that cannot be read."""
-    for start in range(0, len(names), count):
-        group: list[Picture] = []
-        for name in names[start : start + count]:
-            try:
-                group.append((name, load_image(name)))
-            except ImageError as error:
-                group.append((name, error))
-        yield group
 
 
 def _prepare(
@@ -78,36 +92,58 @@ def _prepare(
         num_pictures, prompts = 1, prompts[:1]
     groups = [[i] for i in range(num_pictures) for _ in prompts]
     if groups:
-        options = {"batch_size": config.batch_size, "speculate": settings.speculate(config)}
+        options = {"batch_size": config.batch_size, **_options(config)}
         model.compile(groups, prompts * num_pictures, config.max_new_tokens, sampling, **options)
+
+
+def _options(config: ConfigDict) -> dict[str, Any]:
+    """What `generate`, `stream` and `compile` are told alike."""
+    return {"speculate": settings.speculate(config), "constrain": config.constrain}
 
 
 def _answer(
     model: pj.PaliGemma,
-    rows: list[tuple[str, Image.Image, str]],
+    sources: list[Source],
+    asked: list[Question],
+    soft_tokens: jax.Array | None,
     config: ConfigDict,
     sampling: pj.Sampling,
     results: Results,
 ) -> None:
-    """Answer and report some (name, picture, prompt)."""
-    speculate = settings.speculate(config)
+    """Answer and report all questions about some pictures, whose soft tokens [I, N, D] may be given."""
     if config.stream:
-        for name, asked in itertools.groupby(rows, key=operator.itemgetter(0)):
-            asked = list(asked)
-            picture = asked[0][1]
-            soft_tokens = model.embed_image(picture)  # once, however many prompts follow
-            for _, _, prompt in asked:
-                results.head(name, prompt)
-                pieces = model.stream(None, prompt, config.max_new_tokens, sampling, soft_tokens, speculate)
-                print_pieces(pieces)
-                results.report(name, picture, prompt, pieces.output, streamed=True)
+        _stream(model, sources, asked, soft_tokens, config, sampling, results)
         return
-    _, pictures, prompts = (list(column) for column in zip(*rows, strict=True))
-    options = {"batch_size": config.batch_size, "speculate": speculate}
-    outputs = model.generate(pictures, prompts, config.max_new_tokens, sampling, **options)
-    for (name, picture, prompt), output in zip(rows, outputs, strict=True):
-        results.head(name, prompt)
-        results.report(name, picture, prompt, output)
+    parts = [part for question in asked for part in question.parts]
+    pictures = [source.image for source in sources for _ in parts]
+    if soft_tokens is not None:
+        soft_tokens = jnp.repeat(soft_tokens, len(parts), axis=0)
+    options = {"batch_size": config.batch_size, "image_embeddings": soft_tokens, **_options(config)}
+    outputs = iter(model.generate(pictures, parts * len(sources), config.max_new_tokens, sampling, **options))
+    for source, question in itertools.product(sources, asked):
+        results.head(source.name, question.prompt)
+        results.report(source, question, list(itertools.islice(outputs, len(question.parts))))
+
+
+def _stream(
+    model: pj.PaliGemma,
+    sources: list[Source],
+    asked: list[Question],
+    soft_tokens: jax.Array | None,
+    config: ConfigDict,
+    sampling: pj.Sampling,
+    results: Results,
+) -> None:
+    """The same, every answer printed while it is made."""
+    options = _options(config)
+    for i, source in enumerate(sources):
+        # Once, however many prompts follow.
+        embeddings = model.embed_image(source.image) if soft_tokens is None else soft_tokens[i : i + 1]
+        for question in asked:
+            results.head(source.name, question.prompt)
+            pieces = model.stream(None, question.prompt, config.max_new_tokens, sampling, embeddings, **options)
+            print_pieces(pieces)
+            results.report(source, question, [pieces.output], streamed=True)
 
 
 def print_pieces(pieces: Iterator[str]) -> None:
@@ -117,7 +153,7 @@ def print_pieces(pieces: Iterator[str]) -> None:
     print(flush=True)
 
 
-def _progress_bar(total: int) -> tqdm:
-    """A bar on stderr for many pictures whose answers go elsewhere."""
+def _progress_bar(total: int | None) -> tqdm:
+    """A bar on stderr for many pictures, `None` being an unknown number, whose answers go elsewhere."""
     hidden = total == 1 or not sys.stderr.isatty() or sys.stdout.isatty()
     return tqdm(total=total, unit="picture", disable=hidden)

@@ -1,11 +1,9 @@
 """Answers to what the user sees: text or JSON on stdout, notes on stderr, drawn pictures in a folder."""
 
 import dataclasses
+import itertools
 import json
-import re
-import sys
-import urllib.parse
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,15 +13,15 @@ from PIL import Image
 import paligemma_jax as pj
 from paligemma_jax.errors import CheckpointError
 from paligemma_jax.files import replacing
-from paligemma_jax.tasks import export
+from paligemma_jax.runs.exports import Exports
+from paligemma_jax.runs.films import Films
+from paligemma_jax.runs.notes import note
+from paligemma_jax.runs.questions import Question, together
+from paligemma_jax.runs.sources import Source, Stems, plain
+from paligemma_jax.tasks import export, select
 from paligemma_jax.tasks.draw import draw
 
 _TASK_WORDS = ("answer", "cap", "caption", "describe", "detect", "ocr", "question", "segment")
-
-
-def note(text: str) -> None:
-    """Tell the user something that is not a result."""
-    print(text, file=sys.stderr, flush=True)
 
 
 def warn_about_free_prompts(config: ConfigDict, prompts: list[str]) -> None:
@@ -39,91 +37,127 @@ class Results:
 
     Args:
       model: what made the answers.
-      config: format, output_dir, loc_scale and mask_vae are used.
+      config: format, output_dir, loc_scale, mask_vae, min_score, nms and video_fps are used.
       several: there is more than one answer, so that each says what it is about.
+      exports: take the objects too.
     """
 
-    def __init__(self, model: pj.PaliGemma, config: ConfigDict, several: bool = False):
+    def __init__(self, model: pj.PaliGemma, config: ConfigDict, several: bool = False, exports: Exports | None = None):
         self._model = model
         self._config = config
         self._several = several
+        self._exports = exports
         self._directory = Path(config.output_dir).expanduser() if config.output_dir else None
-        self._stems: set[str] = set()
+        self._stems = Stems()
         if self._directory:
             self._directory.mkdir(parents=True, exist_ok=True)  # a bad place is known before the work
+            self._films = Films(self._directory, self._stems, config.video_fps)
 
     def head(self, name: str, prompt: str) -> None:
         """Say whose answer comes next, if the output would not tell."""
         if self._several and self._config.format == "text":
             print(f"==> {name}: {prompt} <==", flush=True)
 
-    def report(self, name: str, picture: Image.Image, prompt: str, output: pj.Output, streamed: bool = False) -> None:
-        """Print an answer, unless it is `streamed` already, draw its objects, and note what is odd about it."""
-        about = f"{name}: {prompt}: " if self._several else ""
+    def report(self, source: Source, question: Question, outputs: Sequence[pj.Output], streamed: bool = False) -> None:
+        """Print the answer to a question, put together from those to its parts, unless it is `streamed` already.
+
+        Its objects are drawn and exported, and what is odd about it is noted.
+        """
+        about = f"{source.name}: {question.prompt}: " if self._several else ""
+        found = [item for output in outputs for item in self._objects(output, source.image.size, about)]
+        objects, left_out = _choose(found, self._config.min_score, self._config.nms)
+        answer = together(outputs)
+        as_json = self._config.format == "json" and not streamed
+        if not (as_json or streamed):
+            print(answer.text, flush=True)
+        files = self._draw(source, question.prompt, objects)
+        if self._exports:
+            self._exports.add(source, objects)
+        if as_json:
+            record = self._record(source, question.prompt, answer, objects, files)
+            print(json.dumps(record, ensure_ascii=False), flush=True)
+        for item in () if as_json else objects:
+            note(f"  {about}{_describe(item)}")
+        for oddity in itertools.chain(left_out, self._oddities(question, outputs, source.image)):
+            note(f"note: {about}{oddity}")
+
+    def close(self) -> None:
+        """Write what is known at the end only."""
+        if self._directory:
+            self._films.close()
+        if self._exports:
+            self._exports.close()
+
+    def _objects(self, output: pj.Output, size: tuple[int, int], about: str) -> list[pj.Detection]:
+        """The objects of an answer, with masks if they can be decoded."""
         try:
-            objects = self._model.objects(output, picture.size, self._config.loc_scale)
+            return self._model.objects(output, size, self._config.loc_scale)
         except CheckpointError as error:
             if self._config.mask_vae:
                 raise
             note(f"note: {about}boxes only, {error}")
-            objects = self._model.objects(output, picture.size, self._config.loc_scale, masks=False)
-        as_json = self._config.format == "json" and not streamed
-        if not (as_json or streamed):
-            print(output.text, flush=True)
-        files = self._draw(name, picture, objects)
-        if as_json:
-            print(json.dumps(self._record(name, prompt, output, objects, files), ensure_ascii=False), flush=True)
-        for item in () if as_json else objects:
-            note(f"  {about}{_describe(item)}")
-        for oddity in self._oddities(prompt, output, picture):
-            note(f"note: {about}{oddity}")
+            return self._model.objects(output, size, self._config.loc_scale, masks=False)
 
-    def _draw(self, name: str, picture: Image.Image, objects: list[pj.Detection]) -> list[Path]:
+    def _draw(self, source: Source, prompt: str, objects: list[pj.Detection]) -> list[Path]:
         """Write the drawn picture and the masks; returns the files of the masks."""
-        if not self._directory or not objects:
+        if not self._directory or not (objects or source.video):
             return []
-        stem = self._new_stem(name)
+        drawn = draw(source.image, objects)
+        if source.video:
+            self._films.add(source, prompt, drawn)
+        if not objects:
+            return []
+        stem = self._stems.new(plain(source.stem))
         path = self._directory / f"{stem}_drawn.png"
-        # The probability of one exact location is small even where a box is right: no number to show on a picture.
-        unscored = [dataclasses.replace(item, score=None) for item in objects]
         with replacing(path) as temporary:
-            draw(picture, unscored).save(temporary, format="PNG")
+            drawn.save(temporary, format="PNG")
         files = export.save_masks(objects, self._directory, stem)
         note(f"wrote {path}" + (f" and {len(files)} mask{'s' * (len(files) > 1)}" if files else ""))
         return files
 
-    def _new_stem(self, name: str) -> str:
-        """A file name for a picture's results that no other picture or prompt of this run has, whatever the case."""
-        stem = re.sub(r"[^\w.-]+", "_", Path(urllib.parse.urlsplit(name).path).stem) or "picture"
-        unique, count = stem, 1
-        while unique.casefold() in self._stems:
-            count += 1
-            unique = f"{stem}_{count}"
-        self._stems.add(unique.casefold())
-        return unique
-
     def _record(
-        self, name: str, prompt: str, output: pj.Output, objects: list[pj.Detection], files: list[Path]
+        self, source: Source, prompt: str, answer: pj.Output, objects: list[pj.Detection], files: list[Path]
     ) -> dict[str, Any]:
         return {
-            "image": name,
+            "image": source.name,
             "prompt": prompt,
-            "text": output.text,
-            "finish_reason": output.finish_reason,
+            "text": answer.text,
+            "finish_reason": answer.finish_reason,
             **export.to_json(objects, files),
-            "timing": {"load_s": self._model.load_s, **dataclasses.asdict(output.timing)},
+            "details": export.to_details(objects),
+            "dropped": self._dropped(answer, source.image),
+            "timing": {"load_s": self._model.load_s, **dataclasses.asdict(answer.timing)},
         }
 
-    def _oddities(self, prompt: str, output: pj.Output, picture: Image.Image) -> Iterator[str]:
+    def _dropped(self, output: pj.Output, image: Image.Image) -> list[str]:
+        """The incomplete objects of an answer."""
+        return pj.parse(output.text, image.size, self._config.loc_scale)[1]
+
+    def _oddities(self, question: Question, outputs: Sequence[pj.Output], image: Image.Image) -> Iterator[str]:
         """What a user should know about an answer."""
-        task, _, names = prompt.strip().partition(" ")
-        if output.finish_reason == "length":
-            yield f"cut off after {len(output.tokens)} tokens, max_new_tokens allows no more"
-        _, dropped = pj.parse(output.text, picture.size, self._config.loc_scale)
-        if dropped:
-            yield f"incomplete objects in the answer, left out: {len(dropped)}"
-        if not output.text.strip():
-            yield f"no boxes: no {names} was found" if task in ("detect", "segment") else "the answer is empty"
+        for part, output in zip(question.parts, outputs, strict=True):
+            which = f"{part}: " if len(outputs) > 1 else ""
+            task, _, names = part.strip().partition(" ")
+            if output.finish_reason == "length":
+                yield f"{which}cut off after {len(output.tokens)} tokens, max_new_tokens allows no more"
+            if dropped := self._dropped(output, image):
+                yield f"{which}incomplete objects in the answer, left out: {len(dropped)}"
+            if not output.text.strip():
+                empty = f"no boxes: no {names} was found" if task in ("detect", "segment") else "the answer is empty"
+                yield which + empty
+
+
+def _choose(found: list[pj.Detection], min_score: float, nms: float) -> tuple[list[pj.Detection], list[str]]:
+    """The objects to keep, and what is to be said about the others."""
+    good = select.above(found, min_score)
+    single = select.without_duplicates(good)
+    kept = select.suppress(single, nms) if nms else single
+    counts = {
+        f"objects with a score below min_score={min_score}": len(found) - len(good),
+        "duplicates": len(good) - len(single),
+        f"objects under a better one of the same label (nms={nms})": len(single) - len(kept),
+    }
+    return kept, [f"{what}, left out: {count}" for what, count in counts.items() if count]
 
 
 def _describe(item: pj.Detection) -> str:

@@ -1,6 +1,7 @@
 """Values of a run config, checked."""
 
 import difflib
+import math
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,8 @@ from ml_collections import ConfigDict
 
 from paligemma_jax.errors import ConfigError, PromptError, SamplingError
 from paligemma_jax.generation.sampling import Sampling
+
+EXPORTS = ("coco", "yolo")
 
 
 def did_you_mean(name: str, known: Iterable[str], prefix: str = "") -> str:
@@ -47,6 +50,30 @@ def speculate(config: ConfigDict) -> bool | None:
 def loc_scale(config: ConfigDict) -> int:
     """The location that means the far edge of a picture."""
     return one_of(config, "loc_scale", (1023, 1024))
+
+
+def choice(config: ConfigDict) -> None:
+    """Check what decides about the objects that are kept: min_score and nms."""
+    for key in ("min_score", "nms"):
+        if not 0 <= (value := getattr(config, key)) <= 1:
+            raise ConfigError(f"{key}={value} is not possible: give a number from 0 to 1")
+
+
+def video_fps(config: ConfigDict) -> float:
+    """Frames looked at of each second of a video."""
+    if not (config.video_fps > 0 and math.isfinite(config.video_fps)):
+        raise ConfigError(f"video_fps={config.video_fps} is not possible: give a number above 0, such as 0.5")
+    return config.video_fps
+
+
+def exports(config: ConfigDict) -> list[str]:
+    """The kinds of files that objects are exported to, each once."""
+    names = list(dict.fromkeys(name.strip() for name in config.export.split(",") if name.strip()))
+    if (strange := next((name for name in names if name not in EXPORTS), None)) is not None:
+        raise ConfigError(f"export={config.export!r} is not possible: {strange!r} is not one of {', '.join(EXPORTS)}")
+    if names and not config.output_dir:
+        raise ConfigError(f"export={config.export!r} needs a place for its files: set output_dir too")
+    return names
 
 
 def prompts(config: ConfigDict) -> list[str]:

@@ -7,7 +7,7 @@ Source: big_vision/configs/proj/paligemma and its refcoco_mask2str.
 
 import dataclasses
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 
@@ -30,10 +30,12 @@ class Detection:
     """One object of a picture.
 
     box: (x0, y0, x1, y1) in pixels, x0 <= x1 and y0 <= y1.
-    score: confidence in 0..1, None when unknown.
+    score: confidence in 0..1, None when unknown; `generation.confidence` says how it is worked out.
     codes: the 16 segmentation indices, row by row over a 4x4 grid, None without a mask.
     mask: [H, W] bool over the whole picture, None until the codes are decoded.
     span: start and end of the object in the text it was parsed from, to line it up with token probabilities.
+    side_probabilities: of the exact locations of x0, y0, x1, y1, None when unknown.
+    expected_box: mean of the box, in pixels, under the model's distribution over locations, None when unknown.
     """
 
     label: str
@@ -42,6 +44,8 @@ class Detection:
     codes: tuple[int, ...] | None = None
     mask: np.ndarray | None = dataclasses.field(default=None, compare=False, repr=False)
     span: tuple[int, int] | None = dataclasses.field(default=None, compare=False, repr=False)
+    side_probabilities: Box | None = dataclasses.field(default=None, compare=False, repr=False)
+    expected_box: Box | None = dataclasses.field(default=None, compare=False, repr=False)
 
 
 def parse(text: str, size: tuple[int, int], loc_scale: int = 1023) -> tuple[list[Detection], list[str]]:
@@ -67,7 +71,6 @@ def parse(text: str, size: tuple[int, int], loc_scale: int = 1023) -> tuple[list
         raise DataError(f"loc_scale={loc_scale!r} is not possible: give the location of the far edge, usually 1023")
     found: list[Detection] = []
     dropped: list[str] = []
-    width, height = size
     if "<loc" not in text and "<seg" not in text:
         return found, dropped
     for piece in re.finditer(r"[^;]+", text):
@@ -78,18 +81,25 @@ def parse(text: str, size: tuple[int, int], loc_scale: int = 1023) -> tuple[list
         if match is None or _TOKEN_LIKE.search(match[5]):
             dropped.append(fragment)
             continue
-        y0, x0, y1, x1 = (int(v) / loc_scale for v in re.findall(_LOC, match[1]))
-        (x0, x1), (y0, y1) = sorted((x0, x1)), sorted((y0, y1))
+        locations = [int(v) for v in re.findall(_LOC, match[1])]
         codes = tuple(int(v) for v in re.findall(_SEG, match[3])) if match[3] else None
         found.append(
             Detection(
                 label=" ".join(match[5].split()),
-                box=(x0 * width, y0 * height, x1 * width, y1 * height),
+                box=to_box(locations, size, loc_scale),
                 codes=codes,
                 span=piece.span(),
             )
         )
     return found, dropped
+
+
+def to_box(locations: Sequence[float], size: tuple[int, int], loc_scale: int = 1023) -> Box:
+    """Locations y0, x0, y1, x1 to a box x0, y0, x1, y1 in pixels of a picture of `size`; corners are put in order."""
+    width, height = size
+    y0, x0, y1, x1 = (float(v) / loc_scale for v in locations)
+    (x0, x1), (y0, y1) = sorted((x0, x1)), sorted((y0, y1))
+    return x0 * width, y0 * height, x1 * width, y1 * height
 
 
 def format_box(box: Box, size: tuple[int, int], loc_scale: int = 1023) -> str:

@@ -19,13 +19,15 @@ _MASK_OPACITY = 0.4
 _HUES = 18
 _WIDE_FONTS = ("Arial Unicode.ttf", "DejaVuSans.ttf", "NotoSans-Regular.ttf", "arial.ttf")
 _MIN_FONT = 8.0  # pixels; smaller letters cannot be read
+_MAX_LETTERS = 40  # of a label; longer ones would cover the picture
+_MAX_SHARE = 1 / 8  # of the picture's area that a label may cover
 
 
 def draw(image: Image.Image, detections: Sequence[Detection]) -> Image.Image:
     """Draws objects on a copy of a picture.
 
-    Line and letter sizes follow the picture's. A label too long for the picture is shortened; one that has no room at
-    all, in a picture of a few pixels, is left out.
+    Large boxes and masks come first, so that small ones lie on them. Line and letter sizes follow the picture's. A long
+    label is shortened; one that would hide what it names, in a picture of a few pixels, is left out.
 
     Args:
       image: any mode.
@@ -37,12 +39,12 @@ def draw(image: Image.Image, detections: Sequence[Detection]) -> Image.Image:
     side = (image.width * image.height) ** 0.5
     line = max(1, round(side / 200))
     canvas = np.array(image.convert("RGB"))
-    for item in detections:
-        if item.mask is not None:
-            _paint_mask(canvas, item.mask, label_color(item.label), line)
+    masks = [(item.mask, label_color(item.label)) for item in detections if item.mask is not None]
+    for mask, color in sorted(masks, key=lambda pair: -pair[0].sum()):
+        _paint_mask(canvas, mask, color, line)
     picture = Image.fromarray(canvas)
     pen = ImageDraw.Draw(picture)
-    for item in detections:
+    for item in sorted(detections, key=lambda item: -_area(item.box)):
         _outline_box(pen, item.box, picture.size, label_color(item.label), line)
     taken: list[Rect] = []
     for item in detections:
@@ -98,15 +100,22 @@ def _fit_label(item: Detection, font_size: float, size: tuple[int, int]) -> tupl
     score = "" if item.score is None else f" {item.score:.2f}"
     fonts = [_font(label, max(_MIN_FONT, font_size * scale)) for scale in (1.0, 0.8, 0.65)]
     fonts = [font for font in fonts if _tag_size("", font)[1] <= size[1]]
+    if len(label) > _MAX_LETTERS:
+        label = label[: _MAX_LETTERS - 1].rstrip() + "…"
     for text in (label + score, label):
         for font in fonts:
-            if text and _tag_size(text, font)[0] <= size[0]:
+            if text and _fits(text, font, size):
                 return text, font
     if not fonts:
         return None
-    lengths = range(1, len(label))
-    kept = bisect.bisect_right(lengths, size[0], key=lambda n: _tag_size(label[:n] + "…", fonts[-1])[0])
+    # Letters add width one by one: the longest beginning that fits is found by halving.
+    kept = bisect.bisect_left(range(1, len(label)), True, key=lambda n: not _fits(label[:n] + "…", fonts[-1], size))
     return (label[:kept].rstrip() + "…", fonts[-1]) if kept else None
+
+
+def _fits(text: str, font: Font, size: tuple[int, int]) -> bool:
+    width, height = _tag_size(text, font)
+    return width <= size[0] and width * height <= _MAX_SHARE * size[0] * size[1]
 
 
 def _font(text: str, size: float) -> Font:
@@ -128,11 +137,13 @@ def _padding(font: Font) -> int:
 
 
 def _render_tag(text: str, font: Font, color: Color) -> Image.Image:
-    """A label on its colour, in black or white, whichever is read better."""
+    """A label on its colour, in black or white, whichever is read better, with a rim that parts it from others."""
     tag = Image.new("RGB", _tag_size(text, font), color)
+    pen = ImageDraw.Draw(tag)
+    pen.rectangle((0, 0, tag.width - 1, tag.height - 1), outline=_darker(color), width=max(1, round(font.size / 24)))
     brightness = (299 * color[0] + 587 * color[1] + 114 * color[2]) / 255_000
     padding = _padding(font)
-    ImageDraw.Draw(tag).text((padding, padding // 2), text, font=font, fill="black" if brightness > 0.55 else "white")
+    pen.text((padding, padding // 2), text, font=font, fill="black" if brightness > 0.55 else "white")
     return tag
 
 
@@ -161,6 +172,10 @@ def _paint_mask(canvas: np.ndarray, mask: np.ndarray, color: Color, line: int) -
     view = canvas[window]
     view[inside] = np.round((1 - _MASK_OPACITY) * view[inside] + _MASK_OPACITY * np.array(color)).astype(np.uint8)
     view[inside & ~core[1:-1, 1:-1]] = color
+
+
+def _area(box: Box) -> float:
+    return (box[2] - box[0]) * (box[3] - box[1])
 
 
 def _darker(color: Color) -> Color:

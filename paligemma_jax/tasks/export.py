@@ -1,14 +1,20 @@
-"""Objects to JSON records and mask files."""
+"""Objects to JSON records, mask files and supervision; `coco` and `yolo` hold the forms of those two."""
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from PIL import Image
 
+from paligemma_jax.errors import ConfigError
 from paligemma_jax.files import replacing
+from paligemma_jax.tasks.classes import number_of, numbered
 from paligemma_jax.tasks.detection import Detection
+from paligemma_jax.tasks.select import known_score
+
+if TYPE_CHECKING:
+    import supervision
 
 
 def to_json(detections: Sequence[Detection], mask_files: Sequence[str | Path] = ()) -> dict[str, list[dict[str, Any]]]:
@@ -34,6 +40,19 @@ def to_json(detections: Sequence[Detection], mask_files: Sequence[str | Path] = 
     return {"boxes": boxes, "masks": [box | {"file": file} for box, file in zip(masked, files, strict=True)]}
 
 
+def to_details(detections: Sequence[Detection]) -> list[dict[str, Any]]:
+    """What else is known of each box: the probability of each side, and the expected box in pixels; null if unknown."""
+    return [
+        {
+            "side_probabilities": None
+            if item.side_probabilities is None
+            else [round(float(p), 4) for p in item.side_probabilities],
+            "expected_box": None if item.expected_box is None else [round(float(v), 2) for v in item.expected_box],
+        }
+        for item in detections
+    ]
+
+
 def save_masks(detections: Sequence[Detection], directory: str | Path, stem: str) -> list[Path]:
     """Writes each mask as a black and white PNG of the picture's size, `{stem}_mask_{i}.png`; the paths in order."""
     directory = Path(directory)
@@ -44,3 +63,36 @@ def save_masks(detections: Sequence[Detection], directory: str | Path, stem: str
         with replacing(files[-1]) as temporary:
             Image.fromarray(mask.astype(np.uint8) * 255).save(temporary, format="PNG")
     return files
+
+
+def to_supervision(detections: Sequence[Detection], classes: Sequence[str]) -> "supervision.Detections":
+    """The objects for Roboflow's supervision, whose annotators, trackers and metrics take them.
+
+    Args:
+      detections: objects of one picture.
+      classes: names by their number, `class_id`; the names themselves are in `data["class_name"]`.
+
+    Returns:
+      xyxy f32 [N, 4] in pixels; mask bool [N, H, W], all False for an object without one, or None when none has any;
+      confidence f32 [N], 0 where it is unknown, or None when it is for all.
+
+    Raises:
+      ConfigError: supervision is not installed.
+      DataError: a label is not among the classes.
+    """
+    try:
+        import supervision
+    except ImportError:
+        raise ConfigError("to_supervision needs supervision: pip install supervision") from None
+    numbers = numbered(classes)
+    masks = [item.mask for item in detections]
+    shape = next((mask.shape for mask in masks if mask is not None), None)
+    filled = [np.zeros(shape, bool) if mask is None else mask for mask in masks] if shape else None
+    is_scored = any(item.score is not None for item in detections)
+    return supervision.Detections(
+        xyxy=np.array([item.box for item in detections], np.float32).reshape(-1, 4),
+        mask=None if filled is None else np.stack(filled).astype(bool),
+        confidence=np.array([known_score(item) for item in detections], np.float32) if is_scored else None,
+        class_id=np.array([number_of(item.label, numbers) for item in detections], int),
+        data={"class_name": np.array([item.label for item in detections], str)},
+    )

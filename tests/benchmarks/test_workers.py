@@ -39,7 +39,9 @@ def test_the_first_run_is_dropped_and_long_ones_are_not_repeated(monkeypatch):
 def test_rows_that_take_turns_make_a_longer_step(ours, monkeypatch):
     def generate(pictures, prompt, new_tokens, batch_size):
         assert (len(pictures), batch_size) == (2, 2)
-        return [pj.Output("", np.zeros(new_tokens), np.zeros(new_tokens), "length", pj.Timing(0.0, 1.0, 7.0, 9))] * 2
+        nothing = np.zeros(new_tokens)
+        timing = pj.Timing(0.0, 1.0, 7.0, 9)
+        return [pj.Output("", nothing, nothing, "length", timing, nothing, nothing)] * 2
 
     monkeypatch.setattr(ours._model, "generate", generate)
     assert ours.answer(2, 9)[1] == 7.0

@@ -50,7 +50,7 @@ class Oracle:
         known, place = (words[-1], 0) if question == "what color" else (words[-2], 1)
         return next((kind[place] for kind in kinds if known in kind), "")
 
-    def generate(self, pictures, prompts, max_new_tokens):
+    def generate(self, pictures, prompts, max_new_tokens, constrain):
         outputs = []
         for picture, prompt in zip(pictures, prompts, strict=True):
             sample = self.samples[picture.tobytes()]
@@ -82,7 +82,33 @@ def test_who_knows_everything_gets_full_marks(perfect):
         measured = perfect[task]
         assert measured["recall"] == measured["precision"] == measured["absent_empty"] == 1
         assert measured["mean_iou"] > 0.97  # locations are rounded
+        assert measured["malformed"] == 0
     assert perfect["segment"]["mask_miou"] == 1
+
+
+def test_scores_that_know_what_is_right():
+    class Unsure(Oracle):
+        """Adds a wrong thing to each answer, and knows that it may be."""
+
+        def __init__(self, right, wrong):
+            super().__init__()
+            self.scores = right, wrong
+
+        def things(self, prefix, sample):
+            things = super().things(prefix, sample)
+            invented = Detection(things[0].label, (0.0, 0.0, 1.0, 1.0), mask=sample.masks[0]) if things else None
+            return [*things, invented] if invented else []
+
+        def objects(self, output, size):
+            *things, last = super().objects(output, size) or [None]
+            right, wrong = self.scores
+            things = [dataclasses.replace(thing, score=right) for thing in things]
+            return things + ([dataclasses.replace(last, score=wrong)] if last else [])
+
+    knows, errs = measure(Unsure(0.9, 0.2))["detect"], measure(Unsure(0.2, 0.9))["detect"]
+    assert knows["score_auc"] == 1 and errs["score_auc"] == 0
+    assert knows["map"] > 0.95 > 0.8 > errs["map"]
+    assert knows["precision"] == errs["precision"] < 1
 
 
 def test_counts(perfect):
@@ -92,7 +118,7 @@ def test_counts(perfect):
 
 def test_who_says_nothing(perfect):
     class Silent(Oracle):
-        def generate(self, pictures, prompts, max_new_tokens):
+        def generate(self, pictures, prompts, max_new_tokens, constrain):
             return [SimpleNamespace(text="", things=[]) for _ in pictures]
 
     measured = measure(Silent())

@@ -17,15 +17,16 @@ CHUNK = 5
 
 def search(config, params, inputs, num_beams, max_new_tokens, clock):
     """Answers of all rows: tokens [n] and log-probabilities [n], cut after <eos>."""
-    tokens, logprobs = beam.search(params, config, inputs, num_beams, max_new_tokens, CHUNK, clock)
-    return [_cut(config, tokens[:, i], logprobs[:, i]) for i in range(tokens.shape[1])]
+    rule = Sampling().rule()
+    tokens, odds = beam.search(params, config, inputs, num_beams, rule, max_new_tokens, CHUNK, clock)
+    return [_cut(config, tokens[:, i], odds.logprobs[:, i]) for i in range(tokens.shape[1])]
 
 
 def greedy(config, params, inputs, max_new_tokens, clock):
     keys = row_keys(0, range(len(inputs.tokens)))
     chunks = list(generate(params, config, inputs, keys, Sampling().rule(), max_new_tokens, CHUNK, clock))
-    tokens, logprobs = (np.concatenate(parts) for parts in zip(*chunks, strict=True))
-    return [_cut(config, tokens[:, i], logprobs[:, i]) for i in range(tokens.shape[1])]
+    tokens, odds = jax.tree.map(lambda *parts: np.concatenate(parts), *chunks)
+    return [_cut(config, tokens[:, i], odds.logprobs[:, i]) for i in range(tokens.shape[1])]
 
 
 def _cut(config, tokens, logprobs):

@@ -23,7 +23,8 @@ def run(config, params, inputs, clock, sampling=GREEDY, max_new_tokens=NEW_TOKEN
     """Tokens and log-probabilities [steps, B]."""
     keys = row_keys(sampling.seed, requests or [str(i) for i in range(len(inputs.tokens))])
     chunks = list(generate(params, config, inputs, keys, sampling.rule(), max_new_tokens, chunk, clock))
-    return tuple(np.concatenate(parts) for parts in zip(*chunks, strict=True))
+    tokens, odds = jax.tree.map(lambda *parts: np.concatenate(parts), *chunks)
+    return tokens, odds.logprobs
 
 
 def answer(tokens: np.ndarray, config) -> np.ndarray:

@@ -93,11 +93,9 @@ def test_ids_from_the_limit_on_are_never_chosen(sampling):
 
 
 def test_logprobs_are_the_models_own_whatever_the_filters():
-    tokens, logprobs = choose(
-        LOGITS, row_keys(0, range(4)), jnp.int32(0), Sampling(temperature=3.0, top_k=2).rule(), 30
-    )
+    tokens, odds = choose(LOGITS, row_keys(0, range(4)), jnp.int32(0), Sampling(temperature=3.0, top_k=2).rule(), 30)
     expected = jax.nn.log_softmax(LOGITS, axis=-1)[np.arange(4), tokens]
-    np.testing.assert_allclose(logprobs, expected, rtol=1e-5)
+    np.testing.assert_allclose(odds.logprobs, expected, rtol=1e-5)
     np.testing.assert_allclose(token_logprobs(LOGITS, tokens), expected, rtol=1e-5)
 
 

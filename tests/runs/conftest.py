@@ -2,9 +2,10 @@
 
 import dataclasses
 import io
-import math
+import itertools
 import sys
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 
 import jax
@@ -90,17 +91,45 @@ def refused(generate):
 
 @pytest.fixture
 def answer_with(monkeypatch):
-    """answer_with(text): from now on models say this, each token with probability 1/2."""
+    """answer_with(text): from now on models say this, or what a function makes of the prompt.
 
-    def patch(text: str) -> None:
-        def output(model: pj.PaliGemma) -> Output:
-            tokens = np.array([*model.processor.tokenizer.encode(text), model.config.eos_token_id])
-            return Output(text, tokens, np.full(len(tokens), math.log(0.5)), "eos", Timing(0.0, 1.0, 2.0, len(tokens)))
+    Each token has probability 1/2.
+    """
 
-        monkeypatch.setattr(
-            pj.PaliGemma, "generate", lambda model, images, *args, **kw: [output(model) for _ in images]
-        )
-        monkeypatch.setattr(pj.PaliGemma, "stream", lambda model, *args, **kw: TextStream(iter([text, output(model)])))
+    def patch(text: str | Callable[[str], str]) -> None:
+        say = text if callable(text) else lambda prompt: text
+
+        def output(model: pj.PaliGemma, prompt: str) -> Output:
+            said = say(prompt)
+            tokens = np.array([*model.processor.tokenizer.encode(said), model.config.eos_token_id])
+            timing = Timing(0.0, 1.0, 2.0, len(tokens))
+            even = np.full(len(tokens), 0.5)
+            return Output(said, tokens, np.log(even), "eos", timing, even, even)
+
+        def generate(model: pj.PaliGemma, images: list, prompts: list[str], *args, **kw) -> list[Output]:
+            return [output(model, prompt) for _, prompt in zip(images, prompts, strict=True)]
+
+        def stream(model: pj.PaliGemma, image: object, prompt: str, *args, **kw) -> TextStream:
+            return TextStream(iter([say(prompt), output(model, prompt)]))
+
+        monkeypatch.setattr(pj.PaliGemma, "generate", generate)
+        monkeypatch.setattr(pj.PaliGemma, "stream", stream)
+
+    return patch
+
+
+@pytest.fixture
+def score_with(monkeypatch):
+    """score_with(a, b, ...): from now on the objects of an answer have these scores, over and over."""
+
+    def patch(*scores: float) -> None:
+        objects = pj.PaliGemma.objects
+
+        def scored(*args, **kw) -> list[pj.Detection]:
+            pairs = zip(objects(*args, **kw), itertools.cycle(scores), strict=False)
+            return [dataclasses.replace(item, score=score) for item, score in pairs]
+
+        monkeypatch.setattr(pj.PaliGemma, "objects", scored)
 
     return patch
 

@@ -25,7 +25,7 @@ def test_prints_a_table_and_writes_json(generate, measured, tmp_path):
     assert status == 0
     assert out == "caption exact_en  0.5000\ncaption exact_de  -\ncounts scenes     3\n"
     assert json.loads(file.read_text())["caption"] == {"exact_en": 0.5, "exact_de": None}
-    assert measured == [(3, 7, drawn_as_in_training)] and str(file) in err
+    assert measured == [(3, 7, drawn_as_in_training, False)] and str(file) in err
 
 
 def test_pictures_of_another_program(generate, measured):

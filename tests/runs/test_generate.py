@@ -12,7 +12,7 @@ import paligemma_jax as pj
 
 BOX = "<loc0000><loc0000><loc1023><loc0512>"
 MASK = "".join(f"<seg{i:03d}>" for i in range(16))
-KEYS = ["image", "prompt", "text", "finish_reason", "boxes", "masks", "timing"]
+KEYS = ["image", "prompt", "text", "finish_reason", "boxes", "masks", "dropped", "timing"]
 TIMING_KEYS = ["load_s", "compile_s", "prefill_ms", "decode_ms_per_token", "new_tokens"]
 
 
@@ -88,7 +88,8 @@ def test_notes_about_several_answers_name_the_picture(generate, pictures, answer
     assert err == "".join(f"note: {name}: detect star: no boxes: no star was found\n" for name in names)
 
 
-def test_boxes_and_masks_are_drawn_and_listed(generate, pictures, answer_with, tmp_path):
+def test_boxes_and_masks_are_drawn_and_listed(generate, pictures, answer_with, score_with, tmp_path):
+    score_with(0.5)
     answer_with(f"{BOX} circle ; {BOX}{MASK} blue square ; <loc0001> half")
     status, out, err = generate(format="json", output_dir=tmp_path / "out", prompt="segment blue square")
     assert status == 0
@@ -97,7 +98,7 @@ def test_boxes_and_masks_are_drawn_and_listed(generate, pictures, answer_with, t
         {"label": name, "box": [0.0, 0.0, pytest.approx(15.01), 20.0], "score": 0.5}
         for name in ("circle", "blue square")
     ]
-    assert record["boxes"] == boxes
+    assert record["boxes"] == boxes and record["dropped"] == ["<loc0001> half"]
     file = tmp_path / "out" / "a_mask_0.png"
     assert record["masks"] == [{**boxes[1], "file": str(file)}]
     mask = np.asarray(Image.open(file))
@@ -108,7 +109,8 @@ def test_boxes_and_masks_are_drawn_and_listed(generate, pictures, answer_with, t
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["a_drawn.png", "a_mask_0.png"]
 
 
-def test_text_tells_boxes_on_stderr(generate, answer_with):
+def test_text_tells_boxes_on_stderr(generate, answer_with, score_with):
+    score_with(0.5)
     answer_with(f"{BOX} circle")
     status, out, err = generate(prompt="detect circle")
     assert (status, out) == (0, f"{BOX} circle\n")
@@ -181,6 +183,14 @@ def test_resampling_can_be_chosen(generate, monkeypatch, answer_with):
         ({"max_new_tokens": 0}, "max_new_tokens=0"),
         ({"max_new_tokens": 300}, "do not fit the model's 256 positions"),
         ({"batch_size": 0}, "batch_size=0"),
+        ({"min_score": 1.5}, "min_score=1.5 is not possible: give a number from 0 to 1"),
+        ({"min_score": "nan"}, "min_score=nan"),
+        ({"nms": -0.5}, "nms=-0.5"),
+        ({"video_fps": 0.0}, "video_fps=0.0 is not possible: give a number above 0"),
+        ({"video_fps": "inf"}, "video_fps=inf"),
+        ({"export": "coco,csv", "output_dir": "x"}, "'csv' is not one of coco, yolo"),
+        ({"export": "coco"}, "export='coco' needs a place for its files: set output_dir too"),
+        ({"stream": True, "split_classes": True}, "leave out one of them"),
         ({"loc_scale": 1000}, "give 1023, 1024"),
         ({"format": "jsn"}, "did you mean json?"),
         ({"dtype": "float64"}, "dtype='float64'"),

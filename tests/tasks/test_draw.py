@@ -1,3 +1,5 @@
+import dataclasses
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -87,3 +89,34 @@ def test_a_tag_finds_the_only_free_place():
 def test_a_lone_tag_stands_on_its_box():
     assert place_tag((50, 60, 90, 90), (30, 12), (200, 200), []) == (50, 48, 80, 60)
     assert place_tag((50, 0, 90, 90), (30, 12), (200, 200), []) == (50, 0, 80, 12)
+
+
+@pytest.mark.parametrize("size", [(24, 16), (16, 24), (60, 10), (40, 40), (300, 50)])
+def test_labels_do_not_hide_a_small_picture(size):
+    """A label takes an eighth of it at most; boxes and masks are all that is drawn on the smallest."""
+    item = Detection("traffic light", (0, 0, *size), 0.5)
+    drawn = np.asarray(draw(Image.new("RGB", size, "white"), [item]))
+    boxed = np.asarray(draw(Image.new("RGB", size, "white"), [dataclasses.replace(item, label="", score=None)]))
+    assert ((drawn != 255).any(-1) & (boxed == 255).all(-1)).sum() <= size[0] * size[1] / 8
+
+
+def test_a_long_label_keeps_its_score():
+    def tag(label, score):
+        picture = draw(Image.new("RGB", (800, 600), "white"), [Detection(label, (50, 300, 60, 310), score)])
+        return (np.asarray(picture) != 255).any(-1)
+
+    long = "a man in a blue shirt holding a large red umbrella in the rain"
+    assert np.any(tag(long, 0.25) != tag(long, None)), "the score is seen"
+    columns = np.nonzero(tag(long, 0.25).any(0))[0]
+    assert columns.max() - columns.min() < 450, "the label is shortened"
+
+
+def test_small_things_lie_on_large_ones():
+    size = (200, 200)
+    large, small = np.zeros(size, bool), np.zeros(size, bool)
+    large[20:180, 20:180] = small[80:120, 80:120] = True
+    things = [Detection("cat", (80, 80, 120, 120), mask=small), Detection("dog", (20, 20, 180, 180), mask=large)]
+    forward, backward = (np.asarray(draw(Image.new("RGB", size), order)) for order in (things, things[::-1]))
+    cat = np.array(label_color("cat"), int)
+    assert np.all(np.abs(forward[119, 85:115] - cat) == 0), "the small one's outline is whole"
+    np.testing.assert_array_equal(forward[85:], backward[85:])

@@ -1,11 +1,14 @@
 import json
+import sys
+import warnings
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from paligemma_jax.errors import ConfigError, DataError
 from paligemma_jax.tasks.detection import Detection
-from paligemma_jax.tasks.export import save_masks, to_json
+from paligemma_jax.tasks.export import save_masks, to_json, to_supervision
 
 
 @pytest.fixture
@@ -38,3 +41,25 @@ def test_mask_files_hold_the_masks(objects, tmp_path):
     for file, item in zip(files, objects[::2], strict=True):
         with Image.open(file) as image:
             np.testing.assert_array_equal(np.asarray(image), item.mask * np.uint8(255))
+
+
+def test_supervision_takes_the_objects(objects):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # about parts of it that are not installed
+        supervision = pytest.importorskip("supervision")
+    found = to_supervision(objects, ["dog", "cat", "猫"])
+    assert isinstance(found, supervision.Detections) and len(found) == 3
+    np.testing.assert_allclose(found.xyxy, [item.box for item in objects], rtol=1e-6)
+    assert found.class_id.tolist() == [1, 0, 2] and found["class_name"].tolist() == ["cat", "dog", "猫"]
+    np.testing.assert_allclose(found.confidence, [0.123456, 0, 0])
+    np.testing.assert_array_equal(found.mask, [objects[0].mask, np.zeros((12, 20)), objects[2].mask])
+    boxes = to_supervision(objects[1:2], ["dog"])
+    assert boxes.mask is None and boxes.confidence is None and len(to_supervision([], ["dog"])) == 0
+    with pytest.raises(DataError, match="label 'cat' is not among"):
+        to_supervision(objects, ["dog"])
+
+
+def test_supervision_may_be_missing(objects, monkeypatch):
+    monkeypatch.setitem(sys.modules, "supervision", None)
+    with pytest.raises(ConfigError, match="pip install supervision"):
+        to_supervision(objects, ["dog"])

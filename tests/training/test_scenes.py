@@ -5,7 +5,7 @@ import itertools
 import numpy as np
 import pytest
 
-from paligemma_jax.evaluation.metrics import mask_iou
+from paligemma_jax.tasks.overlap import mask_iou
 from paligemma_jax.tasks.segmentation import crop_mask, paste_mask
 from paligemma_jax.training.scenes import COLORS, SHAPES, draw, masks, sample_color, scene_at, unit_mask
 

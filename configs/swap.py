@@ -1,0 +1,20 @@
+"""What a model says of one picture when it is given another one's embeddings."""
+
+from ml_collections import ConfigDict
+
+from configs import base
+
+
+def get_config() -> ConfigDict:
+    config = base.get_config()
+    config.run = "swap"
+    config.checkpoint = base.shipped("tiny")
+    config.dtype = "float32"
+    config.image = base.shipped("examples/shapes.png")  # A: path or URL
+    config.other_image = base.shipped("examples/stars.png")  # B
+    config.max_new_tokens = 40
+    config.output_dir = "output/swap"  # folder for a.npy and b.npy
+    config.box = ""  # also swap only the patches in x0,y0,x1,y1, shares of the picture: 0,0,0.5,1 is its left half
+    config.mix = "0.75,0.5,0.25"  # shares of A in mixtures with B
+    config.bits = "16,8,4,2"  # to which A's embeddings are rounded
+    return config

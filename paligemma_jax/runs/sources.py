@@ -1,0 +1,91 @@
+"""What a run is asked about: pictures, and the frames of videos."""
+
+import dataclasses
+import itertools
+import re
+import urllib.parse
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import TypeVar
+
+from PIL import Image
+
+from paligemma_jax.errors import ImageError
+from paligemma_jax.processing import video
+from paligemma_jax.processing.image import is_url, load_image
+
+_Item = TypeVar("_Item")
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Source:
+    """One picture, or one frame of a video.
+
+    name: what the user calls it.
+    video: the file that a frame is from, None for a picture.
+    time: seconds from the video's first frame to this one.
+    """
+
+    name: str
+    image: Image.Image = dataclasses.field(repr=False)
+    video: str | None = None
+    time: float = 0.0
+
+    @property
+    def stem(self) -> str:
+        """The name without folder and suffix, as files that belong to the picture are called."""
+        if self.video is not None:
+            return f"{Path(self.video).stem}_{self.time:07.2f}s"
+        if is_url(self.name):
+            return plain(Path(urllib.parse.urlsplit(self.name).path).stem)
+        return Path(self.name).stem
+
+
+def plain(stem: str) -> str:
+    """A stem with nothing in it but letters, digits, dots, dashes and underscores."""
+    return re.sub(r"[^\w.-]+", "_", stem) or "picture"
+
+
+def read(names: Iterable[str], video_fps: float) -> Iterator[Source | ImageError]:
+    """Pictures and frames as they are needed, with the error in place of what cannot be read.
+
+    Args:
+      names: paths or URLs of pictures, paths of videos.
+      video_fps: frames of each second of a video.
+
+    Raises:
+      ConfigError: there is a video, and PyAV is not installed.
+    """
+    for name in names:
+        try:
+            if video.is_video(name):
+                if is_url(name):
+                    raise ImageError(f"{name} is a video: download it and give its path")
+                for time, image in video.frames(name, video_fps):
+                    yield Source(f"{name} @ {time:.2f} s", image, name, time)
+            else:
+                yield Source(name, load_image(name))
+        except ImageError as error:
+            yield error
+
+
+def in_groups(items: Iterator[_Item], size: int) -> Iterator[list[_Item]]:
+    """Lists of `size` items, the last one of what is left."""
+    while group := list(itertools.islice(items, size)):
+        yield group
+
+
+class Stems:
+    """File names without suffix of which no two are the same, whatever the case."""
+
+    def __init__(self) -> None:
+        self._taken: set[str] = set()
+
+    def new(self, stem: str) -> str:
+        """The stem itself, or with the first number that makes it new."""
+        unique, count = stem, 1
+        while unique.casefold() in self._taken:
+            count += 1
+            unique = f"{stem}_{count}"
+        self._taken.add(unique.casefold())
+        return unique
