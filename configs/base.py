@@ -58,6 +58,7 @@ def get_config() -> ConfigDict:
     config.profile = ""  # folder for a trace of where the time goes once the model is loaded
     config.loc_scale = 1023  # the location that means the far edge; 1024 for models of tools that divide by it
 
+    config.measure = "answers"  # what evaluate measures: answers, or pointing, where attention and similarity lie
     config.data = "scenes"  # what evaluate measures on: scenes, drawn as in training, or foreign, by another program
     config.num_scenes = 500  # how many of them
     config.scenes_seed = 20_000_000  # which of them: the shipped model has not seen these

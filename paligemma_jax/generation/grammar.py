@@ -4,7 +4,7 @@ An answer is empty, or objects joined by " ; ": four locations with y0 <= y1 and
 and one of the labels that the prompt asks for. Everything is written with the tokens that the models were trained on.
 An object is begun only if there is room to end it.
 
-Axes: B rows, S nodes, C single choices of a node, M sequences that run at once, V vocabulary.
+Axes: B rows, S nodes, C single ids of a node, M sequences that run at once, V vocabulary.
 """
 
 import dataclasses
@@ -21,31 +21,44 @@ from paligemma_jax.tasks.classes import class_names
 from paligemma_jax.tasks.detection import NUM_CODES
 
 _NUM_CODES = {"detect": 0, "segment": NUM_CODES}  # of an object
-_FREE, _END, _EMPTY, _BEGIN = range(4)  # nodes: of rows without a grammar, behind <eos>, of a whole answer, an object
+_FREE, _END, _WHOLE, _BEGIN = range(4)  # nodes: without a grammar, behind <eos>, a whole answer, an object
 _NONE = -1
+_FIELDS = 5  # numbers of a node before those of its single ids
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Grammar:
-    """One table per row. A node allows a range of ids, and some single ids.
+    """One table per row of a batch.
 
-    low, high: i32 [B, S], the range, `high` excluded.
-    after: i32 [B, S], the node behind the range.
-    side: i32 [B, S], what a location is: 0 and 1 for y0 and x0, 2 and 3 for y1 and x1, which are at least as large.
-    choices, behind: i32 [B, S, C], the single ids, -1 for none, and the node behind each.
-    rest: i32 [B, S], how many tokens an answer needs at least from a node to its end.
+    table: i32 [B, S, 5 + 3 C], a node's numbers side by side, so that a step looks them up once; see `Choices`.
     limit: i32 [], most tokens of an answer.
+    """
+
+    table: jax.Array
+    limit: jax.Array
+
+
+@dataclasses.dataclass(frozen=True)
+class Choices:
+    """What a node allows: a range of ids and some single ids.
+
+    low, high: i32 [M], the range, `high` excluded.
+    after: i32 [M], the node behind the range.
+    rest: i32 [M], how many tokens an answer needs at least from there to its end.
+    side: i32 [M], what a location is: 0 and 1 for y0 and x0, 2 and 3 for y1 and x1, which are at least as large.
+    single: i32 [M, C], the single ids, -1 for none.
+    behind, rests: i32 [M, C], the node behind each, and what an answer needs from there.
     """
 
     low: jax.Array
     high: jax.Array
     after: jax.Array
-    side: jax.Array
-    choices: jax.Array
-    behind: jax.Array
     rest: jax.Array
-    limit: jax.Array
+    side: jax.Array
+    single: jax.Array
+    behind: jax.Array
+    rests: jax.Array
 
 
 @jax.tree_util.register_dataclass
@@ -80,58 +93,54 @@ def build(tokenizer: Tokenizer, prompts: Sequence[str], config: PaliGemmaConfig,
         return None
     tables = [_nodes(tokenizer, prompt, config.eos_token_id, config.image_token_id) for prompt in prompts]
     num_nodes = _power_of_two(max(32, *map(len, tables)))
-    num_choices = _power_of_two(max(4, *(len(node.choices) for table in tables for node in table)))
-    shape = len(tables), num_nodes
-    low, high, after, rest = (np.zeros(shape, np.int32) for _ in range(4))
-    side = np.full(shape, _NONE, np.int32)
-    choices, behind = np.full((*shape, num_choices), _NONE, np.int32), np.zeros((*shape, num_choices), np.int32)
+    num_single = _power_of_two(max(4, *(len(node.choices) for table in tables for node in table)))
+    packed = np.zeros((len(tables), num_nodes, _FIELDS + 3 * num_single), np.int32)
+    packed[:, :, _FIELDS : _FIELDS + num_single] = _NONE
     for row, table in enumerate(tables):
-        rest[row, : len(table)] = _tokens_to_the_end(table)
+        rest = _tokens_to_the_end(table)
         for i, node in enumerate(table):
-            (low[row, i], high[row, i]), after[row, i], side[row, i] = node.span, node.after, node.side
-            choices[row, i, : len(node.choices)] = list(node.choices)
-            behind[row, i, : len(node.choices)] = list(node.choices.values())
-    return Grammar(low, high, after, side, choices, behind, rest, np.int32(limit))
+            packed[row, i, :_FIELDS] = *node.span, node.after, rest[node.after], node.side
+            single = packed[row, i, _FIELDS:].reshape(3, num_single)[:, : len(node.choices)]
+            single[:] = list(node.choices), list(node.choices.values()), [rest[j] for j in node.choices.values()]
+    return Grammar(packed, np.int32(limit))
 
 
 def start(grammar: Grammar | None, count: int) -> Place | None:
     """Where the answers of `count` rows begin."""
     if grammar is None:
         return None
-    row = jnp.arange(count)
-    # A row without a grammar has nothing at the node of an empty answer.
-    node = jnp.where(grammar.high[:, _EMPTY] > 0, _EMPTY, _FREE)
-    return Place(row, node, jnp.zeros((count, 2), jnp.int32))
+    # A row without a grammar allows nothing at the node of a whole answer.
+    node = jnp.where(grammar.table[:, _WHOLE, 1] > 0, _WHOLE, _FREE)
+    return Place(jnp.arange(count), node, jnp.zeros((count, 2), jnp.int32))
 
 
 def allow(grammar: Grammar, place: Place, step: jax.Array, logits: jax.Array) -> jax.Array:
     """Logits [M, V] with -inf for what may not come next, after `step` tokens, one number or one per sequence [M]."""
-    low, high, after, side, choices, behind = _at(grammar, place)
+    node = _at(grammar, place)
     left = grammar.limit - 1 - jnp.broadcast_to(step, place.node.shape)
-    fits = left >= grammar.rest[place.row, after]
-    least = jnp.where(side == 2, place.corner[:, 0], jnp.where(side == 3, place.corner[:, 1], low))
+    least = jnp.where(node.side == 2, place.corner[:, 0], jnp.where(node.side == 3, place.corner[:, 1], node.low))
+    high = jnp.where(left >= node.rest, node.high, 0)
     ids = lax.broadcasted_iota(jnp.int32, logits.shape, 1)
-    allowed = (ids >= least[:, None]) & (ids < high[:, None]) & fits[:, None]
-    fits = left[:, None] >= grammar.rest[place.row[:, None], behind]
-    single = jnp.where(fits & (choices >= 0), choices, logits.shape[1])  # beyond the end: dropped
-    rows = lax.broadcasted_iota(jnp.int32, choices.shape, 0)
-    return jnp.where(allowed.at[rows, single].set(True, mode="drop"), logits, -jnp.inf)
+    in_range = (ids >= least[:, None]) & (ids < high[:, None])
+    fits = (left[:, None] >= node.rests) & (node.single >= 0)
+    single = jnp.where(fits, node.single, logits.shape[1])  # beyond the end: dropped
+    rows = lax.broadcasted_iota(jnp.int32, single.shape, 0)
+    return jnp.where(in_range.at[rows, single].set(True, mode="drop"), logits, -jnp.inf)
 
 
 def move(grammar: Grammar, place: Place, tokens: jax.Array) -> Place:
     """Where sequences stand after one more token each [M], which the grammar allows."""
-    low, high, after, side, choices, behind = _at(grammar, place)
-    is_choice = choices == tokens[:, None]
-    chosen = jnp.sum(jnp.where(is_choice, behind, 0), axis=1)
-    in_range = (tokens >= low) & (tokens < high)
-    node = jnp.where(in_range, after, chosen)
-    keep = (side[:, None] != jnp.arange(2)[None]) | ~in_range[:, None]
-    return Place(place.row, node, jnp.where(keep, place.corner, tokens[:, None]))
+    node = _at(grammar, place)
+    in_range = (tokens >= node.low) & (tokens < node.high)
+    behind = jnp.sum(jnp.where(node.single == tokens[:, None], node.behind, 0), axis=1)
+    is_corner = (node.side[:, None] == jnp.arange(2)[None]) & in_range[:, None]
+    corner = jnp.where(is_corner, tokens[:, None], place.corner)
+    return Place(place.row, jnp.where(in_range, node.after, behind), corner)
 
 
-def _at(grammar: Grammar, place: Place) -> tuple[jax.Array, ...]:
-    tables = (grammar.low, grammar.high, grammar.after, grammar.side, grammar.choices, grammar.behind)
-    return tuple(table[place.row, place.node] for table in tables)
+def _at(grammar: Grammar, place: Place) -> Choices:
+    numbers = grammar.table[place.row, place.node]
+    return Choices(*numbers[:, :_FIELDS].T, *jnp.split(numbers[:, _FIELDS:], 3, axis=1))
 
 
 def _nodes(tokenizer: Tokenizer, prompt: str, eos: int, num_allowed: int) -> list[_Node]:
@@ -145,7 +154,7 @@ def _nodes(tokenizer: Tokenizer, prompt: str, eos: int, num_allowed: int) -> lis
     segs = tokenizer.seg_start, tokenizer.seg_start + len(SEG_TOKENS)
     spans = [(locs, side) for side in (1, 2, 3)] + [(segs, _NONE)] * _NUM_CODES[prompt.split()[0]]
     table[_BEGIN] = _Node(locs, len(table), 0)
-    table[_EMPTY] = _Node(locs, len(table), 0, {eos: _END})
+    table[_WHOLE] = _Node(locs, len(table), 0, {eos: _END})
     for span, side in spans:
         table.append(_Node(span, len(table) + 1, side))
     table.append(_Node())

@@ -11,6 +11,7 @@ from paligemma_jax.evaluation import scenes
 from paligemma_jax.evaluation.foreign import drawn_by_another
 from paligemma_jax.evaluation.samples import drawn_as_in_training
 from paligemma_jax.files import write_json
+from paligemma_jax.inspection.pointing import pointing
 from paligemma_jax.runs import environment, settings
 from paligemma_jax.runs import model as models
 from paligemma_jax.runs.notes import note
@@ -22,6 +23,7 @@ def run(config: ConfigDict) -> int:
     """Measure and report."""
     output_format = settings.one_of(config, "format", ("text", "json"))
     source = _SOURCES[settings.one_of(config, "data", _SOURCES)]
+    measure = settings.one_of(config, "measure", ("answers", "pointing"))
     if config.num_scenes < 1:
         raise ConfigError(f"num_scenes={config.num_scenes} is not possible: give a whole number of at least 1")
     output = Path(config.output).expanduser() if config.output else None
@@ -30,7 +32,10 @@ def run(config: ConfigDict) -> int:
     profile = environment.profiled(config)
     model = models.load(config)
     with profile:
-        measured = scenes.evaluate(model, config.num_scenes, config.scenes_seed, source, config.constrain)
+        if measure == "answers":
+            measured = scenes.evaluate(model, config.num_scenes, config.scenes_seed, source, config.constrain)
+        else:
+            measured = {"pointing": pointing(model, config.num_scenes, config.scenes_seed, source)}
     metrics = {task: {name: _finite(value) for name, value in values.items()} for task, values in measured.items()}
     if output_format == "json":
         print(json.dumps(metrics))

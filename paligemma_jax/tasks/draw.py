@@ -98,7 +98,7 @@ def _fit_label(item: Detection, font_size: float, size: tuple[int, int]) -> tupl
     """The text and font of a label that fits a picture of `size`, made smaller, then shorter; None when none does."""
     label = " ".join("".join(c if c.isprintable() else " " for c in item.label).split())
     score = "" if item.score is None else f" {item.score:.2f}"
-    fonts = [_font(label, max(_MIN_FONT, font_size * scale)) for scale in (1.0, 0.8, 0.65)]
+    fonts = [font_for(label, max(_MIN_FONT, font_size * scale)) for scale in (1.0, 0.8, 0.65)]
     fonts = [font for font in fonts if _tag_size("", font)[1] <= size[1]]
     if len(label) > _MAX_LETTERS:
         label = label[: _MAX_LETTERS - 1].rstrip() + "…"
@@ -118,7 +118,7 @@ def _fits(text: str, font: Font, size: tuple[int, int]) -> bool:
     return width <= size[0] and width * height <= _MAX_SHARE * size[0] * size[1]
 
 
-def _font(text: str, size: float) -> Font:
+def font_for(text: str, size: float) -> Font:
     """PIL's own font for ASCII, all it can write; else a common font of wider reach if the machine has one."""
     for name in () if text.isascii() else _WIDE_FONTS:
         try:

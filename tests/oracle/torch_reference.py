@@ -116,16 +116,27 @@ def _pixel_values(model: PaliGemmaForConditionalGeneration, batch: Batch) -> tor
 
 
 @torch.no_grad()
-def logits(model: PaliGemmaForConditionalGeneration, batch: Batch) -> np.ndarray:
-    """Teacher-forced logits f32 [B, T, V]; those at padding mean nothing."""
+def _teacher_forced(model: PaliGemmaForConditionalGeneration, batch: Batch, **options):
+    """What transformers gives for whole sequences, padded on the right."""
     index = np.arange(batch.tokens.shape[1])[None]
-    output = model(
+    return model(
         input_ids=torch.from_numpy(batch.tokens).long(),
         pixel_values=_pixel_values(model, batch),
         attention_mask=torch.from_numpy(index < batch.length[:, None]).long(),
         token_type_ids=torch.from_numpy(index >= batch.prefix_length[:, None]).long(),
+        **options,
     )
-    return output.logits.numpy()
+
+
+def logits(model: PaliGemmaForConditionalGeneration, batch: Batch) -> np.ndarray:
+    """Teacher-forced logits f32 [B, T, V]; those at padding mean nothing."""
+    return _teacher_forced(model, batch).logits.numpy()
+
+
+def inside(model: PaliGemmaForConditionalGeneration, batch: Batch) -> tuple[np.ndarray, np.ndarray]:
+    """Hidden states f32 [L + 1, B, T, D], the last ones after the final norm, and attention [L, B, heads, T, T]."""
+    output = _teacher_forced(model, batch, output_hidden_states=True, output_attentions=True)
+    return tuple(torch.stack(arrays).numpy() for arrays in (output.hidden_states, output.attentions))
 
 
 def greedy(model: PaliGemmaForConditionalGeneration, batch: Batch, max_new_tokens: int) -> np.ndarray:

@@ -1,0 +1,177 @@
+"""Findings as one HTML file that needs nothing else: pictures are data URIs, and the script is in it.
+
+Maps are rounded to 256 steps between their own lowest and highest value; the .npy files hold them exactly.
+"""
+
+import base64
+import html
+import io
+import json
+import math
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from paligemma_jax.inspection import pictures
+from paligemma_jax.inspection.embeddings import grid_side
+from paligemma_jax.inspection.findings import Findings, Ranked
+from paligemma_jax.inspection.maps import upper_half
+from paligemma_jax.inspection.report_page import PAGE, SCRIPT, STYLE
+
+_MOST_EACH = {"nearest": 5, "said": 3}  # words of the vocabulary that are named for a patch, there and by each layer
+_MOST_WORDS = 50_000  # in all; with many patches and layers fewer each
+
+_MARK = re.compile(r"\{\{(\w+)\}\}")
+
+
+def report(findings: Findings, plates: Mapping[str, Image.Image], source: str = "", head: int | None = None) -> str:
+    """The page.
+
+    Args:
+      plates: all maps as pictures by title, for readers without scripts, and to be copied.
+      source: what is to be said of the model and the picture's file.
+      head: whose attention is shown, counted from 0; None means the mean of all.
+    """
+    picture = pictures.displayed(findings.picture)
+    described = [source, f"{len(findings.norms)} patches", f"{findings.num_layers} layers"]
+    marks = {
+        "title": html.escape(f"Inside: {findings.prompt}"),
+        "prompt": html.escape(findings.prompt.strip() or "(no prompt)"),
+        "meta": html.escape(", ".join(filter(None, described))),
+        "image": _data_uri(picture),
+        "words": "\n".join(map(_word, (word.text for word in findings.words), _chances(findings))),
+        "plates": "\n".join(_plate(title, image) for title, image in plates.items()),
+        "data": _json(_data(findings, head)),
+        "style": _filled(STYLE, {"gradient": ",".join(pictures.INFERNO), "width": str(picture.width)}),
+        "script": SCRIPT,
+    }
+    return _filled(PAGE, marks)
+
+
+def _filled(template: str, marks: Mapping[str, str]) -> str:
+    """The template with its marks replaced, in one go: a {{mark}} in what is put in stays as it is."""
+    return _MARK.sub(lambda found: marks[found[1]], template)
+
+
+def _json(value: Any) -> str:
+    """JSON that can stand in a script element: no tag can begin in it."""
+    return json.dumps(value, separators=(",", ":")).replace("<", "\\u003c").replace("&", "\\u0026")
+
+
+def _data(findings: Findings, head: int | None) -> dict[str, Any]:
+    """What the script needs."""
+    texts: dict[str, int] = {}
+    ranked = {"nearest": findings.nearest, "said": findings.said}
+    most = {
+        name: min(_MOST_EACH[name], max(1, _MOST_WORDS // math.prod(item.texts.shape[:-1])))
+        for name, item in ranked.items()
+        if item is not None
+    }
+    return {
+        "side": grid_side(len(findings.norms)),
+        "colors": pictures.INFERNO,
+        "words": [word.text for word in findings.words],
+        "norms": [_rounded(value) for value in findings.norms],
+        "kinds": _kinds(findings, head),
+        **{name: _ranked(ranked[name], count, texts) for name, count in most.items()},
+        "texts": list(texts),
+    }
+
+
+def _kinds(findings: Findings, head: int | None) -> list[dict[str, Any]]:
+    """The maps that can be chosen: each by layer, the mean of the upper ones first, and where they differ by word."""
+    after = [f"layer {i + 1}" for i in range(findings.num_layers)]
+    upper = "mean of the upper layers"
+    kinds = []
+    if findings.attention is not None:
+        heads = findings.attention.mean(axis=1) if head is None else findings.attention[:, head]
+        layers = _with_upper(heads, findings.num_layers)
+        who = "all heads" if head is None else f"head {head + 1}"
+        kinds.append(
+            {
+                "name": "Attention",
+                "title": f"Attention to the patches, {who}",
+                "maps": [_maps(_by_word(findings, layer)) for layer in layers],
+                "layers": [upper, *after],
+                "words": True,
+            }
+        )
+    if findings.hidden_similarity is not None:
+        layers = _with_upper(findings.hidden_similarity, findings.num_layers)
+        kinds.append(
+            {
+                "name": "Similarity",
+                "title": f"Likeness of hidden states to “{findings.text}”",
+                "maps": [_maps(layer[None]) for layer in layers],
+                "layers": [upper, "before layer 1", *(f"after {name}" for name in after)],
+            }
+        )
+    if findings.occlusion is not None:
+        title = "Log-probability that is lost where the picture is hidden"
+        summed = np.concatenate([findings.occlusion.sum(axis=0)[None], findings.of_words(findings.occlusion)])
+        kinds.append({"name": "Occlusion", "title": title, "maps": [_maps(summed)], "words": True})
+    if findings.table_similarity is not None:
+        title = f"Likeness of soft tokens to the table’s “{findings.text}”"
+        kinds.append({"name": "Table", "title": title, "maps": [_maps(findings.table_similarity[None])]})
+    kinds.append({"name": "Norms", "title": "Norms of the soft tokens", "maps": [_maps(findings.norms[None])]})
+    return kinds
+
+
+def _with_upper(layers: np.ndarray, num_layers: int) -> np.ndarray:
+    return np.concatenate([upper_half(layers, num_layers)[None], layers])
+
+
+def _by_word(findings: Findings, values: np.ndarray) -> np.ndarray:
+    """Values of tokens [n, N] as those of the whole answer and of each word [1 + words, N]."""
+    return np.concatenate([values.mean(axis=0)[None], findings.of_words(values)])
+
+
+def _maps(values: np.ndarray) -> list[dict[str, Any]]:
+    """Maps [M, N] in 256 steps each, as base64."""
+    found = []
+    for item in values:
+        low, high = pictures.extremes(item)
+        steps = np.round(255 * np.nan_to_num(pictures.scaled(item))).astype(np.uint8)
+        packed = base64.b64encode(steps.tobytes()).decode()
+        found.append({"low": _rounded(low), "high": _rounded(high), "values": packed})
+    return found
+
+
+def _ranked(ranked: Ranked, most: int, texts: dict[str, int]) -> list[Any]:
+    """Lists as deep as the arrays, of (number of a text, score); new texts are added to `texts`."""
+
+    def nested(names: np.ndarray, scores: np.ndarray) -> list[Any]:
+        if names.ndim > 1:
+            return [nested(*pair) for pair in zip(names, scores, strict=True)]
+        pairs = list(zip(names, scores, strict=True))[:most]
+        return [(texts.setdefault(pictures.printable(name), len(texts)), _rounded(score)) for name, score in pairs]
+
+    return nested(ranked.texts, ranked.scores)
+
+
+def _chances(findings: Findings) -> Sequence[float]:
+    """The probability of each word: the product over its tokens."""
+    return [math.exp(findings.logprobs[word.start : word.stop].sum()) for word in findings.words]
+
+
+def _word(text: str, chance: float) -> str:
+    return f'<button type="button" class="word">{html.escape(text)}<small>{chance:.2f}</small></button>'
+
+
+def _plate(title: str, image: Image.Image) -> str:
+    name = html.escape(title)
+    return f'<details><summary>{name}</summary><div><img src="{_data_uri(image)}" alt="{name}"></div></details>'
+
+
+def _data_uri(image: Image.Image) -> str:
+    file = io.BytesIO()
+    image.convert("RGB").save(file, format="JPEG", quality=82)
+    return f"data:image/jpeg;base64,{base64.b64encode(file.getvalue()).decode()}"
+
+
+def _rounded(value: float) -> float:
+    """Four digits that count, which keeps the file small."""
+    return float(f"{value:.4g}") if math.isfinite(value) else 0.0

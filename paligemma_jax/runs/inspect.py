@@ -1,0 +1,197 @@
+"""config.run=inspect: what one answer rests on, as pictures, arrays and a page to explore."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from ml_collections import ConfigDict
+from PIL import Image
+
+import paligemma_jax as pj
+from paligemma_jax.errors import ConfigError, ImageError
+from paligemma_jax.files import replacing, write_json
+from paligemma_jax.inspection import embeddings, pictures
+from paligemma_jax.inspection.findings import KINDS, Findings, Ranked, look
+from paligemma_jax.inspection.maps import upper_half
+from paligemma_jax.inspection.occlusion import WAYS, squares
+from paligemma_jax.inspection.plates import Plate, plates
+from paligemma_jax.inspection.report import report
+from paligemma_jax.processing.image import find_images, load_image
+from paligemma_jax.runs import environment, settings
+from paligemma_jax.runs import model as models
+
+_MOST_WORDS = 100
+
+
+def run(config: ConfigDict) -> int:
+    """Answer, look inside, and write what was seen."""
+    alone, directory = config.embeddings_file, Path(config.output_dir).expanduser()
+    if not config.output_dir:
+        raise ConfigError("output_dir is empty: give a folder for the maps")
+    if alone:
+        return _draw_embeddings(Path(alone).expanduser(), directory)
+    kinds = _kinds(config)
+    layer, head = _number(config, "layer"), _number(config, "head")
+    sampling = settings.sampling(config, stream=False)
+    text = _text(config) if "similarity" in kinds else config.text
+    models.check_weights(config)
+    name, picture = _picture(config)
+    directory.mkdir(parents=True, exist_ok=True)  # a bad place is known before the work
+    profile = environment.profiled(config)
+
+    def prepare(model: pj.PaliGemma) -> None:
+        if not config.answer:
+            model.compile([[0]], config.prompt, config.max_new_tokens, sampling)
+
+    model = models.load(config, prepare)
+    _check(model.config, kinds, layer, head, config.occlusion_size)
+    with profile:
+        answer = config.answer or model.generate(picture, config.prompt, config.max_new_tokens, sampling)[0].text
+        hiding = (config.occlusion_size or None, config.occlusion_way)
+        findings = look(model, picture, config.prompt, answer, text, kinds, config.words, *hiding)
+    made = [plate for plate in plates(findings, layer, head) if plate.name.partition("_")[0] in kinds]
+    files = [_write(plate, directory) for plate in made]
+    if "lens" in kinds:
+        files.append([directory / "lens.json"])
+        write_json(files[-1][0], _lens(findings))
+    if config.report:
+        files.append([directory / "report.html"])
+        page = report(findings, {plate.title: plate.image for plate in made}, f"{config.checkpoint}, {name}", head)
+        with replacing(files[-1][0]) as temporary:
+            temporary.write_text(page, encoding="utf-8")
+    print("\n".join([answer, *_summary(findings), *map(_wrote, files)]), flush=True)
+    return 0
+
+
+def _kinds(config: ConfigDict) -> list[str]:
+    """What is asked for, and that its settings are possible."""
+    kinds = [kind.strip() for kind in config.maps.split(",") if kind.strip()]
+    for kind in kinds:
+        if kind not in KINDS:
+            hint = settings.did_you_mean(kind, KINDS)
+            raise ConfigError(f"maps={config.maps!r} names {kind!r}, which is not known{hint}")
+    if not kinds:
+        raise ConfigError(f"maps is empty: give some of {', '.join(KINDS)}, with commas between")
+    if not 1 <= config.words <= _MOST_WORDS:
+        raise ConfigError(f"words={config.words} is not possible: give a whole number from 1 to {_MOST_WORDS}")
+    if config.occlusion_size < 0:
+        raise ConfigError(f"occlusion_size={config.occlusion_size} is not possible: give a side in patches, or 0")
+    settings.one_of(config, "occlusion_way", WAYS)
+    if config.prompts_file:
+        raise ConfigError("inspect looks into one answer: give prompt, and leave prompts_file out")
+    return kinds
+
+
+def _number(config: ConfigDict, key: str) -> int | None:
+    """A number from 1 on as one from 0 on; None for the mean."""
+    value = str(config[key]).strip()
+    if value == "mean":
+        return None
+    if not value.isdecimal() or int(value) < 1:
+        raise ConfigError(f"{key}={value!r} is not possible: give mean, or a whole number of at least 1")
+    return int(value) - 1
+
+
+def _check(geometry: pj.PaliGemmaConfig, kinds: list[str], layer: int | None, head: int | None, size: int) -> None:
+    """What is asked for is there in this model."""
+    for key, value, count in (("layer", layer, geometry.text.num_layers), ("head", head, geometry.text.num_heads)):
+        if value is not None and value >= count:
+            raise ConfigError(f"{key}={value + 1} is not possible: this model has {count}, give mean or 1 to {count}")
+    if "occlusion" in kinds:
+        squares(embeddings.grid_side(geometry.vision.num_tokens), size or None)
+
+
+def _text(config: ConfigDict) -> str:
+    """What patches are compared with: as given, or the first thing that the prompt names after its first word."""
+    words = config.prompt.strip().partition(" ")
+    text = config.text.strip() or words[2].partition(";")[0].strip() or words[0]
+    if not text:
+        raise ConfigError("there is no text to compare patches with: give text or a prompt, or leave similarity out")
+    return text
+
+
+def _picture(config: ConfigDict) -> tuple[str, Image.Image]:
+    names = find_images(config.image)
+    if len(names) > 1:
+        raise ImageError(f"{config.image} holds {len(names)} pictures: inspect looks at one, give its path")
+    return names[0], load_image(names[0])
+
+
+def _write(plate: Plate, directory: Path) -> list[Path]:
+    """Write a plate as a picture and its array as plain .npy; returns the files."""
+    files = [directory / f"{plate.name}.png"]
+    with replacing(files[0]) as temporary:
+        plate.image.save(temporary, format="PNG")
+    if plate.array is not None:
+        files.append(directory / f"{plate.name}.npy")
+        with replacing(files[1]) as temporary, temporary.open("wb") as file:
+            np.save(file, plate.array, allow_pickle=False)
+    return files
+
+
+def _wrote(files: list[Path]) -> str:
+    return f"wrote {', '.join([str(files[0]), *(file.name for file in files[1:])])}"
+
+
+def _lens(findings: Findings) -> dict[str, Any]:
+    """Words for every patch and every token of the answer."""
+    side = embeddings.grid_side(len(findings.norms))
+
+    def ranked(words: Ranked, name: str, place: Any) -> list[dict[str, Any]]:
+        pairs = zip(words.texts[place], words.scores[place], strict=True)
+        return [{"text": text, name: round(float(score), 5)} for text, score in pairs]
+
+    def layers(words: Ranked, place: int) -> list[list[dict[str, Any]]]:
+        return [ranked(words, "probability", (layer, place)) for layer in range(findings.num_layers + 1)]
+
+    return {
+        "prompt": findings.prompt,
+        "answer": findings.answer,
+        "patches": [
+            {
+                "row": i // side,
+                "column": i % side,
+                "norm": round(float(findings.norms[i]), 5),
+                "nearest": ranked(findings.nearest, "cosine", i),
+                "layers": layers(findings.said, i),
+            }
+            for i in range(len(findings.norms))
+        ],
+        "tokens": [
+            {"text": text, "logprob": round(float(logprob), 5), "layers": layers(findings.said_in_answer, i)}
+            for i, (text, logprob) in enumerate(zip(findings.pieces, findings.logprobs, strict=True))
+        ],
+    }
+
+
+def _summary(findings: Findings) -> list[str]:
+    """Where each map is highest."""
+    lines = [
+        f"log-probability of the answer: {findings.logprobs.sum():.3g}",
+        _peak("norm of a soft token", findings.norms),
+    ]
+    if findings.hidden_similarity is not None:
+        lines.append(_peak(f'likeness to "{findings.text}" in the table', findings.table_similarity))
+        shown = upper_half(findings.hidden_similarity, findings.num_layers)
+        lines.append(_peak(f'likeness to "{findings.text}" in the upper layers', shown))
+    if findings.attention is not None:
+        shown = upper_half(findings.attention, findings.num_layers).mean(axis=(0, 1))
+        lines.append(_peak("attention of the answer in the upper layers", shown))
+    if findings.occlusion is not None:
+        lines.append(_peak("log-probability lost where hidden", findings.occlusion.sum(axis=0)))
+    return lines
+
+
+def _peak(name: str, values: np.ndarray) -> str:
+    row, column = divmod(int(values.argmax()), embeddings.grid_side(len(values)))
+    return f"{name}: highest in row {row + 1}, column {column + 1}: {values.max():.3g}"
+
+
+def _draw_embeddings(path: Path, directory: Path) -> int:
+    """The heat map of a file of embeddings."""
+    values = embeddings.load(path)
+    directory.mkdir(parents=True, exist_ok=True)
+    files = _write(Plate(path.stem, path.stem, pictures.embeddings(values, path.name), None), directory)
+    low, high = pictures.extremes(values)
+    print(f"{' x '.join(map(str, values.shape))} numbers from {low:.3g} to {high:.3g}\n{_wrote(files)}", flush=True)
+    return 0

@@ -1,0 +1,137 @@
+"""The report: one file that asks nothing of anyone, and believes nothing it is told."""
+
+import base64
+import dataclasses
+import html.parser
+import json
+import math
+import re
+
+import numpy as np
+import pytest
+
+from paligemma_jax.inspection.findings import Ranked
+from paligemma_jax.inspection.plates import plates
+from paligemma_jax.inspection.report import report
+
+EVIL = "</script><script>alert(1)</script><img src=x onerror=alert(2)> \" ' & {{data}}"
+
+
+class _Reader(html.parser.HTMLParser):
+    """Elements with their attributes, and all text outside of style and script."""
+
+    def __init__(self, page: str):
+        super().__init__()
+        self.elements: list[tuple[str, dict[str, str | None]]] = []
+        self.text: list[str] = []
+        self.inside = ""
+        self.feed(page)
+
+    def handle_starttag(self, tag, attrs):
+        self.elements.append((tag, dict(attrs)))
+        self.inside = tag
+
+    def handle_endtag(self, tag):
+        self.inside = ""
+
+    def handle_data(self, data):
+        if self.inside not in ("style", "script"):
+            self.text.append(data)
+
+
+def _data(page: str) -> dict:
+    return json.loads(re.search(r'<script type="application/json" id="data">(.*?)</script>', page, re.DOTALL)[1])
+
+
+@pytest.fixture(scope="module")
+def page(findings) -> str:
+    return report(findings, {plate.title: plate.image for plate in plates(findings)}, "a model, a picture")
+
+
+def test_nothing_is_fetched(page):
+    plain = re.sub(r'base64,[^"]*|"values":"[^"]*"', "", page)
+    assert not re.search(r"https?:|//[a-z]|@import|\bfetch\b|XMLHttp|url\(", plain)
+    for tag, attributes in _Reader(page).elements:
+        assert tag not in ("link", "iframe", "object", "base", "form")
+        for name in ("src", "href", "srcset", "action"):
+            assert (attributes.get(name) or "data:image/jpeg;base64,").startswith("data:image/jpeg;base64,")
+    assert "default-src 'none'" in page
+
+
+def test_it_can_be_read_without_its_script(page, findings):
+    reader = _Reader(page)
+    text = "".join(reader.text)
+    assert all(part in text for part in (findings.prompt, "<loc1000>", "circle", "a model, a picture", "9 patches"))
+    images = [attributes["alt"] for tag, attributes in reader.elements if tag == "img"]
+    assert images == ["The picture", *(plate.title for plate in plates(findings))]
+
+
+def test_texts_are_only_text(findings, page):
+    texts = np.full_like(findings.nearest.texts, EVIL)
+    nearest = Ranked(findings.nearest.ids, texts, findings.nearest.scores)
+    words = [dataclasses.replace(word, text=EVIL) for word in findings.words]
+    evil = dataclasses.replace(findings, prompt=EVIL, text=EVIL, words=words, nearest=nearest)
+    images = {EVIL: next(plates(findings)).image}
+    reader, plain = _Reader(found := report(evil, images, EVIL)), _Reader(page)
+    assert {tag for tag, _ in reader.elements} == {tag for tag, _ in plain.elements}
+    assert sum(tag == "script" for tag, _ in reader.elements) == 2
+    assert not any(name.startswith("on") for _, attributes in reader.elements for name in attributes)
+    assert EVIL in "".join(reader.text)
+    assert _data(found)["texts"][0] == EVIL and _data(found)["words"] == [EVIL] * len(words)
+
+
+def test_maps_are_those_of_the_findings(findings, page):
+    data = _data(page)
+    assert [kind["name"] for kind in data["kinds"]] == ["Attention", "Similarity", "Occlusion", "Table", "Norms"]
+    attention, similarity, *_, norms = data["kinds"]
+
+    def values(item: dict) -> np.ndarray:
+        steps = np.frombuffer(base64.b64decode(item["values"]), np.uint8)
+        return item["low"] + (item["high"] - item["low"]) * steps / 255
+
+    of_words = findings.of_words(findings.attention.mean(axis=1))
+    assert len(attention["maps"]) == len(attention["layers"]) == 4 and len(attention["maps"][0]) == 8
+    for layer in range(3):
+        expected = of_words[layer, 2]
+        np.testing.assert_allclose(
+            values(attention["maps"][1 + layer][3]), expected, atol=np.ptp(expected) / 200 + 1e-6
+        )
+    expected = findings.hidden_similarity[2]
+    np.testing.assert_allclose(values(similarity["maps"][3][0]), expected, atol=np.ptp(expected) / 200)
+    np.testing.assert_allclose(values(norms["maps"][0][0]), findings.norms, atol=np.ptp(findings.norms) / 200)
+    first = [data["texts"][place] for place, _ in data["nearest"][4]]
+    assert len(first) == 3 and first[0] == (findings.nearest.texts[4, 0].strip() or first[0])
+    assert len(data["said"]) == 4 and len(data["said"][0]) == 9
+
+
+def test_probabilities_of_words_are_shown(findings, page):
+    text = "".join(_Reader(page).text)
+    for word in findings.words:
+        chance = math.exp(findings.logprobs[word.start : word.stop].sum())
+        assert f"{word.text}{chance:.2f}" in text
+
+
+def test_a_head_can_be_chosen_and_little_will_do(findings):
+    few = dataclasses.replace(
+        findings, table_similarity=None, hidden_similarity=None, occlusion=None, nearest=None, said=None
+    )
+    data = _data(report(few, {}, head=2))
+    assert [kind["title"] for kind in data["kinds"]] == ["Attention to the patches, head 3", "Norms of the soft tokens"]
+    assert "said" not in data
+
+
+def test_a_large_picture_makes_no_huge_file(findings):
+    rng = np.random.default_rng(0)
+    ids = rng.integers(0, 9999, (27, 1024, 5))
+    many = dataclasses.replace(
+        findings,
+        num_layers=26,
+        norms=rng.random(1024),
+        attention=rng.random((26, 1, len(findings.logprobs), 1024)),
+        said=Ranked(ids, ids.astype(str).astype(object), rng.random(ids.shape)),
+        nearest=None,
+        occlusion=None,
+        table_similarity=None,
+        hidden_similarity=None,
+    )
+    assert len(report(many, {})) < 2e6
