@@ -267,14 +267,26 @@ class PaliGemma:
             logprobs=np.asarray(logprobs[0, :count]),
         )
 
-    def detect(self, images: ImageSource | Sequence[ImageSource], classes: str | Sequence[str], **options: Any):
+    def detect(
+        self,
+        images: ImageSource | Sequence[ImageSource],
+        classes: str | Sequence[str],
+        max_new_tokens: int = 256,
+        **options: Any,
+    ) -> list[Detection] | list[list[Detection]]:
         """Boxes of what is named in `classes`, with scores; see `locating.locate` for the options."""
-        return locate(self, "detect", images, classes, **options)
+        return locate(self, "detect", images, classes, max_new_tokens, **options)
 
-    def segment(self, images: ImageSource | Sequence[ImageSource], classes: str | Sequence[str], **options: Any):
+    def segment(
+        self,
+        images: ImageSource | Sequence[ImageSource],
+        classes: str | Sequence[str],
+        max_new_tokens: int = 256,
+        **options: Any,
+    ) -> list[Detection] | list[list[Detection]]:
         """Boxes and masks of what is named in `classes`, with scores; see `locating.locate` for the options."""
         self.mask_decoder()  # its absence is known before the long part
-        return locate(self, "segment", images, classes, **options)
+        return locate(self, "segment", images, classes, max_new_tokens, **options)
 
     def objects(
         self, output: Output, size: tuple[int, int], loc_scale: int = 1023, masks: bool = True

@@ -12,7 +12,7 @@ import paligemma_jax as pj
 
 BOX = "<loc0000><loc0000><loc1023><loc0512>"
 MASK = "".join(f"<seg{i:03d}>" for i in range(16))
-KEYS = ["image", "prompt", "text", "finish_reason", "boxes", "masks", "dropped", "timing"]
+KEYS = ["image", "prompt", "text", "finish_reason", "boxes", "masks", "details", "dropped", "timing"]
 TIMING_KEYS = ["load_s", "compile_s", "prefill_ms", "decode_ms_per_token", "new_tokens"]
 
 
