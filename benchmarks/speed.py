@@ -105,6 +105,28 @@ class Workplace:
         flops = machine.first_token_flops(config, len(tokens))
         return {"prompt_tokens": len(tokens), "first_token_flops": flops}
 
+    def quantized(self, quantization: str) -> Path:
+        """The checkpoint as the converter writes it in 8 or 4 bits, made when there is none that is newer.
+
+        Raises:
+          UserError: it cannot be made.
+        """
+        path = self.folder / f"checkpoint-{quantization}"
+        config = path / "config.json"
+        if not config.exists() or config.stat().st_mtime < (self._checkpoint / "config.json").stat().st_mtime:
+            shutil.rmtree(path, ignore_errors=True)
+            new = path.with_name(f"{path.name}.new")
+            shutil.rmtree(new, ignore_errors=True)
+            command = [sys.executable, "-m", "convert", str(self._checkpoint), str(new), "--quantize", quantization]
+            if subprocess.run(command, cwd=ROOT).returncode:
+                raise UserError(f"{path} could not be made")
+            new.rename(path)
+        return path
+
+    def forget_programs(self) -> None:
+        """Programs of an earlier run may be of other code, which would make a second start look like a first one."""
+        shutil.rmtree(self.folder / "cache", ignore_errors=True)
+
     def cache(self, label: str) -> Path:
         """Directory for what the processes of a column compile; it may not be there yet."""
         path = self.folder / "cache" / label.replace(" ", "_")
@@ -121,7 +143,7 @@ class Workplace:
           job: for workers.py, without what all jobs have in common.
           cache: user's cache directory, where compiled programs are kept.
         """
-        _read_files(self._checkpoint)
+        _read_files(Path(job.get("checkpoint", self._checkpoint)))
         environment = os.environ | {"TF_CPP_MIN_LOG_LEVEL": "3", "HF_HUB_OFFLINE": "1"}
         environment.pop("JAX_COMPILATION_CACHE_DIR", None)  # it would go before ours
         if cache:
@@ -188,6 +210,7 @@ def benchmark(
         "accuracy": {},
     }
     job = {"job": "measure", "batches": args.batch, "new_tokens": args.new_tokens, "captions": captions}
+    workplace.forget_programs()
     for i in range(args.repeats):
         note(f"round {i + 1} of {args.repeats}")
         ceilings, problem = workplace.run("ceilings", {"job": "ceilings"})
@@ -210,9 +233,15 @@ def benchmark(
         save(entry)
 
 
+def _job(workplace: Workplace, column: Column) -> dict[str, Any]:
+    """What a process is told about its column: ours in few bits are loaded from a checkpoint that was written so."""
+    quantization = workers.OUR_MODES[column.mode][1] if column.side == "ours" else None
+    return dataclasses.asdict(column) | ({"checkpoint": str(workplace.quantized(quantization))} if quantization else {})
+
+
 def _measure(workplace: Workplace, column: Column, job: dict[str, Any]) -> tuple[Samples, str]:
     """The samples of one round of a column, from two starts, and what went wrong."""
-    job = job | dataclasses.asdict(column)
+    job = job | _job(workplace, column)
     kept, fresh = workplace.cache(column.label), workplace.cache("new")
     shutil.rmtree(fresh, ignore_errors=True)
     first, problem = workplace.run(column.label, job | {"only_start": True}, fresh)
@@ -241,7 +270,7 @@ def _accuracy(workplace: Workplace, columns: list[Column]) -> dict[str, dict[str
         if column.label == _REFERENCE:
             continue
         output = workplace.folder / "logits.npz"
-        specific = dataclasses.asdict(column) | {"follow": str(reference), "output": str(output)}
+        specific = _job(workplace, column) | {"follow": str(reference), "output": str(output)}
         _, problem = workplace.run(column.label, job | specific, workplace.cache(column.label))
         if problem:
             note(f"  {column.label}: {problem}")

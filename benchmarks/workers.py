@@ -77,12 +77,12 @@ class Ours:
         environment.select_platform(ConfigDict({"platform": job["platform"]}))
         environment.enable_compilation_cache()
         report("imports_s")
-        dtype, quantization = OUR_MODES[job["mode"]]
+        dtype, _ = OUR_MODES[job["mode"]]  # in few bits, the checkpoint is
         self._jax, self._engine = jax, engine
         self._inputs = np.load(job["inputs"])
         self._pictures = list(self._inputs["pictures"])
         self._prompts = [str(prompt) for prompt in self._inputs["prompts"]]
-        self._model = pj.load(job["checkpoint"], dtype=dtype, quantization=quantization, prepare=self._prepare)
+        self._model = pj.load(job["checkpoint"], dtype=dtype, prepare=self._prepare)
         self.load_s = self._model.load_s
         self._num_tokens = len(self._inputs["tokens"])
         self.weights_bytes, self.decoder_bytes = (

@@ -157,7 +157,7 @@ def product(x: jax.Array, weight: Quantized, few_rows: int) -> jax.Array:
         x = jnp.concatenate([x, x])
     scale = jnp.maximum(jnp.max(jnp.abs(x), axis=1, keepdims=True), 1e-30) / _MOST_8
     rounded = jnp.round(x / scale).astype(jnp.int8)
-    y = _by_tiles(weight, rounded).T if on_cpu and num_rows <= few_rows else _sum_of_products(rounded, weight)
+    y = _by_tiles(weight, rounded, weight_first=num_rows <= few_rows) if on_cpu else _sum_of_products(rounded, weight)
     y = y.astype(jnp.float32) * scale * weight.scale[None]
     return y[:num_rows]
 
@@ -167,18 +167,22 @@ def _dot(a: jax.Array, b: jax.Array) -> jax.Array:
 
 
 def _sum_of_products(x: jax.Array, weight: Quantized, weight_first: bool = False) -> jax.Array:
-    """Whole-number product i32 [M, F] of x [M, D], or [F, M] with the weight as the left operand."""
+    """Whole-number product i32 [M, F] of x [M, D], with the weight as the left operand if asked for."""
     parts = _whole(weight)
     pairs = zip(jnp.split(x, len(parts), axis=1), parts, strict=True)
-    return sum(_dot(part, piece) if weight_first else _dot(piece, part) for piece, part in pairs)
+    return sum(_dot(part, piece).T if weight_first else _dot(piece, part) for piece, part in pairs)
 
 
-def _by_tiles(weight: Quantized, x: jax.Array) -> jax.Array:
-    """Whole-number product i32 [F, M]; 4-bit weights are unpacked a tile of rows at a time."""
+def _by_tiles(weight: Quantized, x: jax.Array, weight_first: bool) -> jax.Array:
+    """The same, 4-bit weights being unpacked a tile of rows at a time.
+
+    For few rows a tile that is unpacked stays in the cache; for many, XLA would unpack the weights of all layers before
+    it multiplies the first.
+    """
     num_outputs, width = weight.shape
     rows = math.gcd(num_outputs, 1 << (_TILE // width).bit_length() - 1)
     if weight.multiplier is None or rows == num_outputs or rows * width < _TILE // 8:
-        return _sum_of_products(x, weight, weight_first=True)
+        return _sum_of_products(x, weight, weight_first)
     tiles = jax.tree.map(lambda part: part.reshape(-1, rows, *part.shape[1:]), weight)
-    multiply = functools.partial(_sum_of_products, x, weight_first=True)
-    return lax.map(multiply, tiles).reshape(num_outputs, -1)
+    found = lax.map(functools.partial(_sum_of_products, x, weight_first=weight_first), tiles)  # [F / rows, M, rows]
+    return found.transpose(1, 0, 2).reshape(x.shape[0], num_outputs)
