@@ -18,14 +18,15 @@ from paligemma_jax.checkpoints.mask_vae import load_mask_vae, save_mask_vae
 from paligemma_jax.config import PaliGemmaConfig
 from paligemma_jax.errors import CheckpointError, ImageError, PromptError, SamplingError
 from paligemma_jax.files import replacing
-from paligemma_jax.generation import beam, confidence, engine, grammar, speculation
+from paligemma_jax.generation import confidence, engine
 from paligemma_jax.generation.clock import Clock, Programs, Rehearsal, Rehearsed
 from paligemma_jax.generation.output import Output, TextStream, Trace
-from paligemma_jax.generation.sampling import Sampling, row_keys, whole_number
+from paligemma_jax.generation.run import BATCH_SIZE, Choosing, Run
+from paligemma_jax.generation.sampling import Sampling, whole_number
 from paligemma_jax.locating import locate
 from paligemma_jax.models import mask_vae as mask_vae_model
 from paligemma_jax.processing.image import ImageSource
-from paligemma_jax.processing.processor import Batch, Images, Processor
+from paligemma_jax.processing.processor import Batch, Images, Processor, picture_groups
 from paligemma_jax.processing.tokenizer import StreamDecoder
 from paligemma_jax.tasks.detection import Detection, parse
 from paligemma_jax.tasks.segmentation import attach_masks
@@ -33,40 +34,7 @@ from paligemma_jax.tasks.segmentation import attach_masks
 MASK_VAE_NAME = "vae-oid.npz"
 MASK_VAE_VARIABLE = "PALIGEMMA_MASK_VAE"
 
-_BATCH_SIZE = 16  # rows that run at once
 _GREEDY = Sampling()
-
-
-@dataclasses.dataclass(frozen=True)
-class _Choosing:
-    """How tokens are chosen; the arguments of `generate`."""
-
-    max_new_tokens: int
-    sampling: Sampling
-    speculate: bool | None
-    constrain: bool
-
-
-@dataclasses.dataclass(frozen=True)
-class _Run:
-    """One call on its way."""
-
-    batch: Batch
-    soft_tokens: jax.Array  # [I, N, D]
-    clock: Clock
-
-    def groups(self, batch_size: int = _BATCH_SIZE) -> Iterator[tuple[range, engine.Inputs]]:
-        """The rows that run at once, in turn."""
-        count, num_tokens = self.batch.tokens.shape
-        size = min(batch_size, engine.most_at_once(num_tokens))
-        for start in range(0, count, size):
-            rows = range(start, min(start + size, count))
-            yield rows, engine.prepare(self.batch, self.soft_tokens, rows)
-
-    def row_keys(self, seed: int) -> jax.Array:
-        """Random keys [B] of the rows; copies of a prompt about the same picture get different ones."""
-        rows = zip(self.batch.tokens, self.batch.image_slots, strict=True)
-        return row_keys(seed, [(ids.tobytes(), slots.tobytes()) for ids, slots in rows])
 
 
 class PaliGemma:
@@ -108,7 +76,7 @@ class PaliGemma:
         max_new_tokens: int = 100,
         sampling: Sampling = _GREEDY,
         image_embeddings: jax.Array | np.ndarray | None = None,
-        batch_size: int = _BATCH_SIZE,
+        batch_size: int = BATCH_SIZE,
         speculate: bool | None = None,
         constrain: bool = False,
     ) -> list[Output]:
@@ -137,13 +105,13 @@ class PaliGemma:
         Raises:
           ImageError, PromptError, SamplingError: see the message.
         """
-        choosing = _Choosing(whole_number("max_new_tokens", max_new_tokens, 1), sampling, speculate, constrain)
+        choosing = Choosing(whole_number("max_new_tokens", max_new_tokens, 1), sampling, speculate, constrain)
         batch_size = whole_number("batch_size", batch_size, 1)
         if speculate and sampling.num_beams > 1:
             raise SamplingError(f"num_beams={sampling.num_beams} with speculation: beams have none, leave out one")
         run = self._start(images, prompts, max_new_tokens, image_embeddings)
         answers: list[engine.Chunk] = []
-        for rows, chunks in self._groups(run, batch_size, choosing):
+        for rows, chunks in run.answers(self.params, choosing, batch_size):
             whole = jax.tree.map(lambda *parts: np.concatenate(parts), *chunks)
             answers += [jax.tree.map(lambda x: x[:, i], whole) for i in range(len(rows))]  # noqa: B023
         return [self._output(answer, run.clock) for answer in answers]
@@ -154,7 +122,7 @@ class PaliGemma:
         prompts: str | Sequence[str],
         max_new_tokens: int = 100,
         sampling: Sampling = _GREEDY,
-        batch_size: int = _BATCH_SIZE,
+        batch_size: int = BATCH_SIZE,
         speculate: bool | None = None,
         constrain: bool = False,
     ) -> None:
@@ -168,9 +136,10 @@ class PaliGemma:
         batch = self.processor.layout(image_groups, prompts)
         count = 1 + max(number for group in image_groups for number in group)
         batch = dataclasses.replace(batch, pixels=np.zeros((count, *batch.pixels.shape[1:]), np.float32))
+        choosing = Choosing(max_new_tokens, sampling, speculate, constrain)
         with contextlib.suppress(Rehearsed):
             run = self._embed(batch, max_new_tokens, Rehearsal(self._programs))
-            for _, chunks in self._groups(run, batch_size, _Choosing(max_new_tokens, sampling, speculate, constrain)):
+            for _, chunks in run.answers(self.params, choosing, batch_size):
                 for _ in chunks:
                     pass
 
@@ -190,7 +159,7 @@ class PaliGemma:
         max_new_tokens = whole_number("max_new_tokens", max_new_tokens, 1)
         images = [image] if isinstance(image, list | tuple) else image
         run = self._start(images, [prompt], max_new_tokens, image_embeddings)  # a list: more than one row is an error
-        [(_, chunks)] = self._groups(run, 1, _Choosing(max_new_tokens, sampling, speculate, constrain))
+        [(_, chunks)] = run.answers(self.params, Choosing(max_new_tokens, sampling, speculate, constrain), 1)
         return TextStream(self._pieces(chunks, run.clock))
 
     def score(
@@ -330,14 +299,14 @@ class PaliGemma:
         max_new_tokens: int,
         image_embeddings: jax.Array | np.ndarray | None,
         suffixes: str | Sequence[str] | None = None,
-    ) -> "_Run":
+    ) -> Run:
         """Lay out prompts, with their answers if there are any, and embed the pictures."""
         if image_embeddings is None:
             return self._embed(self.processor(images, prompts, suffixes), max_new_tokens, self._clock())
         soft_tokens = self._checked_embeddings(image_embeddings)
-        batch = self.processor.layout(_picture_groups(images, prompts, len(soft_tokens)), prompts, suffixes)
+        batch = self.processor.layout(picture_groups(images, prompts, len(soft_tokens)), prompts, suffixes)
         self._check_length(batch, max_new_tokens)
-        return _Run(batch, soft_tokens, self._clock())
+        return Run(self.config, self.processor.tokenizer, batch, soft_tokens, self._clock())
 
     def _clock(self) -> Clock:
         clock, self.compile_s = Clock(self._programs, self.compile_s), 0.0
@@ -349,14 +318,15 @@ class PaliGemma:
         prefixes: str | Sequence[str],
         suffixes: str | Sequence[str],
         image_embeddings: jax.Array | np.ndarray | None = None,
-    ) -> tuple["_Run", np.ndarray]:
+    ) -> tuple[Run, np.ndarray]:
         """Lay out prompts with their answers and embed the pictures; also the answers' lengths [B]."""
         run = self._start(images, prefixes, 0, image_embeddings, suffixes)
         return run, run.batch.length - run.batch.prefix_length
 
-    def _embed(self, batch: Batch, max_new_tokens: int, clock: Clock) -> "_Run":
+    def _embed(self, batch: Batch, max_new_tokens: int, clock: Clock) -> Run:
         self._check_length(batch, max_new_tokens)
-        return _Run(batch, engine.embed_pictures(self.params, self.config, batch.pixels, clock), clock)
+        soft_tokens = engine.embed_pictures(self.params, self.config, batch.pixels, clock)
+        return Run(self.config, self.processor.tokenizer, batch, soft_tokens, clock)
 
     def _check_length(self, batch: Batch, max_new_tokens: int) -> None:
         longest, limit = int(batch.length.max()), self.config.text.max_positions
@@ -377,33 +347,6 @@ class PaliGemma:
                 "take those of a picture of the same model"
             )
         return jnp.asarray(embeddings, self.params["language_model"]["norm"]["weight"].dtype)
-
-    def _groups(
-        self, run: "_Run", batch_size: int, choosing: _Choosing
-    ) -> Iterator[tuple[range, Iterator[engine.Chunk]]]:
-        """Rows that run at once, and their tokens as they come."""
-        keys = run.row_keys(choosing.sampling.seed)
-        for rows, inputs in run.groups(batch_size):
-            yield rows, self._chunks(inputs, keys[rows.start : rows.stop], choosing, run.clock)
-
-    def _chunks(
-        self, inputs: engine.Inputs, keys: jax.Array, choosing: _Choosing, clock: Clock
-    ) -> Iterator[engine.Chunk]:
-        sampling, tokenizer, config = choosing.sampling, self.processor.tokenizer, self.config
-        prompts = engine.prompts(tokenizer, inputs)
-        limit = choosing.max_new_tokens
-        allowed = grammar.build(tokenizer, prompts, config, limit) if choosing.constrain else None
-        rule = dataclasses.replace(sampling.rule(), loc_start=np.int32(tokenizer.loc_start), grammar=allowed)
-        limits = (limit, _chunk(), clock)
-        if sampling.num_beams > 1:
-            return iter([beam.search(self.params, config, inputs, sampling.num_beams, rule, *limits)])
-        keys = keys[np.resize(np.arange(len(keys)), len(inputs.tokens))]  # those of the padding do not matter
-        arguments = (self.params, config, inputs, keys, rule, *limits)
-        hints = speculation.hints(tokenizer, prompts)
-        speculate = choosing.speculate
-        if speculate or (speculate is None and speculation.wins(self.params, hints)):
-            return speculation.generate(*arguments, hints)
-        return engine.generate(*arguments)
 
     def _pieces(self, chunks: Iterator[engine.Chunk], clock: Clock) -> Iterator[str | Output]:
         """Text as it comes, then the whole output."""
@@ -433,26 +376,6 @@ class PaliGemma:
         if isinstance(self._mask_vae, Path):
             self._mask_vae = load_mask_vae(self._mask_vae)
         return self._mask_vae
-
-
-def _picture_groups(images: Images | None, prompts: str | Sequence[str], count: int) -> list[list[int]]:
-    """Which of `count` given embeddings each row sees, numbered in the order of `images`."""
-    if images is None:
-        groups = [[i] for i in range(count)]
-    else:
-        rows = images if isinstance(images, list | tuple) else [images]
-        sizes = [len(row) if isinstance(row, list | tuple) else 1 for row in rows]
-        if sum(sizes) != count:
-            raise ImageError(f"image_embeddings hold {count} pictures, images {sum(sizes)}: give as many")
-        ends = np.cumsum(sizes)
-        groups = [list(range(end - size, end)) for size, end in zip(sizes, ends, strict=True)]
-    shared = len(groups) == 1 and not isinstance(images, list | tuple) and not isinstance(prompts, str)
-    return groups * len(prompts) if shared else groups
-
-
-def _chunk() -> int:
-    """Decode steps between two looks at what is done: on CPU a step is dear and a look is cheap."""
-    return 2 if jax.default_backend() == "cpu" else 8
 
 
 def _power_of_two(count: int) -> int:

@@ -10,7 +10,6 @@ import pytest
 from PIL import Image
 
 import paligemma_jax as pj
-from paligemma_jax import pipeline
 from paligemma_jax.checkpoints import big_vision, huggingface
 from paligemma_jax.checkpoints.mask_vae import save_mask_vae
 from paligemma_jax.errors import (
@@ -21,7 +20,7 @@ from paligemma_jax.errors import (
     SamplingError,
     TokenizerError,
 )
-from paligemma_jax.generation import engine, speculation
+from paligemma_jax.generation import engine, run, speculation
 from paligemma_jax.models import mask_vae
 from paligemma_jax.models.paligemma import PaliGemma
 from paligemma_jax.processing.image import ImageSettings
@@ -148,8 +147,8 @@ def test_long_prompts_run_in_smaller_groups_with_the_same_answers(model, picture
 
 
 def test_the_keys_of_a_call_are_made_once(model, pictures, monkeypatch):
-    calls, row_keys = [], pipeline.row_keys
-    monkeypatch.setattr(pipeline, "row_keys", lambda *args: calls.append(args) or row_keys(*args))
+    calls, row_keys = [], run.row_keys
+    monkeypatch.setattr(run, "row_keys", lambda *args: calls.append(args) or row_keys(*args))
     model.generate(pictures, PROMPTS, 2, HOT, batch_size=1)
     assert len(calls) == 1
 

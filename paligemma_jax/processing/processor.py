@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from paligemma_jax.config import PaliGemmaConfig
-from paligemma_jax.errors import PromptError
+from paligemma_jax.errors import ImageError, PromptError
 from paligemma_jax.processing.image import ImageSettings, ImageSource, load_image
 from paligemma_jax.processing.tokenizer import Tokenizer
 
@@ -131,6 +131,21 @@ class Processor:
 
     def _suffix(self, suffix: str | None) -> list[int]:
         return [] if suffix is None else [*self.tokenizer.encode(_checked(suffix)), self.config.eos_token_id]
+
+
+def picture_groups(images: Images | None, prompts: str | Sequence[str], count: int) -> list[list[int]]:
+    """Which of `count` given embeddings each row sees, numbered in the order of `images`."""
+    if images is None:
+        groups = [[i] for i in range(count)]
+    else:
+        rows = images if isinstance(images, list | tuple) else [images]
+        sizes = [len(row) if isinstance(row, list | tuple) else 1 for row in rows]
+        if sum(sizes) != count:
+            raise ImageError(f"image_embeddings hold {count} pictures, images {sum(sizes)}: give as many")
+        ends = np.cumsum(sizes)
+        groups = [list(range(end - size, end)) for size, end in zip(sizes, ends, strict=True)]
+    shared = len(groups) == 1 and not isinstance(images, list | tuple) and not isinstance(prompts, str)
+    return groups * len(prompts) if shared else groups
 
 
 def _identity(source: ImageSource) -> Hashable:
