@@ -17,6 +17,7 @@ def get_config() -> ConfigDict:
     config.vision_steps = 1_500  # of the image encoder alone
     config.language_steps = 5_500  # of the whole model
     config.easy_steps = 300  # steps with one shape in a picture, then as many with up to two
+    config.segment_every = 3  # of the last stage's batches one in so many asks for masks
     config.vision_learning_rate = 1e-3  # highest, after the warm-up
     config.language_learning_rate = 1e-3  # highest, after the warm-up
     config.vision_factor = 0.25  # learning rate of the image encoder in the last stage, times this

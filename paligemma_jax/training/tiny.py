@@ -65,6 +65,7 @@ class Recipe:
     vision_steps: int
     language_steps: int
     easy_steps: int
+    segment_every: int
     vision_learning_rate: float
     language_learning_rate: float
     vision_factor: float
@@ -237,7 +238,7 @@ def train_language(
         init_state({**params, "dense_head": dense["head"]}, optimizer),
         make_step(loss, optimizer),
         language.QuestionBatches(
-            pool, codes, Processor(config, tokenizer, settings), recipe.seed, easy_steps=recipe.easy_steps
+            pool, codes, Processor(config, tokenizer, settings), recipe.seed, recipe.easy_steps, recipe.segment_every
         ),
         recipe.language_steps,
         checkpoints=open_checkpoints(work / "language"),
