@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from paligemma_jax import checkpoints
+from paligemma_jax.buckets import power_of_two
 from paligemma_jax.checkpoints.mask_vae import load_mask_vae, save_mask_vae
 from paligemma_jax.config import PaliGemmaConfig
 from paligemma_jax.errors import CheckpointError, ImageError, PromptError, SamplingError
@@ -176,7 +177,7 @@ class PaliGemma:
         run, lengths = self._start_pairs(images, prefixes, suffixes, image_embeddings)
         scores = []
         for rows, inputs in run.groups():
-            static = {"config": self.config, "num_positions": _power_of_two(lengths.max())}
+            static = {"config": self.config, "num_positions": power_of_two(lengths.max())}
             logprobs = np.asarray(run.clock.call(engine.suffix_logprobs, self.params, inputs, **static))
             scores += [logprobs[i, : lengths[row]] for i, row in enumerate(rows)]
         return scores
@@ -190,7 +191,7 @@ class PaliGemma:
         run, lengths = self._start_pairs(images, prefixes, suffixes)
         result = np.zeros((len(lengths), lengths.max(), self.config.text.vocab_size), np.float32)
         for rows, inputs in run.groups():
-            static = {"config": self.config, "num_positions": _power_of_two(lengths.max())}
+            static = {"config": self.config, "num_positions": power_of_two(lengths.max())}
             logits = np.asarray(run.clock.call(engine.suffix_logits, self.params, inputs, **static))
             for i, row in enumerate(rows):
                 result[row, : lengths[row]] = logits[i, : lengths[row]]
@@ -223,7 +224,7 @@ class PaliGemma:
         images = [image] if isinstance(image, list | tuple) else image
         run, [count] = self._start_pairs(images, [prompt], [answer], image_embeddings)
         [(_, inputs)] = run.groups()
-        static = {"config": self.config, "num_positions": _power_of_two(count)}
+        static = {"config": self.config, "num_positions": power_of_two(count)}
         hidden, attention, logprobs = run.clock.call(engine.trace, self.params, inputs, **static)
         length = int(inputs.length[0])
         return Trace(
@@ -376,8 +377,3 @@ class PaliGemma:
         if isinstance(self._mask_vae, Path):
             self._mask_vae = load_mask_vae(self._mask_vae)
         return self._mask_vae
-
-
-def _power_of_two(count: int) -> int:
-    """The smallest one that is at least `count`: few program sizes."""
-    return 1 << (int(count) - 1).bit_length()

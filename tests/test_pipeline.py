@@ -251,7 +251,8 @@ def test_detect_in_several_pictures_and_one_prompt_per_class(model, pictures, mo
     assert asked == ["detect cat", "detect a dog"] * 2
     assert [item.label for item in first] == ["cat"] == [item.label for item in second]  # said twice, given once
     assert model.detect([pictures[0]], "cat", min_score=1.01) == [[]]
-    for classes in ("", "cat ;", [], ["cat ; dog"], [" "]):
+    assert model.detect([], "cat") == []
+    for classes in ("", " ; ", [], ["cat ; dog"], [" "], "<loc0001>"):
         with pytest.raises(PromptError, match="give names"):
             model.detect(pictures[0], classes)
 

@@ -62,4 +62,5 @@ def mean_average_precision(pictures: Sequence[Found]) -> dict[str, float]:
         evaluation.evaluate()
         evaluation.accumulate()
         evaluation.summarize()
-    return {name: float(value) for name, value in zip(("map", "map_50", "map_75"), evaluation.stats, strict=False)}
+    found = zip(("map", "map_50", "map_75"), evaluation.stats, strict=False)
+    return {name: float(value) if value >= 0 else float("nan") for name, value in found}  # -1: no truth with an area

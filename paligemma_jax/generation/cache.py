@@ -6,6 +6,7 @@ Axes: B rows, T prompt tokens, S slots, K key-value heads, H head dim.
 import jax
 import jax.numpy as jnp
 
+from paligemma_jax.buckets import power_of_two
 from paligemma_jax.models.gemma import KeyValues
 
 Cache = tuple[KeyValues, ...]  # one pair per layer, each [B, S, K, H]
@@ -26,4 +27,4 @@ def take_rows(cache: Cache, rows: jax.Array) -> Cache:
 
 def num_slots(prompt_tokens: int, max_new_tokens: int) -> int:
     """Slots for padded prompts and the answer, whose share is a power of two so that few programs are compiled."""
-    return prompt_tokens + max(32, 1 << (max_new_tokens - 1).bit_length())
+    return prompt_tokens + max(32, power_of_two(max_new_tokens))

@@ -34,6 +34,8 @@ def score(
     """
     decoder = StreamDecoder(tokenizer)
     ends = np.cumsum([len(decoder.feed(token)) for token in output.tokens])  # in the text, of each token
+    if output.finish_reason == "eos":
+        ends[-1] += 1  # <eos> has no text, and is no part of the last object
     return [_scored(item, output, tokenizer, ends, size, loc_scale) for item in found]
 
 
@@ -51,9 +53,17 @@ def _scored(
     label = inside[np.flatnonzero(is_loc | is_seg)[-1] + 1 :]
     chance = np.prod(output.near[sides]) ** 0.25 * np.exp(output.logprobs[label].sum())
     y0, x0, y1, x1 = (float(p) for p in np.exp(output.logprobs[sides]))
+    tokens = output.tokens[sides]
+    y0, y1 = _in_order(tokens[0::2], y0, y1)
+    x0, x1 = _in_order(tokens[1::2], x0, x1)
     return dataclasses.replace(
         item,
         score=float(min(chance, 1.0)),
         side_probabilities=(x0, y0, x1, y1),
         expected_box=to_box(output.expected[sides], size, loc_scale),
     )
+
+
+def _in_order(locations: np.ndarray, first: float, second: float) -> tuple[float, float]:
+    """What belongs to two opposite sides, turned around where `parse` turns the sides."""
+    return (second, first) if locations[0] > locations[1] else (first, second)

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from paligemma_jax.buckets import power_of_two
 from paligemma_jax.config import PaliGemmaConfig
 from paligemma_jax.generation import cache as kv_cache
 from paligemma_jax.generation.clock import Clock
@@ -267,4 +268,4 @@ def prompts(tokenizer: Tokenizer, inputs: Inputs) -> list[str]:
 
 def _padded(count: int) -> np.ndarray:
     """0 .. count - 1, the last repeated up to a power of two."""
-    return np.minimum(np.arange(1 << (count - 1).bit_length()), count - 1)
+    return np.minimum(np.arange(power_of_two(count)), count - 1)

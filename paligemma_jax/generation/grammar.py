@@ -15,10 +15,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from paligemma_jax.buckets import power_of_two
 from paligemma_jax.config import PaliGemmaConfig
 from paligemma_jax.processing.tokenizer import LOC_TOKENS, SEG_TOKENS, Tokenizer
 from paligemma_jax.tasks.classes import class_names
-from paligemma_jax.tasks.detection import NUM_CODES
+from paligemma_jax.tasks.detection import NUM_CODES, is_label
 
 _NUM_CODES = {"detect": 0, "segment": NUM_CODES}  # of an object
 _FREE, _END, _WHOLE, _BEGIN = range(4)  # nodes: without a grammar, behind <eos>, a whole answer, an object
@@ -91,9 +92,10 @@ def build(tokenizer: Tokenizer, prompts: Sequence[str], config: PaliGemmaConfig,
     """
     if not any(map(class_names, prompts)):
         return None
-    tables = [_nodes(tokenizer, prompt, config.eos_token_id, config.image_token_id) for prompt in prompts]
-    num_nodes = _power_of_two(max(32, *map(len, tables)))
-    num_single = _power_of_two(max(4, *(len(node.choices) for table in tables for node in table)))
+    known = {prompt: _nodes(tokenizer, prompt, config.eos_token_id, config.image_token_id) for prompt in prompts}
+    tables = [known[prompt] for prompt in prompts]
+    num_nodes = power_of_two(max(32, *map(len, tables)))
+    num_single = power_of_two(max(4, *(len(node.choices) for table in tables for node in table)))
     packed = np.zeros((len(tables), num_nodes, _FIELDS + 3 * num_single), np.int32)
     packed[:, :, _FIELDS : _FIELDS + num_single] = _NONE
     for row, table in enumerate(tables):
@@ -102,7 +104,7 @@ def build(tokenizer: Tokenizer, prompts: Sequence[str], config: PaliGemmaConfig,
             packed[row, i, :_FIELDS] = *node.span, node.after, rest[node.after], node.side
             single = packed[row, i, _FIELDS:].reshape(3, num_single)[:, : len(node.choices)]
             single[:] = list(node.choices), list(node.choices.values()), [rest[j] for j in node.choices.values()]
-    return Grammar(packed, np.int32(limit))
+    return Grammar(jnp.asarray(packed), np.int32(limit))  # moved to the device once
 
 
 def start(grammar: Grammar | None, count: int) -> Place | None:
@@ -147,8 +149,11 @@ def _nodes(tokenizer: Tokenizer, prompt: str, eos: int, num_allowed: int) -> lis
     """The table of one prompt."""
     free = _Node((0, num_allowed), _FREE)
     table = [free, _Node(free.span, _END), _Node(), _Node()]
-    labels = class_names(prompt)
-    if not labels:
+    if not class_names(prompt):
+        return table
+    labels = [name for name in class_names(prompt) if is_label(name)]
+    if not labels:  # none can be written: the answer is empty
+        table[_WHOLE] = _Node((eos, eos + 1), _END)
         return table
     locs = tokenizer.loc_start, tokenizer.loc_start + len(LOC_TOKENS)
     segs = tokenizer.seg_start, tokenizer.seg_start + len(SEG_TOKENS)
@@ -187,7 +192,3 @@ def _tokens_to_the_end(table: list[_Node]) -> list[int]:
             ways += [rest[node.after]] * (node.span[1] > node.span[0])
             rest[i] = min([rest[i], *(1 + way for way in ways)])
     return rest
-
-
-def _power_of_two(count: int) -> int:
-    return 1 << (count - 1).bit_length()

@@ -176,9 +176,10 @@ def odds(logits: jax.Array, tokens: jax.Array, loc_start: jax.Array | None) -> O
     if loc_start is None:
         return Odds(logprobs, jnp.zeros_like(logprobs), jnp.zeros_like(logprobs))
     count = len(LOC_TOKENS)
-    probabilities = jnp.exp(lax.dynamic_slice_in_dim(logits, loc_start, count, axis=1) - total)
+    locations = lax.dynamic_slice_in_dim(logits, loc_start, count, axis=1)
+    probabilities = jnp.exp(locations - total)
     place = jnp.arange(count)[None]
-    expected = jnp.sum(probabilities * place, axis=1, keepdims=True) / jnp.sum(probabilities, axis=1, keepdims=True)
+    expected = jnp.sum(jax.nn.softmax(locations, axis=1) * place, axis=1, keepdims=True)
     chosen = (tokens - loc_start)[:, :, None]
     near = jnp.sum(jnp.where(jnp.abs(place[:, None] - chosen) <= NEAR, probabilities[:, None], 0.0), axis=2)
     is_location = (tokens >= loc_start) & (tokens < loc_start + count)

@@ -21,6 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from paligemma_jax.buckets import power_of_two
 from paligemma_jax.config import PaliGemmaConfig
 from paligemma_jax.generation import cache as kv_cache
 from paligemma_jax.generation import engine
@@ -86,7 +87,7 @@ def hints(tokenizer: Tokenizer, prompts: Sequence[str]) -> Hints:
         [*tokenizer.encode(text), *tokenizer.encode(prompt), tokenizer.newline_id]
         for text, prompt in zip(expected, prompts, strict=True)
     ]
-    width = 1 << max(5, (max(map(len, rows)) - 1).bit_length())
+    width = power_of_two(max(32, *map(len, rows)))
     text = np.array([[-1] * (width - len(row)) + row for row in rows], np.int32)
     ranges = (tokenizer.loc_start, len(LOC_TOKENS)), (tokenizer.seg_start, len(SEG_TOKENS))
     return Hints(text, tuple((start, start + count) for start, count in ranges), any(expected))

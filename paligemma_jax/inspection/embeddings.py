@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from paligemma_jax.errors import DataError, ImageError
-from paligemma_jax.files import replacing
+from paligemma_jax.files import write_array
 from paligemma_jax.tasks.detection import Box
 
 BITS = (16, 8, 4, 2)
@@ -17,8 +17,9 @@ BITS = (16, 8, 4, 2)
 
 def save(path: str | Path, embeddings: np.ndarray) -> None:
     """Write embeddings [I, N, D] as a plain .npy of float32."""
-    with replacing(Path(path)) as temporary, temporary.open("wb") as file:
-        np.save(file, np.asarray(embeddings, np.float32), allow_pickle=False)
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_array(path, np.asarray(embeddings, np.float32))
 
 
 def load(path: str | Path) -> np.ndarray:
@@ -29,19 +30,19 @@ def load(path: str | Path) -> np.ndarray:
     """
     path = Path(path)
     try:
-        values = np.load(path, allow_pickle=False)
+        with path.open("rb") as file:
+            values = np.lib.format.read_array(file, allow_pickle=False)
     except FileNotFoundError:
         raise DataError(f"{path} does not exist: save_embeddings=FILE writes such a file") from None
-    except (OSError, ValueError, EOFError):
-        raise DataError(f"{path} is damaged, or no plain .npy file of numbers: save it again") from None
-    if not isinstance(values, np.ndarray):  # an .npz
-        raise DataError(f"{path} holds several arrays: give an .npy file of one")
+    except Exception:  # a damaged header is evaluated as Python: many kinds of errors come of it
+        raise DataError(f"{path} is damaged, or no plain .npy file of one array: save it again") from None
     if values.ndim not in (2, 3) or not values.size or not np.issubdtype(values.dtype, np.floating):
         raise DataError(
             f"{path} holds {values.dtype} of shape {values.shape}: embeddings are floats of shape "
             "(pictures, patches, width), or (patches, width) of one picture"
         )
-    values = values.astype(np.float32)
+    with np.errstate(over="ignore"):
+        values = values.astype(np.float32)
     if not np.isfinite(values).all():
         raise DataError(f"{path} holds values that are not finite: save it again")
     return values if values.ndim == 3 else values[None]

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from paligemma_jax import buckets
 from paligemma_jax.config import PaliGemmaConfig
 from paligemma_jax.errors import ImageError, PromptError
 from paligemma_jax.processing.image import ImageSettings, ImageSource, load_image
@@ -28,16 +29,6 @@ class Batch:
     image_slots: np.ndarray  # i32 [B, T], index into the flattened soft tokens [I*N, D] at image slots, else -1
     prefix_length: np.ndarray  # i32 [B], image tokens + bos + prefix + "\n"
     length: np.ndarray  # i32 [B], the same plus suffix and eos
-
-
-def bucket(length: int) -> int:
-    """Smallest allowed sequence length that holds `length` tokens, so that few programs are compiled.
-
-    Allowed are the multiples of 16 up to 512, of 32 up to 1024, of 64 up to 2048 and so on: prompts of like length
-    share a program, and beyond 256 tokens padding adds less than 1/16.
-    """
-    step = 1 << max(4, (length - 1).bit_length() - 5)
-    return -(-length // step) * step
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,7 +56,7 @@ class Processor:
                 picture that is named twice, by the same object or path, is loaded once.
             prompts: the prefix, without or with the "\\n" that ends it.
             suffixes: the answer, for scoring and training.
-            pad_to: T; by default the longest row's `bucket`.
+            pad_to: T; by default the longest row's, see `buckets.sequence`.
 
         Raises:
             ImageError: a picture cannot be read.
@@ -108,7 +99,7 @@ class Processor:
         longest = int(length.max())
         if pad_to is not None and longest > pad_to:
             raise PromptError(f"a prompt with its pictures has {longest} tokens, more than {pad_to}: shorten it")
-        shape = num_rows, pad_to or bucket(longest)
+        shape = num_rows, pad_to or buckets.sequence(longest)
         tokens = np.full(shape, self.config.pad_token_id, np.int32)
         image_slots = np.full(shape, -1, np.int32)
         for row, (slots, prefix, answer) in enumerate(zip(soft_tokens, prefixes, answers, strict=True)):

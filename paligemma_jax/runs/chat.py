@@ -58,6 +58,8 @@ def run(config: ConfigDict) -> int:
     """Talk until the user leaves."""
     if settings.one_of(config, "format", ("text", "json")) == "json":
         raise ConfigError("chat prints text while it is made: set format=text, or run=generate for JSON")
+    unused = ("export", "save_embeddings", "load_embeddings", "prompts_file", "split_classes")
+    settings.refuse(config, unused, "chat asks one prompt at a time")
     settings.loc_scale(config)
     settings.choice(config)
     sampling = settings.sampling(config, stream=True)

@@ -34,7 +34,7 @@ class Embedded:
         self._file = Path(config.save_embeddings).expanduser() if config.save_embeddings else None
         self._saved: list[np.ndarray] = []
         self._loaded = em.load(Path(config.load_embeddings).expanduser()) if config.load_embeddings else None
-        self._used = 0
+        self._used = self._skipped = 0
         if self.asked and count is None:
             raise ConfigError(
                 "save_embeddings and load_embeddings are for pictures: give the frames of a video as a folder"
@@ -69,12 +69,12 @@ class Embedded:
     def skip(self) -> None:
         """Leave out a picture that could not be read."""
         self._used += 1
+        self._skipped += 1
 
     def close(self) -> None:
         """Write the file, and say what is in it."""
         if self._file and self._saved:
             values = np.concatenate(self._saved)
             em.save(self._file, values)
-            note(
-                f"saved {self._file}, the embeddings of {len(values)} picture{'s' * (len(values) != 1)}: {values.shape}"
-            )
+            missing = f", without {self._skipped} that could not be read" if self._skipped else ""
+            note(f"saved {self._file}, embeddings of shape {values.shape}{missing}")

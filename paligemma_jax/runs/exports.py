@@ -5,7 +5,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from paligemma_jax.files import replacing
+from paligemma_jax.files import write_text
 from paligemma_jax.runs.notes import note
 from paligemma_jax.runs.sources import Source, Stems
 from paligemma_jax.tasks import coco, yolo
@@ -50,7 +50,7 @@ class Exports:
             self._annotations += coco.annotate(objects, len(self._images), source.image.size, self._classes)
         if "yolo" in self._kinds:
             self._labels += yolo.to_yolo(objects, source.image.size, self._classes)
-            _write(self._label_file, self._labels)
+            write_text(self._label_file, self._labels)
 
     def close(self) -> None:
         """Write the files about all pictures, and say which."""
@@ -62,7 +62,7 @@ class Exports:
             note(f"wrote {results} and {dataset}, of {pictures}")
         if "yolo" in self._kinds:
             file = self._directory / "classes.txt"
-            _write(file, yolo.class_file(self._classes))
+            write_text(file, yolo.class_file(self._classes))
             note(f"wrote {file} and {self._directory / 'labels'}, of {pictures}")
 
     def _new_label_file(self, source: Source) -> Path:
@@ -73,13 +73,8 @@ class Exports:
         return self._directory / "labels" / f"{stem}.txt"
 
 
-def _write(path: Path, text: str) -> None:
-    with replacing(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
-
-
 def _write_json(path: Path, value: Any) -> None:
-    _write(path, json.dumps(value, ensure_ascii=False) + "\n")
+    write_text(path, json.dumps(value, ensure_ascii=False) + "\n")
 
 
 def check(kinds: Iterable[str], prompts: Iterable[str]) -> None:

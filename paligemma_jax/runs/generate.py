@@ -66,7 +66,6 @@ def run(config: ConfigDict) -> int:
     failed = 0
     with (
         contextlib.closing(Results(model, config, several, writers)) as results,
-        contextlib.closing(embedded),
         profile,
         _progress_bar(None if has_video else len(names)) as bar,
     ):
@@ -81,6 +80,7 @@ def run(config: ConfigDict) -> int:
                 soft_tokens = embedded.soft_tokens(model, [source.image for source in sources])
                 _answer(model, sources, asked, soft_tokens, config, sampling, results)
             bar.update(len(group))
+        embedded.close()  # at the end only: what a stopped run has is not worth the file that may be there
     return 1 if failed else 0
 
 

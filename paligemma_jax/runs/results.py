@@ -74,7 +74,7 @@ class Results:
         if self._exports:
             self._exports.add(source, objects)
         if as_json:
-            record = self._record(source, question.prompt, answer, objects, files)
+            record = self._record(source, question.prompt, outputs, objects, files)
             print(json.dumps(record, ensure_ascii=False), flush=True)
         for item in () if as_json else objects:
             note(f"  {about}{_describe(item)}")
@@ -116,8 +116,9 @@ class Results:
         return files
 
     def _record(
-        self, source: Source, prompt: str, answer: pj.Output, objects: list[pj.Detection], files: list[Path]
+        self, source: Source, prompt: str, outputs: Sequence[pj.Output], objects: list[pj.Detection], files: list[Path]
     ) -> dict[str, Any]:
+        answer = together(outputs)
         return {
             "image": source.name,
             "prompt": prompt,
@@ -125,7 +126,7 @@ class Results:
             "finish_reason": answer.finish_reason,
             **export.to_json(objects, files),
             "details": export.to_details(objects),
-            "dropped": self._dropped(answer, source.image),
+            "dropped": [text for output in outputs for text in self._dropped(output, source.image)],
             "timing": {"load_s": self._model.load_s, **dataclasses.asdict(answer.timing)},
         }
 

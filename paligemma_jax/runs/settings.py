@@ -33,6 +33,13 @@ def one_of(config: ConfigDict, key: str, allowed: Iterable[Any]) -> Any:
     return value
 
 
+def refuse(config: ConfigDict, names: Iterable[str], why: str) -> None:
+    """ConfigError when one of the keys is set, which this run could not do."""
+    for name in names:
+        if config[name]:
+            raise ConfigError(f"{name}={config[name]!r} is not possible, {why}: leave it out")
+
+
 def sampling(config: ConfigDict, stream: bool) -> Sampling:
     """How the next token is chosen, of answers that are printed while they are made or not."""
     names = ("temperature", "top_k", "top_p", "min_p", "num_beams", "seed")

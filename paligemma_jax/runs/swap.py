@@ -51,6 +51,10 @@ def run(config: ConfigDict) -> int:
         em.patches_in(box, 1)
     names = [config.image, config.other_image]
     pictures = [load_image(name) for name in names]
+    if not config.output_dir:
+        raise ConfigError("swap writes a.npy and b.npy: set output_dir")
+    unused = ("stream", "export", "save_embeddings", "load_embeddings", "prompts_file", "split_classes")
+    settings.refuse(config, unused, "swap asks one prompt about two pictures")
     directory = Path(config.output_dir).expanduser()
     directory.mkdir(parents=True, exist_ok=True)  # a bad place is known before the work
 
@@ -68,9 +72,9 @@ def run(config: ConfigDict) -> int:
         given = np.concatenate([trial.embeddings for trial in trials])
         if stage == "features":
             given = model.project(given)
-        outputs = model.generate(
-            None, [config.prompt] * len(trials), config.max_new_tokens, sampling, given, config.batch_size
-        )
+        options = {"speculate": settings.speculate(config), "constrain": config.constrain}
+        prompts = [config.prompt] * len(trials)
+        outputs = model.generate(None, prompts, config.max_new_tokens, sampling, given, config.batch_size, **options)
     _report(trials, outputs, config, as_json)
     return 0
 

@@ -12,8 +12,8 @@ def class_names(prompt: str) -> list[str]:
 
     Empty for prompts of other tasks.
     """
-    task, _, names = prompt.strip().partition(" ")
-    found = (" ".join(name.split()) for name in names.split(";")) if task in _TASKS else ()
+    task, *names = prompt.split(maxsplit=1) or [""]
+    found = (" ".join(name.split()) for name in names[0].split(";")) if task in _TASKS and names else ()
     return list(dict.fromkeys(name for name in found if name))
 
 

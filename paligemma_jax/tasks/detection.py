@@ -118,9 +118,14 @@ def format_objects(objects: Iterable[Detection], size: tuple[int, int], loc_scal
     return " ; ".join(_format_object(item, size, loc_scale) for item in objects)
 
 
+def is_label(text: str) -> bool:
+    """Whether an object can have this label, so that `parse` finds it again."""
+    return bool(text) and ";" not in text and not _TOKEN_LIKE.search(text)
+
+
 def _format_object(item: Detection, size: tuple[int, int], loc_scale: int) -> str:
     label = " ".join(item.label.split())
-    if not label or ";" in label or _TOKEN_LIKE.search(label):
+    if not is_label(label):
         raise DataError(f"label {item.label!r} cannot be written as text: use words without ';', '<loc' and '<seg'")
     codes = item.codes or ()
     if len(codes) not in (0, NUM_CODES):

@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
+from paligemma_jax.buckets import power_of_two
 from paligemma_jax.config import MASK_SIZE
 from paligemma_jax.tasks.detection import Box, Detection
 
@@ -28,7 +29,7 @@ def attach_masks(
     result = list(found)
     if coded:
         codes = np.array([found[i].codes for i in coded], np.int32)
-        bucket = 1 << (len(coded) - 1).bit_length()
+        bucket = power_of_two(len(coded))
         decoded = np.asarray(decode(np.pad(codes, [(0, bucket - len(coded)), (0, 0)])))
         for i, mask in zip(coded, decoded, strict=False):  # the padding's masks are left over
             result[i] = dataclasses.replace(found[i], mask=paste_mask(mask, found[i].box, size))

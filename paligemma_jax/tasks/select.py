@@ -15,8 +15,8 @@ _SAME_BOX = 0.95  # IoU of boxes that differ by about a location unit in a corne
 
 
 def known_score(item: Detection) -> float:
-    """The score of an object, 0 when it is not known."""
-    return 0.0 if item.score is None else item.score
+    """The score of an object, 0 when it is not known or no number."""
+    return 0.0 if item.score is None or item.score != item.score else item.score
 
 
 def above(detections: Sequence[Detection], min_score: float) -> list[Detection]:

@@ -14,11 +14,15 @@ CODES = "".join(f"<seg{i:03d}>" for i in range(16))
 
 
 def scored(tokenizer, text, sure=None, near=1.0, expected=0.0):
-    """Objects of a text whose tokens have probability 1, near 1 and mean 0, but for those in `sure` {text: p}."""
+    """Objects of a text whose tokens have probability 1, near 1 and mean 0, but for those in `sure` {text: p}.
+
+    <eos>, whose text is "", has one half: it is no part of an object.
+    """
     tokens = np.array([*tokenizer.encode(text), 1])
+    sure = {"": 0.5} | (sure or {})
     logprobs, values = np.zeros(len(tokens)), np.full((2, len(tokens)), [[near], [expected]], float)
     for place, token in enumerate(tokens):
-        logprobs[place] = np.log((sure or {}).get(tokenizer.decode([token]), 1.0))
+        logprobs[place] = np.log(sure.get(tokenizer.decode([token]), 1.0))
         if np.ndim(expected) == 0 and tokenizer.loc_start <= token < tokenizer.loc_start + 1024:
             values[1, place] = token - tokenizer.loc_start + expected
     output = pj.Output(text, tokens, logprobs, "eos", TIMING, *values)
@@ -37,8 +41,10 @@ def test_the_formula(tokenizer):
 def test_the_expected_box_is_in_pixels_and_in_order(tokenizer):
     (item,) = scored(tokenizer, CAT, expected=10.0)
     np.testing.assert_allclose(item.expected_box, (210, 220, 410, 620))
-    (turned,) = scored(tokenizer, "<loc0300><loc0400><loc0100><loc0200> cat")
+    chances = {"<loc0300>": 0.3, "<loc0400>": 0.4, "<loc0100>": 0.1, "<loc0200>": 0.2}
+    (turned,) = scored(tokenizer, "<loc0300><loc0400><loc0100><loc0200> cat", chances)
     assert turned.expected_box == turned.box
+    np.testing.assert_allclose(turned.side_probabilities, (0.2, 0.1, 0.4, 0.3), rtol=1e-6)
 
 
 def test_objects_do_not_take_from_each_other(tokenizer):

@@ -59,6 +59,18 @@ def test_answers_are_well_formed_whatever_the_weights(model, pictures, way):
     assert seen > 5
 
 
+def test_three_rows_and_labels_that_cannot_be_written(model, pictures):
+    """Rows are padded to a power of two; a location in a label would be read as one."""
+    prompts = ["detect\tred", "segment <seg001> star ; a", "detect <loc0001>"]
+    outputs = model.generate(pictures[:3], prompts, 60, constrain=True, sampling=pj.Sampling(temperature=2.0))
+    for prompt, output in zip(prompts, outputs, strict=True):
+        assert_well_formed(prompt, output)
+    assert outputs[2].text == "" and "star" not in outputs[1].text
+    for picture, prompt, output in zip(pictures, prompts, outputs, strict=False):
+        options = {"constrain": True, "sampling": pj.Sampling(temperature=2.0)}
+        assert model.generate(picture, prompt, 60, **options)[0].text == output.text
+
+
 def test_other_rows_and_the_free_answers_stay_as_they_are(model, pictures):
     free = model.generate(pictures, PROMPTS, 12)
     together = model.generate(pictures, PROMPTS, 12, constrain=True)

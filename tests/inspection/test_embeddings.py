@@ -1,5 +1,7 @@
 """Embeddings as files, in part, mixed and rounded."""
 
+import contextlib
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -40,17 +42,30 @@ def write_several(path):
         (lambda path: None, "does not exist"),
         (write_bytes, "damaged"),
         (write_cut, "damaged"),
-        (lambda path: np.save(path, np.array([{}]), allow_pickle=True), "no plain .npy"),
-        (write_several, "several arrays"),
+        (lambda path: np.save(path, np.array([{}]), allow_pickle=True), "damaged"),
+        (write_several, "of one array"),
         (lambda path: np.save(path, np.zeros(3)), r"shape \(3,\)"),
         (lambda path: np.save(path, np.zeros((2, 3), int)), "int64"),
         (lambda path: np.save(path, np.full((2, 3), np.nan)), "finite"),
+        (lambda path: np.save(path, np.full((2, 3), 1e300)), "finite"),
+        (lambda path: path.write_bytes(b"PK\x03\x04garbage"), "damaged"),
     ],
 )
 def test_files_that_are_none(tmp_path, write, message):
     write(tmp_path / "a.npy")
     with pytest.raises(DataError, match=message):
         em.load(tmp_path / "a.npy")
+
+
+def test_damaged_headers_are_errors_of_ours(tmp_path):
+    em.save(tmp_path / "a.npy", A)
+    whole, rng = (tmp_path / "a.npy").read_bytes(), np.random.default_rng(0)
+    for _ in range(300):
+        damaged = bytearray(whole)
+        damaged[rng.integers(0, 100)] = rng.integers(0, 256)
+        (tmp_path / "b.npy").write_bytes(damaged)
+        with contextlib.suppress(DataError):
+            em.load(tmp_path / "b.npy")
 
 
 def test_swaps_and_mixtures_end_in_the_originals():

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 
+from paligemma_jax.inspection import findings as findings_module
 from paligemma_jax.inspection import maps
 from paligemma_jax.inspection.findings import look
 from paligemma_jax.inspection.plates import plates
@@ -15,7 +16,7 @@ def test_everything_has_its_shape(findings, trace):
     assert findings.hidden_similarity.shape == (4, 9) and findings.attention.shape == (3, 4, count, 9)
     assert findings.occlusion.shape == (count, 9)
     assert findings.nearest.texts.shape == (9, 3) and findings.said.scores.shape == (4, 9, 3)
-    assert findings.said_in_answer.ids.shape == (4, count, 3)
+    assert findings.patch_similarity.shape == (9, 9)
     np.testing.assert_allclose(findings.logprobs, trace.logprobs, atol=1e-5)
 
 
@@ -35,6 +36,22 @@ def test_texts_are_those_of_their_ids(findings, model):
     assert (np.diff(ranked.scores, axis=-1) <= 0).all()
 
 
+def test_what_is_said_after_each_token_of_the_text(findings, model, picture, trace):
+    count, read = len(trace.logprobs), findings.read
+    assert read[0] == "<bos>" and "".join(read[1:]) == f"{findings.prompt}\n{findings.answer}"
+    said = findings.said_after
+    assert said.ids.shape == said.scores.shape == (4, len(read), 3) and len(read) == len(trace.tokens) - 9 - 1
+    logits = model.logits(picture, findings.prompt, findings.answer)[0]
+    logits[:, model.config.image_token_id :] = -np.inf
+    np.testing.assert_array_equal(said.ids[-1, -count:, 0], logits.argmax(axis=-1))
+
+
+def test_the_ends_of_a_text_have_names(model):
+    ids = np.array([[model.config.eos_token_id, model.config.bos_token_id, 300]])
+    texts = findings_module._ranked(model, ids, np.zeros(3)).texts
+    assert texts.tolist() == [["<eos>", "<bos>", model.processor.tokenizer.decode([300])]]
+
+
 def test_a_text_that_the_prompt_lacks_is_read_on_its_own(model, picture, findings):
     found = look(model, picture, findings.prompt, findings.answer, "blue squares", ["similarity"])
     alone = model.trace(picture, "blue squares", "")
@@ -52,17 +69,24 @@ def test_what_is_not_asked_for_is_not_worked_out(model, picture):
 @pytest.mark.parametrize("layer, head", [(None, None), (0, 3), (2, 0)])
 def test_plates_are_pictures_with_their_arrays(findings, layer, head):
     made = {plate.name: plate for plate in plates(findings, layer, head)}
-    assert len({plate.title for plate in made.values()}) == len(made) == 12
-    arrays = {name: plate.array.shape for name, plate in made.items() if plate.array is not None}
+    assert len({plate.title for plate in made.values()}) == len(made) == 13
+    arrays = {name: values for plate in made.values() for name, values in plate.arrays.items()}
     count = len(findings.logprobs)
-    assert arrays == {
+    text = (4, len(findings.read), 3)
+    assert {name: values.shape for name, values in arrays.items()} == {
         "norms": (3, 3),
         "similarity_table": (3, 3),
         "similarity": (4, 3, 3),
+        "similarity_patches": (9, 9),
         "attention": (3, 4, count, 3, 3),
         "occlusion": (count, 3, 3),
         "lens_nearest": (9, 3),
+        "lens_nearest_cosines": (9, 3),
         "lens_said": (4, 9, 3),
+        "lens_said_probabilities": (4, 9, 3),
+        "lens_text": text,
+        "lens_text_probabilities": text,
         "embeddings": (9, 32),
     }
-    assert all(plate.array.dtype in (np.float32, np.int32) for plate in made.values() if plate.array is not None)
+    ids = {"lens_nearest", "lens_said", "lens_text"}
+    assert all(values.dtype == (np.int32 if name in ids else np.float32) for name, values in arrays.items())

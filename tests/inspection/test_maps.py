@@ -92,7 +92,53 @@ def test_words_are_found_in_the_prompt_not_in_the_answer(model, trace):
 
 
 def test_the_grid_is_in_reading_order():
-    assert maps.grid(np.arange(18).reshape(2, 9)).tolist()[1] == [[9, 10, 11], [12, 13, 14], [15, 16, 17]]
+    squares = maps.grid(np.arange(18).reshape(2, 9), 9)
+    assert squares.shape == (2, 1, 3, 3)
+    assert squares[1, 0].tolist() == [[9, 10, 11], [12, 13, 14], [15, 16, 17]]
+
+
+def test_several_pictures_are_as_many_squares(model, picture):
+    """Four of nine patches are no square of six."""
+    trace = model.trace([picture, picture.rotate(90)] * 2, "detect red circle", "red circle")
+    values = maps.attention(trace)
+    squares = maps.grid(values, trace.soft_tokens.shape[1])
+    assert values.shape[-1] == 36 and squares.shape == (*values.shape[:-1], 4, 3, 3)
+    np.testing.assert_array_equal(squares[..., 2, :, :].reshape(*values.shape[:-1], 9), values[..., 18:27])
+    with pytest.raises(ValueError, match="reshape"):
+        maps.grid(values, 16)
+
+
+@pytest.mark.parametrize("layer, head", [(None, None), (0, 3), (2, None), (None, 1)])
+def test_a_layer_and_a_head_or_their_means(layer, head):
+    weights = np.random.default_rng(0).normal(size=(3, 4, 2, 9))
+    heads = maps.of_head(weights, head)
+    np.testing.assert_allclose(heads, weights.mean(axis=1) if head is None else weights[:, head])
+    found = maps.of_layer(heads, 3, layer)
+    np.testing.assert_allclose(found, heads[1:].mean(axis=0) if layer is None else heads[layer])
+    states = np.concatenate([np.full_like(heads[:1], np.nan), heads])  # before the first layer
+    np.testing.assert_array_equal(maps.of_layer(states, 3, layer), found)
+
+
+def test_patches_are_most_like_themselves(trace):
+    found = maps.patch_similarity(trace)
+    assert found.shape == (9, 9) and found.dtype == np.float32
+    np.testing.assert_allclose(found, found.T, atol=1e-6)
+    np.testing.assert_allclose(np.diag(found), 1, atol=1e-5)
+    assert (found <= 1 + 1e-5).all() and (found >= -1 - 1e-5).all() and np.ptp(found) > 0.5
+
+
+def test_the_likeness_of_patches_is_that_of_their_differences_from_the_mean(trace):
+    hidden = np.random.default_rng(0).normal(size=trace.hidden.shape) + 2
+    found = maps.patch_similarity(dataclasses.replace(trace, hidden=hidden))
+    directions = hidden[2:, trace.patches >= 0]
+    directions /= np.linalg.norm(directions, axis=-1, keepdims=True)
+    expected = np.mean([_cosines(x - x.mean(axis=0)) for x in directions], axis=0)
+    np.testing.assert_allclose(found, expected, atol=1e-5)
+
+
+def _cosines(x: np.ndarray) -> np.ndarray:
+    x = x / np.linalg.norm(x, axis=1, keepdims=True)
+    return x @ x.T
 
 
 def test_captured_embeddings_put_back_in_give_the_same_inside(model, picture, trace):

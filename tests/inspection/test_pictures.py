@@ -80,5 +80,36 @@ def test_rows_of_embeddings_are_rows_of_the_picture():
     assert dark[0] < bright[0] < bright[-1] < dark[-1] and abs(len(dark) - 2 * len(bright)) <= 2
 
 
+@pytest.mark.parametrize("shape, size", [((2, 2400), (1200, 900)), ((1, 1300), (1200, 900)), ((3, 500), (1000, 900))])
+def test_no_column_of_embeddings_is_left_out(shape, size, monkeypatch):
+    values = np.random.default_rng(0).uniform(size=shape).astype(np.float32)
+    monkeypatch.setattr(pictures, "_CUT", 0)
+    shown = []
+    monkeypatch.setattr(pictures, "colors", lambda x: shown.append(x) or np.zeros((*x.shape, 3), np.uint8))
+    pictures.embeddings(values, "x")
+    low, high = values.min(), values.max()
+    pixels, (rows, columns) = low + (high - low) * shown[0], shape
+    assert pixels.shape == size[::-1]
+    np.testing.assert_allclose(pixels.mean(axis=1)[:: 900 // rows], values.mean(axis=1), atol=1e-3)
+    if columns == 2400:
+        expected = values.reshape(rows, -1, 2).mean(axis=2)
+    elif columns == 500:
+        expected = values.repeat(2, axis=1)
+    else:
+        return
+    np.testing.assert_allclose(pixels, expected.repeat(900 // rows, axis=0), atol=1e-5)
+
+
+def test_cells_of_a_table_have_the_colours_of_their_values():
+    values, words = np.array([[0, 1.0], [0.5, 0], [1, 1]]), [["", "\n"], ["猫", "far too long for its cell"], ["a", "b"]]
+    page = pictures.table(words, values, ["x", "", "<bos>"], ["before", "after layer 1"], "A title " * 30)
+    pixels = np.asarray(page).reshape(-1, 3)
+    across, down = pictures._CELL
+    assert page.mode == "RGB" and page.height > 4 * down
+    ends = [(pixels == color).all(axis=1).sum() for color in ([0, 0, 4], [252, 255, 164])]
+    cells = (across - 1) * (down - 1)
+    assert 1.5 * cells < ends[0] < 2.5 * cells and 2.3 * cells < ends[1] < 3.5 * cells  # letters cover some
+
+
 def test_signs_stand_for_what_cannot_be_seen():
     assert [pictures.printable(text) for text in (" cat", "\n", "  ", "", "a\x07b")] == ["cat", "\\n", "_", "-", "a?b"]

@@ -5,7 +5,7 @@ from PIL import Image
 from paligemma_jax.config import PaliGemmaConfig, VisionConfig
 from paligemma_jax.errors import ImageError, PromptError
 from paligemma_jax.processing.image import ImageSettings, to_pixels
-from paligemma_jax.processing.processor import Processor, bucket
+from paligemma_jax.processing.processor import Processor
 from paligemma_jax.processing.tokenizer import LOC_TOKENS, SEG_TOKENS, Tokenizer
 
 SIDE, N = 28, 4  # two by two patches of 14
@@ -143,16 +143,6 @@ def test_errors(processor, images, prompts, suffixes, message):
 def test_unreadable_picture(processor, tmp_path):
     with pytest.raises(ImageError, match=r"none\.png does not exist"):
         processor([RED, tmp_path / "none.png"], "a")
-
-
-def test_bucket():
-    lengths = range(1, 5000)
-    buckets = [bucket(length) for length in lengths]
-    assert all(padded >= length for length, padded in zip(lengths, buckets, strict=True))
-    assert buckets == sorted(buckets)
-    assert all(bucket(padded) == padded for padded in buckets)
-    assert all(padded < length * 17 / 16 for length, padded in zip(lengths, buckets, strict=True) if length > 256)
-    assert len(set(buckets[256:512])) <= 16
 
 
 @pytest.mark.oracle

@@ -62,7 +62,7 @@ def swap(main, checkpoint, pictures, tmp_path):
 def test_four_runs_and_their_variations(swap, tmp_path, stage, monkeypatch):
     """The answer is the mean of the embeddings: a random model would say the same of both."""
 
-    def generate(model, images, prompts, limit, sampling, embeddings, batch_size):
+    def generate(model, images, prompts, limit, sampling, embeddings, batch_size, **options):
         return [pj.Output(f"{x.mean():.5f}", *[None] * 6) for x in np.asarray(embeddings)]
 
     monkeypatch.setattr(pj.PaliGemma, "generate", generate)
