@@ -13,7 +13,7 @@ _FAMILIES = ("paligemma-3b", "paligemma2-3b", "paligemma2-10b", "paligemma2-28b"
 def common() -> ConfigDict:
     """Keys of every run."""
     config = ConfigDict()
-    config.run = "generate"  # what to do: generate, chat, evaluate or train
+    config.run = "generate"  # what to do, one of the runs above
     config.checkpoint = ""  # directory, big_vision .npz, or hub id such as google/paligemma-3b-mix-224
     config.hub_id = ""  # where such weights are published; fetched only when `checkpoint` names it
     config.dtype = "bfloat16"  # of weights and activations: bfloat16, float16 or float32

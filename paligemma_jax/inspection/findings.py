@@ -1,6 +1,7 @@
 """Everything that can be seen of one prompt about one picture, worked out once and shown in several ways.
 
-Axes: N patches of the picture, L layers, n answer tokens with <eos>, D decoder width, k words.
+Axes: N patches of the picture, G of a side, L layers, P tokens of the prompt's text with <bos>, n answer tokens with
+<eos>, D decoder width, k words.
 """
 
 import dataclasses
@@ -14,7 +15,6 @@ from paligemma_jax.inspection import lens, maps
 from paligemma_jax.inspection.occlusion import occlusion
 from paligemma_jax.inspection.words import Word, pieces, words
 from paligemma_jax.pipeline import PaliGemma
-from paligemma_jax.processing.tokenizer import Tokenizer
 
 KINDS = ("norms", "similarity", "attention", "occlusion", "lens", "embeddings")
 
@@ -36,12 +36,13 @@ class Findings:
     pieces: text of each answer token [n]. words: the answer's words, as spans of these, and at last <eos>.
     logprobs: f32 [n].
     soft_tokens: f32 [N, D]. norms: f32 [N].
-    table_similarity: f32 [N]. hidden_similarity: f32 [L + 1, N]. See `maps`.
+    table_similarity: f32 [N]. hidden_similarity: f32 [L + 1, N]. patch_similarity: f32 [N, N]. See `maps`.
     attention: f32 [L, heads, n, N], of each token over the patches alone, so that it sums to one.
     occlusion: f32 [n, N]; see `occlusion`.
     nearest: words nearest to each soft token [N, k], with cosines.
-    said: words that each layer would say at each patch [L + 1, N, k], with probabilities. said_in_answer: the same at
-      the positions that give the answer's tokens [L + 1, n, k].
+    said: words that each layer would say at each patch [L + 1, N, k], with probabilities. said_after: the same after
+      each token of the prompt's text and of the answer [L + 1, P + n - 1, k]; the last n of them give the answer.
+    read: text of these tokens [P + n - 1], from <bos> to the last one before <eos>.
     """
 
     picture: Image.Image
@@ -49,6 +50,7 @@ class Findings:
     answer: str
     text: str
     pieces: list[str]
+    read: list[str]
     words: list[Word]
     logprobs: np.ndarray
     num_layers: int
@@ -56,11 +58,16 @@ class Findings:
     norms: np.ndarray
     table_similarity: np.ndarray | None = None
     hidden_similarity: np.ndarray | None = None
+    patch_similarity: np.ndarray | None = None
     attention: np.ndarray | None = None
     occlusion: np.ndarray | None = None
     nearest: Ranked | None = None
     said: Ranked | None = None
-    said_in_answer: Ranked | None = None
+    said_after: Ranked | None = None
+
+    def grid(self, values: np.ndarray) -> np.ndarray:
+        """Values of patches [..., N] as squares [..., G, G]."""
+        return maps.grid(values, len(self.norms))[..., 0, :, :]
 
     def of_words(self, values: np.ndarray) -> np.ndarray:
         """Means over each word's tokens of values [..., n, N]: [..., words, N]."""
@@ -94,6 +101,8 @@ def look(
     tokenizer, num_layers = model.processor.tokenizer, model.config.text.num_layers
     trace = model.trace(picture, prompt, answer)
     said_ids = trace.tokens[trace.prefix_length :].tolist()
+    at_patches = np.flatnonzero(trace.patches >= 0)
+    at_text = np.arange(at_patches[-1] + 1, len(trace.tokens) - 1)
     soft_tokens = np.asarray(trace.soft_tokens[0], np.float32)
     found: dict[str, object] = {}
     if "similarity" in kinds:
@@ -104,17 +113,15 @@ def look(
             place = model.trace(None, text, "", image_embeddings=trace.soft_tokens)
             where = maps.find_in_prompt(place, tokenizer, text)
         found["hidden_similarity"] = maps.hidden_similarity(place, where)
+        found["patch_similarity"] = maps.patch_similarity(trace)
     if "attention" in kinds:
         found["attention"] = maps.attention(trace, renormalise=True)
     if "occlusion" in kinds:
         found["occlusion"] = occlusion(model, picture, prompt, answer, occlusion_size, occlusion_way)
     if "lens" in kinds:
-        found["nearest"] = _ranked(tokenizer, *lens.nearest(model, soft_tokens, num_words))
-        for key, positions in (
-            ("said", np.flatnonzero(trace.patches >= 0)),
-            ("said_in_answer", trace.prefix_length - 1 + np.arange(len(said_ids))),
-        ):
-            found[key] = _ranked(tokenizer, *lens.layers(model, trace.hidden[:, positions], num_words))
+        found["nearest"] = _ranked(model, *lens.nearest(model, soft_tokens, num_words))
+        for key, positions in (("said", at_patches), ("said_after", at_text)):
+            found[key] = _ranked(model, *lens.layers(model, trace.hidden[:, positions], num_words))
     end = Word("<eos>", len(said_ids) - 1, len(said_ids))
     return Findings(
         picture=picture,
@@ -122,6 +129,7 @@ def look(
         answer=answer,
         text=text,
         pieces=[*pieces(tokenizer, said_ids[:-1]), "<eos>"],
+        read=["<bos>", *pieces(tokenizer, trace.tokens[at_text[1:]].tolist())],
         words=[*words(tokenizer, said_ids), end],
         logprobs=trace.logprobs,
         num_layers=num_layers,
@@ -131,7 +139,9 @@ def look(
     )
 
 
-def _ranked(tokenizer: Tokenizer, ids: np.ndarray, scores: np.ndarray) -> Ranked:
+def _ranked(model: PaliGemma, ids: np.ndarray, scores: np.ndarray) -> Ranked:
+    """The texts of some ids; the beginning and the end of a text have none, but names."""
+    named = {model.config.bos_token_id: "<bos>", model.config.eos_token_id: "<eos>"}
     known, places = np.unique(ids, return_inverse=True)
-    texts = np.array([tokenizer.decode([id_]) for id_ in known], object)
+    texts = np.array([named.get(int(id_)) or model.processor.tokenizer.decode([id_]) for id_ in known], object)
     return Ranked(ids, texts[places].reshape(ids.shape), scores)

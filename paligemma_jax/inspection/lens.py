@@ -85,9 +85,7 @@ def _better(
 
 def _directions(table: jax.Array | Quantized, begin: jax.Array, size: int) -> jax.Array:
     """Rows `begin` ... `begin + size - 1` of the table, scaled to length one: f32 [size, D]."""
-    index = begin + jnp.arange(size)
-    rows = rows_of(table, index) if isinstance(table, Quantized) else jnp.take(table, index, axis=0)
-    return _unit(rows.astype(jnp.float32))
+    return _unit(rows_of(table, begin + jnp.arange(size)).astype(jnp.float32))
 
 
 def _unit(vectors: jax.Array) -> jax.Array:

@@ -1,7 +1,7 @@
 """What a model makes of each patch of a picture, as arrays over patches.
 
-Patches are in reading order; `grid` makes them a square. A picture is squeezed to a square before it is cut, so the
-grid lies over the whole of it, whatever its shape.
+Patches are in reading order, picture after picture; `grid` makes them squares. A picture is squeezed to a square before
+it is cut, so the grid lies over the whole of it, whatever its shape.
 
 Axes: I pictures, N patches of a picture, G = sqrt(N) patches of a side, T positions, L layers, D decoder width, n
 answer tokens, M tokens of a text.
@@ -15,15 +15,15 @@ from paligemma_jax.generation.engine import Params
 from paligemma_jax.generation.output import Trace
 from paligemma_jax.inspection.embeddings import grid_side
 from paligemma_jax.inspection.words import Word, find
-from paligemma_jax.models.quantized import Quantized, rows_of
+from paligemma_jax.models.quantized import rows_of
 from paligemma_jax.pipeline import PaliGemma
 from paligemma_jax.processing.tokenizer import Tokenizer
 
 
-def grid(values: np.ndarray) -> np.ndarray:
-    """Values of patches [..., N] as squares [..., G, G]."""
-    side = grid_side(values.shape[-1])
-    return values.reshape(*values.shape[:-1], side, side)
+def grid(values: np.ndarray, num_patches: int) -> np.ndarray:
+    """Values of patches [..., I * N] as a square for each picture, [..., I, G, G]; `num_patches` is N."""
+    side = grid_side(num_patches)
+    return values.reshape(*values.shape[:-1], -1, side, side)
 
 
 def norms(soft_tokens: np.ndarray) -> np.ndarray:
@@ -66,6 +66,22 @@ def hidden_similarity(trace: Trace, word: Word) -> np.ndarray:
     return np.stack([likeness(hidden[seen], hidden[word.start : word.stop]) for hidden in layers])
 
 
+def patch_similarity(trace: Trace) -> np.ndarray:
+    """How alike patches are to each other, the mean over the upper half of the layers: f32 [I * N, I * N].
+
+    Of each layer it is the cosine of what is left of their directions without the mean one.
+    """
+    num_layers = len(trace.hidden) - 1
+    seen = trace.patches >= 0
+    total = np.zeros((seen.sum(), seen.sum()), np.float32)
+    upper = upper_layers(num_layers)
+    for hidden in trace.hidden[-upper:]:
+        directions = _directions(np.asarray(hidden, np.float32)[seen])
+        different = _directions(directions - directions.mean(axis=0))
+        total += different @ different.T / upper
+    return total
+
+
 def attention(trace: Trace, renormalise: bool = False) -> np.ndarray:
     """How much the position that gives an answer's token looks at each patch: f32 [L, heads, n, I * N].
 
@@ -83,7 +99,35 @@ def upper_half(maps: np.ndarray, num_layers: int) -> np.ndarray:
 
     There a decoder has made up its mind what is where; on the shipped model they point best, see `pointing`.
     """
-    return maps[-((num_layers + 1) // 2) :].mean(axis=0)
+    return maps[-upper_layers(num_layers) :].mean(axis=0)
+
+
+def upper_layers(num_layers: int) -> int:
+    """How many layers are the upper half."""
+    return (num_layers + 1) // 2
+
+
+def of_layer(maps: np.ndarray, num_layers: int, layer: int | None) -> np.ndarray:
+    """One layer's of maps [L, ...], or of states between layers [L + 1, ...] that which leaves it; None: `upper_half`.
+
+    Layers are counted from 0.
+    """
+    return upper_half(maps, num_layers) if layer is None else maps[len(maps) - num_layers + layer]
+
+
+def of_head(weights: np.ndarray, head: int | None) -> np.ndarray:
+    """One head's, counted from 0, of weights [L, heads, ...], or the mean of all: [L, ...]."""
+    return weights.mean(axis=1) if head is None else weights[:, head]
+
+
+def layer_name(layer: int | None) -> str:
+    """What `of_layer` chose, for people, who count from 1."""
+    return "mean of the upper layers" if layer is None else f"layer {layer + 1}"
+
+
+def head_name(head: int | None) -> str:
+    """What `of_head` chose, for people."""
+    return "mean of the heads" if head is None else f"head {head + 1}"
 
 
 def find_in_prompt(trace: Trace, tokenizer: Tokenizer, text: str) -> Word:
@@ -98,9 +142,7 @@ def table_rows(params: Params, ids: list[int]) -> np.ndarray:
     if not ids:
         raise PromptError("there is no text to compare with: give a word")
     weight = params["language_model"]["embed_tokens"]["weight"]
-    index = jnp.asarray(ids)
-    rows = rows_of(weight, index) if isinstance(weight, Quantized) else jnp.take(weight, index, axis=0)
-    return np.asarray(rows, np.float32)
+    return np.asarray(rows_of(weight, jnp.asarray(ids)), np.float32)
 
 
 def _directions(vectors: np.ndarray) -> np.ndarray:

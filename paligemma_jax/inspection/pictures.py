@@ -1,4 +1,5 @@
-"""Maps as pictures: a colour map, maps laid over the picture, sheets of many, words on patches, and raw embeddings.
+"""Maps as pictures: a colour map, maps laid over the picture, sheets of many, words on patches, tables of words, and
+raw embeddings.
 
 Axes: G patches of a side, M maps, I pictures, N tokens, D width, H and W in pixels.
 """
@@ -25,8 +26,10 @@ _PATCH = 72  # pixels that a word has room in
 _LARGEST = 2048  # side of a picture with words on it
 _MOST_PIXELS = (1200, 900)  # width and height that embeddings are enlarged to at most
 _CUT = 0.5  # percent of the embeddings' numbers at either end that share the last colour
+_CELL = (92, 22)  # pixels of a table's cell
 _GAP = 10
 _LEAST_WIDTH = 320
+_LIGHT = (0.2126, 0.7152, 0.0722)  # how much each colour adds to what the eye takes for brightness
 _INK, _FAINT, _PAPER = (32, 33, 36), (95, 99, 104), (255, 255, 255)
 
 
@@ -116,6 +119,31 @@ def worded(picture: Image.Image, words: Sequence[Sequence[str]], values: np.ndar
     return _titled(image, title, extremes(values))
 
 
+def table(
+    words: Sequence[Sequence[str]], values: np.ndarray, rows: Sequence[str], columns: Sequence[str], title: str
+) -> Image.Image:
+    """Words in rows and columns, each on the colour of its value in 0..1, with a name for every row and column."""
+    across, down = _CELL
+    body = Image.new("RGB", ((len(columns) + 1) * across, (len(rows) + 1) * down), _PAPER)
+    pen, font = ImageDraw.Draw(body), font_for("", 13)
+
+    def write(row: int, column: int, text: str, ink: tuple[int, int, int]) -> None:
+        text = printable(text)
+        suited = font_for(text, 13)
+        place = (column * across + 4, (row + 0.5) * down)
+        pen.text(place, _shortened(text, suited, across - 8), font=suited, fill=ink, anchor="lm")
+
+    for i, name in enumerate(columns):
+        pen.text(((i + 1) * across + 4, down / 2), name, font=font, fill=_FAINT, anchor="lm")
+    for i, (name, texts, row) in enumerate(zip(rows, words, colors(values), strict=True), start=1):
+        write(i, 0, name, _INK)
+        for j, (text, color) in enumerate(zip(texts, row.tolist(), strict=True), start=1):
+            corner = (j * across, i * down)
+            pen.rectangle((*corner, corner[0] + across - 2, corner[1] + down - 2), fill=tuple(color))
+            write(i, j, text, _PAPER if np.dot(color, _LIGHT) < 110 else _INK)
+    return _titled(body, title, (0.0, 1.0))
+
+
 def embeddings(values: np.ndarray, title: str) -> Image.Image:
     """Embeddings [N, D] or [I, N, D] as they are, a row per token, pictures below each other.
 
@@ -128,8 +156,8 @@ def embeddings(values: np.ndarray, title: str) -> Image.Image:
     width, height = (_enlarged(size, most) for size, most in zip(stack.shape[:0:-1], _MOST_PIXELS, strict=True))
     body = Image.new("RGB", (width, len(stack) * (height + _GAP) - _GAP), _PAPER)
     for i, item in enumerate(stack):
-        filter_ = Image.Resampling.NEAREST if (height, width) >= item.shape else Image.Resampling.BOX
-        shown = Image.fromarray(scaled(item, bounds).astype(np.float32)).resize((width, height), filter_)
+        numbers = Image.fromarray(scaled(item, bounds).astype(np.float32))
+        shown = numbers.resize((width, height), Image.Resampling.BOX)  # of whole-number enlargements, copies
         body.paste(Image.fromarray(colors(np.asarray(shown))), (0, i * (height + _GAP)))
     rows, columns = stack.shape[1:]
     return _titled(body, f"{title}: {rows} tokens downwards, {columns} dimensions across", bounds)

@@ -1,27 +1,27 @@
-"""Findings as pictures to look at, each with the array it shows.
+"""Findings as pictures to look at, each with the arrays it shows.
 
-Axes: G patches of a side, L layers, n answer tokens with <eos>, N patches, D decoder width, k words.
+Axes: L layers, n answer tokens with <eos>, N patches, k words.
 """
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 import numpy as np
 from PIL import Image
 
 from paligemma_jax.inspection import pictures
-from paligemma_jax.inspection.findings import Findings
-from paligemma_jax.inspection.maps import grid, upper_half
+from paligemma_jax.inspection.findings import Findings, Ranked
+from paligemma_jax.inspection.maps import head_name, layer_name, of_head, of_layer
 
 
 @dataclasses.dataclass(frozen=True)
 class Plate:
-    """A picture, and what is in it as numbers; None when another plate has them."""
+    """A picture, and what is in it as arrays by name; none when another plate has them."""
 
     name: str
     title: str
     image: Image.Image
-    array: np.ndarray | None
+    arrays: Mapping[str, np.ndarray] = dataclasses.field(default_factory=dict)
 
 
 def plates(findings: Findings, layer: int | None = None, head: int | None = None) -> Iterator[Plate]:
@@ -42,30 +42,50 @@ def plates(findings: Findings, layer: int | None = None, head: int | None = None
     if findings.occlusion is not None:
         yield from _occlusion(findings)
     if findings.nearest is not None:
-        title, ranked = "Tokens nearest to each soft token, over their cosine", findings.nearest
-        yield Plate("lens_nearest", title, _worded(findings, title, ranked.texts, ranked.scores), ranked.ids)
-    if findings.said is not None:
-        at = findings.num_layers if layer is None else layer + 1
-        title, ranked = f"What layer {at} would say at each patch, over its probability", findings.said
-        yield Plate("lens_said", title, _worded(findings, title, ranked.texts[at], ranked.scores[at]), ranked.ids)
+        yield from _lens(findings, layer)
     title = "Soft tokens"
-    yield Plate("embeddings", title, pictures.embeddings(findings.soft_tokens, title), findings.soft_tokens)
+    image = pictures.embeddings(findings.soft_tokens, title)
+    yield Plate("embeddings", title, image, {"embeddings": findings.soft_tokens})
+
+
+def _lens(findings: Findings, layer: int | None) -> Iterator[Plate]:
+    title, ranked = "Tokens nearest to each soft token, over their cosine", findings.nearest
+    image = _worded(findings, title, ranked.texts, ranked.scores)
+    yield Plate("lens_nearest", title, image, _arrays("lens_nearest", ranked, "cosines"))
+    at = findings.num_layers if layer is None else layer + 1
+    title, ranked = f"What layer {at} would say at each patch, over its probability", findings.said
+    image = _worded(findings, title, ranked.texts[at], ranked.scores[at])
+    yield Plate("lens_said", title, image, _arrays("lens_said", ranked, "probabilities"))
+    ranked = findings.said_after
+    title = "What each layer would say after each token of the prompt and the answer, over its probability"
+    best, chances = ranked.texts[..., 0].T, ranked.scores[..., 0].T
+    image = pictures.table(best, chances, findings.read, _between(findings), title)
+    yield Plate("lens_text", title, image, _arrays("lens_text", ranked, "probabilities"))
+
+
+def _arrays(name: str, ranked: Ranked, scores: str) -> dict[str, np.ndarray]:
+    return {name: ranked.ids, f"{name}_{scores}": ranked.scores}
+
+
+def _between(findings: Findings) -> list[str]:
+    """Names of the L + 1 places between layers."""
+    return ["before layer 1", *(f"after layer {i + 1}" for i in range(findings.num_layers))]
 
 
 def _hidden_similarity(findings: Findings, layer: int | None) -> Iterator[Plate]:
     layers = findings.hidden_similarity
-    shown = upper_half(layers, findings.num_layers) if layer is None else layers[layer + 1]
+    shown = of_layer(layers, findings.num_layers, layer)
     about = f'Likeness of hidden states to "{findings.text}"'
-    yield _heat_map(findings, "similarity", f"{about}, {_layer(layer)}", shown, layers)
-    captions = ["before layer 1", *(f"after layer {i + 1}" for i in range(findings.num_layers))]
-    yield _sheet(findings, "similarity_layers", f"{about}, layer by layer", layers, captions)
+    plate = _heat_map(findings, "similarity", f"{about}, {layer_name(layer)}", shown, layers)
+    alike = {"similarity_patches": findings.patch_similarity}
+    yield dataclasses.replace(plate, arrays={**plate.arrays, **alike})
+    yield _sheet(findings, "similarity_layers", f"{about}, layer by layer", layers, _between(findings))
 
 
 def _attention(findings: Findings, layer: int | None, head: int | None) -> Iterator[Plate]:
     weights = findings.attention  # [L, heads, n, N]
-    heads = weights.mean(axis=1) if head is None else weights[:, head]
-    shown = upper_half(heads, findings.num_layers) if layer is None else heads[layer]
-    which = f"{_layer(layer)}, {'mean of the heads' if head is None else f'head {head + 1}'}"
+    shown = of_layer(of_head(weights, head), findings.num_layers, layer)
+    which = f"{layer_name(layer)}, {head_name(head)}"
     words = [word.text for word in findings.words]
     title = f"Attention of each word of the answer, {which}"
     yield _sheet(findings, "attention", title, findings.of_words(shown), words, weights)
@@ -89,8 +109,8 @@ def _occlusion(findings: Findings) -> Iterator[Plate]:
 
 def _heat_map(findings: Findings, name: str, title: str, values: np.ndarray, array: np.ndarray | None) -> Plate:
     """A map [N] that was made of `array` [..., N]."""
-    image = pictures.heat_map(findings.picture, grid(values), title)
-    return Plate(name, title, image, None if array is None else grid(array))
+    image = pictures.heat_map(findings.picture, findings.grid(values), title)
+    return Plate(name, title, image, {} if array is None else {name: findings.grid(array)})
 
 
 def _sheet(
@@ -103,14 +123,10 @@ def _sheet(
     **options,
 ) -> Plate:
     """Maps [M, N] with their captions."""
-    image = pictures.sheet(findings.picture, grid(values), captions, title, **options)
-    return Plate(name, title, image, None if array is None else grid(array))
+    image = pictures.sheet(findings.picture, findings.grid(values), captions, title, **options)
+    return Plate(name, title, image, {} if array is None else {name: findings.grid(array)})
 
 
 def _worded(findings: Findings, title: str, texts: np.ndarray, scores: np.ndarray) -> Image.Image:
     """The best of the texts [N, k] on each patch."""
-    return pictures.worded(findings.picture, grid(texts[:, 0]), grid(scores[:, 0]), title)
-
-
-def _layer(layer: int | None) -> str:
-    return "mean of the upper layers" if layer is None else f"layer {layer + 1}"
+    return pictures.worded(findings.picture, findings.grid(texts[:, 0]), findings.grid(scores[:, 0]), title)

@@ -18,11 +18,14 @@ from PIL import Image
 from paligemma_jax.inspection import pictures
 from paligemma_jax.inspection.embeddings import grid_side
 from paligemma_jax.inspection.findings import Findings, Ranked
-from paligemma_jax.inspection.maps import upper_half
+from paligemma_jax.inspection.maps import head_name, layer_name, of_head, of_layer
 from paligemma_jax.inspection.report_page import PAGE, SCRIPT, STYLE
 
-_MOST_EACH = {"nearest": 5, "said": 3}  # words of the vocabulary that are named for a patch, there and by each layer
+_MOST_EACH = {"nearest": 5, "said": 3, "after": 3}  # words of the vocabulary that are named at a place, by each layer
 _MOST_WORDS = 50_000  # in all; with many patches and layers fewer each
+
+_MOST_ALIKE = 1024  # patches of which all pairs are put in: half a megabyte
+_WIDE = 1800  # pixels: a picture that is wider keeps its size and is scrolled, for it is full of words
 
 _MARK = re.compile(r"\{\{(\w+)\}\}")
 
@@ -64,7 +67,7 @@ def _json(value: Any) -> str:
 def _data(findings: Findings, head: int | None) -> dict[str, Any]:
     """What the script needs."""
     texts: dict[str, int] = {}
-    ranked = {"nearest": findings.nearest, "said": findings.said}
+    ranked = {"nearest": findings.nearest, "said": findings.said, "after": findings.said_after}
     most = {
         name: min(_MOST_EACH[name], max(1, _MOST_WORDS // math.prod(item.texts.shape[:-1])))
         for name, item in ranked.items()
@@ -76,24 +79,38 @@ def _data(findings: Findings, head: int | None) -> dict[str, Any]:
         "words": [word.text for word in findings.words],
         "norms": [_rounded(value) for value in findings.norms],
         "kinds": _kinds(findings, head),
+        "spans": _spans(findings),
+        "alike": _alike(findings.patch_similarity),
         **{name: _ranked(ranked[name], count, texts) for name, count in most.items()},
         "texts": list(texts),
     }
 
 
+def _spans(findings: Findings) -> list[tuple[int, int]]:
+    """The places of `said_after` that give each word."""
+    first = len(findings.read) - len(findings.pieces)
+    return [(first + word.start, first + word.stop) for word in findings.words]
+
+
+def _alike(similarity: np.ndarray | None) -> dict[str, Any] | None:
+    """How alike patches are [N, N] as one map of N (N + 1) / 2 steps: of each patch with those up to itself."""
+    if similarity is None or len(similarity) > _MOST_ALIKE:
+        return None
+    title = f"Likeness (cosine without the mean patch) of hidden states, {layer_name(None)}, to the patch"
+    return {"title": title, **_maps(similarity[np.tril_indices(len(similarity))][None])[0]}
+
+
 def _kinds(findings: Findings, head: int | None) -> list[dict[str, Any]]:
     """The maps that can be chosen: each by layer, the mean of the upper ones first, and where they differ by word."""
     after = [f"layer {i + 1}" for i in range(findings.num_layers)]
-    upper = "mean of the upper layers"
+    upper = layer_name(None)
     kinds = []
     if findings.attention is not None:
-        heads = findings.attention.mean(axis=1) if head is None else findings.attention[:, head]
-        layers = _with_upper(heads, findings.num_layers)
-        who = "all heads" if head is None else f"head {head + 1}"
+        layers = _with_upper(of_head(findings.attention, head), findings.num_layers)
         kinds.append(
             {
                 "name": "Attention",
-                "title": f"Attention to the patches, {who}",
+                "title": f"Attention to the patches, {head_name(head)}",
                 "maps": [_maps(_by_word(findings, layer)) for layer in layers],
                 "layers": [upper, *after],
                 "words": True,
@@ -121,7 +138,7 @@ def _kinds(findings: Findings, head: int | None) -> list[dict[str, Any]]:
 
 
 def _with_upper(layers: np.ndarray, num_layers: int) -> np.ndarray:
-    return np.concatenate([upper_half(layers, num_layers)[None], layers])
+    return np.concatenate([of_layer(layers, num_layers, None)[None], layers])
 
 
 def _by_word(findings: Findings, values: np.ndarray) -> np.ndarray:
@@ -163,7 +180,8 @@ def _word(text: str, chance: float) -> str:
 
 def _plate(title: str, image: Image.Image) -> str:
     name = html.escape(title)
-    return f'<details><summary>{name}</summary><div><img src="{_data_uri(image)}" alt="{name}"></div></details>'
+    wide = ' class="wide"' if image.width > _WIDE else ""
+    return f'<details><summary>{name}</summary><div><img src="{_data_uri(image)}" alt="{name}"{wide}></div></details>'
 
 
 def _data_uri(image: Image.Image) -> str:

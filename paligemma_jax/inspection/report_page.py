@@ -33,11 +33,13 @@ PAGE = """<!DOCTYPE html>
 <div class="kinds" id="kinds" role="radiogroup" aria-label="Map"></div>
 <label id="layers">Layer <input type="range" id="layer" min="0" step="1"><output id="layer-name"></output></label>
 <label>Strength <input type="range" id="strength" min="0" max="100" value="65"></label>
+<label id="follow-row" class="check"><input type="checkbox" id="follow" checked>
+<span>Pointing at a patch shows what is like it</span></label>
 </div>
 <div class="patch" hidden>
-<h2 id="patch-title">Patch</h2>
-<p class="hint" id="hint">Point at the picture, or tab to it and use the arrow keys. A click holds a word or a patch,
-Escape lets go.</p>
+<h2 id="patch-title">Word or patch</h2>
+<p class="hint" id="hint">Point at a word or at the picture, or tab to it and use the arrow keys. A click holds a
+word or a patch, Escape lets go.</p>
 <div id="patch"></div>
 </div>
 <noscript><p class="hint">Scripts are off: the maps are below as pictures.</p></noscript>
@@ -97,7 +99,9 @@ font-size:.92rem}
 .kinds input{position:absolute;opacity:0;width:1px;height:1px}
 .controls>label{display:grid;grid-template-columns:4.6rem minmax(6rem,12rem) 1fr;gap:.6rem;align-items:center;
 font-size:.9rem;margin:.3rem 0}
-@media(max-width:30rem){.controls>label{grid-template-columns:4.6rem 1fr}output{grid-column:2}}
+.controls>label.check{grid-template-columns:auto 1fr;justify-content:start}
+.check input{accent-color:var(--mark);margin:0}
+@media(max-width:30rem){.controls>label:not(.check){grid-template-columns:4.6rem 1fr}output{grid-column:2}}
 input[type=range]{accent-color:var(--mark);width:100%}
 table{border-collapse:collapse;width:100%;font-size:.88rem}
 th,td{text-align:left;font-weight:400;padding:.16rem .5rem .16rem 0;vertical-align:baseline;
@@ -111,6 +115,7 @@ details{border-bottom:1px solid var(--line)}
 summary{cursor:pointer;padding:.55rem 0}
 details div{overflow-x:auto;padding-bottom:1rem}
 details img{display:block;max-width:100%;height:auto;background:#fff;border-radius:4px}
+details img.wide{max-width:none}
 """
 
 SCRIPT = """
@@ -128,7 +133,7 @@ SCRIPT = """
     const place = share * (palette.length - 1), low = Math.min(Math.floor(place), palette.length - 2);
     return palette[low].map((v, i) => v + (palette[low + 1][i] - v) * (place - low));
   };
-  const show = value => Number(value.toPrecision(3)).toString();
+  const show = value => value && Math.abs(value) < 1e-3 ? value.toExponential(1) : String(Number(value.toPrecision(3)));
   const element = (name, text, parent) => {
     const made = document.createElement(name);
     if (text !== undefined) made.textContent = text;
@@ -136,12 +141,36 @@ SCRIPT = """
     return made;
   };
 
-  // What is shown: a word's map where the kind has one for each word, else the only one.
+  const alike = data.alike;
+  if (alike) alike.values = bytes(alike.values);
+  const placed = patch => "in row " + (Math.floor(patch / side) + 1) + ", column " + (patch % side + 1);
+
+  // What is chosen: a word's map where the kind has one for each word, else the only one.
   function current() {
     const kind = data.kinds[state.kind];
     if (!kind) return null;
     const layer = Math.min(state.layer, kind.maps.length - 1), row = kind.maps[layer];
     return {kind, layer, map: row[kind.words ? state.word + 1 : 0]};
+  }
+
+  // How alike all patches are to one: its pairs stand in the lower triangle. The patch itself, which is most like
+  // itself, has no say in the colours.
+  function likeness(patch) {
+    const pair = (i, j) => i < j ? pair(j, i) : i * (i + 1) / 2 + j;
+    const steps = Array.from({length: side * side}, (_, other) => alike.values[pair(patch, other)]);
+    const others = steps.filter((_, other) => other !== patch);
+    const low = Math.min(...others, 255), high = Math.max(...others, low + 1);
+    const value = step => alike.low + (alike.high - alike.low) * step / 255;
+    const values = Uint8Array.from(steps, step => 255 * Math.min(1, (step - low) / (high - low)));
+    return {low: value(low), high: value(high), values, title: alike.title + " " + placed(patch)};
+  }
+
+  // A word that is pointed at or held keeps its own map.
+  const followed = () => alike && $("follow").checked && state.patch >= 0 && state.word < 0;
+
+  function caption({kind, layer}) {
+    const word = state.word < 0 ? "the whole answer" : "\\u201c" + data.words[state.word] + "\\u201d";
+    return kind.title + (kind.words ? ", " + word : "") + (kind.layers ? ", " + kind.layers[layer] : "");
   }
 
   // Values between the middles of patches are mixed from the four around.
@@ -150,7 +179,8 @@ SCRIPT = """
     const width = canvas.width = Math.max(1, Math.min(640, canvas.clientWidth)), height = canvas.height =
       Math.max(1, Math.min(640, canvas.clientHeight));
     if (!shown) return;
-    const {kind, layer, map} = shown, image = context.createImageData(width, height);
+    const {kind, layer} = shown, map = followed() ? likeness(state.patch) : shown.map;
+    const image = context.createImageData(width, height);
     const strength = $("strength").value / 100;
     const between = (place, size) => {
       const at = Math.min(Math.max((place + 0.5) * side / size - 0.5, 0), side - 1), low = Math.floor(at);
@@ -172,10 +202,7 @@ SCRIPT = """
     context.putImageData(image, 0, 0);
     $("low").textContent = show(map.low);
     $("high").textContent = show(map.high);
-    const word = state.word < 0 ? "the whole answer" : "\\u201c" + data.words[state.word] + "\\u201d";
-    const about = kind.words ? ", " + word : "";
-    const of = kind.layers ? ", " + kind.layers[layer] : "";
-    $("caption").textContent = kind.title + about + of;
+    $("caption").textContent = map.title || caption(shown);
     $("layers").hidden = !kind.layers;
     if (kind.layers) {
       $("layer").max = kind.layers.length - 1;
@@ -196,17 +223,26 @@ SCRIPT = """
     }
   }
 
+  // The words that each layer would say in place of a word: of its one token several, else one for each.
+  function describeWord(line) {
+    const [start, stop] = data.spans[state.word];
+    $("patch-title").textContent = "Said in place of \\u201c" + data.words[state.word] + "\\u201d";
+    data.after.forEach((layer, i) => {
+      const tokens = layer.slice(start, stop);
+      ranked(line(where(i)), tokens.length > 1 ? tokens.map(token => token[0]) : tokens[0]);
+    });
+  }
+
+  const where = i => i ? "after layer " + i : "before layer 1";
+
   function describe() {
     const patch = state.patch, shown = current(), panel = $("patch");
+    const word = data.after && state.word >= 0 && (patch < 0 || state.word !== state.heldWord);
     cell.hidden = patch < 0;
     panel.replaceChildren();
-    $("hint").hidden = patch >= 0;
-    $("patch-title").textContent = "Patch";
-    if (patch < 0) return;
-    const row = Math.floor(patch / side), column = patch % side, part = 100 / side;
-    const places = {left: column * part, top: row * part, width: part, height: part};
-    for (const name in places) cell.style[name] = places[name] + "%";
-    $("patch-title").textContent = "Patch in row " + (row + 1) + ", column " + (column + 1);
+    $("hint").hidden = patch >= 0 || word;
+    $("patch-title").textContent = "Word or patch";
+    if (patch < 0 && !word) return;
     const table = element("table", undefined, panel);
     const line = (name, value) => {
       const tr = element("tr", undefined, table);
@@ -214,14 +250,18 @@ SCRIPT = """
       if (value !== undefined) element("td", value, tr);
       return tr;
     };
+    if (word) return describeWord(line);
+    const row = Math.floor(patch / side), column = patch % side, part = 100 / side;
+    const places = {left: column * part, top: row * part, width: part, height: part};
+    for (const name in places) cell.style[name] = places[name] + "%";
+    $("patch-title").textContent = "Patch " + placed(patch);
     if (shown) {
       const {low, high, values} = shown.map;
-      line("this map", show(low + (high - low) * values[patch] / 255));
+      line(shown.kind.name.toLowerCase(), show(low + (high - low) * values[patch] / 255));
     }
-    line("norm", show(data.norms[patch]));
+    if (shown.kind.name !== "Norms") line("norm", show(data.norms[patch]));
     if (data.nearest) ranked(line("nearest words"), data.nearest[patch]);
-    const name = i => i ? "after layer " + i : "before layer 1";
-    if (data.said) data.said.forEach((layer, i) => ranked(line(name(i)), layer[patch]));
+    if (data.said) data.said.forEach((layer, i) => ranked(line(where(i)), layer[patch]));
   }
 
   function refresh() { paint(); describe(); }
@@ -235,6 +275,8 @@ SCRIPT = """
   $("layer").value = 0;
   $("layer").addEventListener("input", event => { state.layer = Number(event.target.value); refresh(); });
   $("strength").addEventListener("input", paint);
+  $("follow").addEventListener("change", refresh);
+  $("follow-row").hidden = !alike;
 
   // Words: pointing and focus show their map, a click holds it.
   const perWord = data.kinds.findIndex(kind => kind.words);
@@ -256,7 +298,12 @@ SCRIPT = """
     });
   });
 
-  // Patches: pointing shows them, a click holds one, arrow keys walk.
+  // Patches: pointing shows them, a click holds one and lets go of the word, arrow keys walk.
+  const point = patch => {
+    if (patch === state.patch) return;
+    state.patch = patch;
+    refresh();
+  };
   const at = event => {
     const box = canvas.getBoundingClientRect();
     const place = (value, size) => Math.min(side - 1, Math.max(0, Math.floor(value / size * side)));
@@ -265,13 +312,13 @@ SCRIPT = """
   canvas.tabIndex = 0;
   canvas.setAttribute("role", "application");
   canvas.setAttribute("aria-label", "Patches of the picture: arrow keys walk from one to the next");
-  canvas.addEventListener("pointermove", event => { state.patch = at(event); describe(); });
-  canvas.addEventListener("pointerleave", () => { state.patch = state.heldPatch; describe(); });
+  canvas.addEventListener("pointermove", event => point(at(event)));
+  canvas.addEventListener("pointerleave", () => point(state.heldPatch));
   canvas.addEventListener("click", event => {
     const patch = at(event);
     state.heldPatch = state.heldPatch === patch ? -1 : patch;
-    state.patch = patch;
-    describe();
+    Object.assign(state, {patch, word: -1, heldWord: -1});
+    refresh();
   });
   canvas.addEventListener("keydown", event => {
     const step = {ArrowLeft: [0, -1], ArrowRight: [0, 1], ArrowUp: [-1, 0], ArrowDown: [1, 0]}[event.key];
@@ -279,8 +326,8 @@ SCRIPT = """
     event.preventDefault();
     const clamp = value => Math.min(side - 1, Math.max(0, value));
     const row = clamp(Math.floor(state.patch / side) + step[0]), column = clamp(state.patch % side + step[1]);
-    state.patch = state.heldPatch = state.patch < 0 ? 0 : row * side + column;
-    describe();
+    state.heldPatch = state.patch < 0 ? 0 : row * side + column;
+    point(state.heldPatch);
   });
   document.addEventListener("keydown", event => {
     if (event.key !== "Escape") return;

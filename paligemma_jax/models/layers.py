@@ -108,9 +108,7 @@ class Embedder(nn.Module):
     def encode(self, tokens: jax.Array) -> jax.Array:
         """Ids [...] to embeddings [..., D], scaled by sqrt(D) rounded to the table's dtype."""
         scale = jnp.asarray(self.width**0.5, self.weight.dtype)
-        if isinstance(self.weight, Quantized):
-            return quantized.rows_of(self.weight, tokens) * scale
-        return jnp.take(self.weight, tokens, axis=0) * scale
+        return quantized.rows_of(self.weight, tokens) * scale
 
     def decode(self, x: jax.Array) -> jax.Array:
         """Hidden states [..., D] to logits, float32 [..., V]."""

@@ -137,8 +137,10 @@ def _whole(weight: Quantized) -> list[jax.Array]:
     return [half(*pair) for pair in zip(numbers, multipliers, strict=True)]
 
 
-def rows_of(weight: Quantized, index: jax.Array) -> jax.Array:
-    """Some rows [..., D] of the weight as numbers of its dtype."""
+def rows_of(weight: jax.Array | Quantized, index: jax.Array) -> jax.Array:
+    """Some rows [..., D] of a weight, in few bits or not, as numbers of its dtype."""
+    if not isinstance(weight, Quantized):
+        return jnp.take(weight, index, axis=0)
     chosen = jax.tree.map(lambda part: jnp.take(part, index.reshape(-1), axis=0), weight)
     numbers = jnp.concatenate(_whole(chosen), axis=1).astype(jnp.float32) * chosen.scale[:, None]
     return numbers.astype(weight.dtype).reshape(*index.shape, -1)

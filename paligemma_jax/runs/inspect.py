@@ -9,10 +9,10 @@ from PIL import Image
 
 import paligemma_jax as pj
 from paligemma_jax.errors import ConfigError, ImageError
-from paligemma_jax.files import replacing, write_json
+from paligemma_jax.files import replacing, write_array, write_json, write_text
 from paligemma_jax.inspection import embeddings, pictures
 from paligemma_jax.inspection.findings import KINDS, Findings, Ranked, look
-from paligemma_jax.inspection.maps import upper_half
+from paligemma_jax.inspection.maps import head_name, layer_name, of_head, of_layer
 from paligemma_jax.inspection.occlusion import WAYS, squares
 from paligemma_jax.inspection.plates import Plate, plates
 from paligemma_jax.inspection.report import report
@@ -21,6 +21,7 @@ from paligemma_jax.runs import environment, settings
 from paligemma_jax.runs import model as models
 
 _MOST_WORDS = 100
+_UNUSED = ("prompts_file", "split_classes", "stream", "export", "save_embeddings", "load_embeddings")
 
 
 def run(config: ConfigDict) -> int:
@@ -31,8 +32,10 @@ def run(config: ConfigDict) -> int:
     if alone:
         return _draw_embeddings(Path(alone).expanduser(), directory)
     kinds = _kinds(config)
+    settings.refuse(config, _UNUSED, "inspect looks into one answer to one prompt about one picture")
     layer, head = _number(config, "layer"), _number(config, "head")
     sampling = settings.sampling(config, stream=False)
+    options = {"speculate": settings.speculate(config), "constrain": config.constrain}
     text = _text(config) if "similarity" in kinds else config.text
     models.check_weights(config)
     name, picture = _picture(config)
@@ -41,12 +44,13 @@ def run(config: ConfigDict) -> int:
 
     def prepare(model: pj.PaliGemma) -> None:
         if not config.answer:
-            model.compile([[0]], config.prompt, config.max_new_tokens, sampling)
+            model.compile([[0]], config.prompt, config.max_new_tokens, sampling, **options)
 
     model = models.load(config, prepare)
     _check(model.config, kinds, layer, head, config.occlusion_size)
     with profile:
-        answer = config.answer or model.generate(picture, config.prompt, config.max_new_tokens, sampling)[0].text
+        limits = (config.max_new_tokens, sampling)
+        answer = config.answer or model.generate(picture, config.prompt, *limits, **options)[0].text
         hiding = (config.occlusion_size or None, config.occlusion_way)
         findings = look(model, picture, config.prompt, answer, text, kinds, config.words, *hiding)
     made = [plate for plate in plates(findings, layer, head) if plate.name.partition("_")[0] in kinds]
@@ -57,9 +61,8 @@ def run(config: ConfigDict) -> int:
     if config.report:
         files.append([directory / "report.html"])
         page = report(findings, {plate.title: plate.image for plate in made}, f"{config.checkpoint}, {name}", head)
-        with replacing(files[-1][0]) as temporary:
-            temporary.write_text(page, encoding="utf-8")
-    print("\n".join([answer, *_summary(findings), *map(_wrote, files)]), flush=True)
+        write_text(files[-1][0], page)
+    print("\n".join([answer, *_summary(findings, layer, head), *map(_wrote, files)]), flush=True)
     return 0
 
 
@@ -77,8 +80,8 @@ def _kinds(config: ConfigDict) -> list[str]:
     if config.occlusion_size < 0:
         raise ConfigError(f"occlusion_size={config.occlusion_size} is not possible: give a side in patches, or 0")
     settings.one_of(config, "occlusion_way", WAYS)
-    if config.prompts_file:
-        raise ConfigError("inspect looks into one answer: give prompt, and leave prompts_file out")
+    if settings.one_of(config, "format", ("text", "json")) == "json":
+        raise ConfigError("inspect writes files and prints text: set format=text")
     return kinds
 
 
@@ -118,14 +121,13 @@ def _picture(config: ConfigDict) -> tuple[str, Image.Image]:
 
 
 def _write(plate: Plate, directory: Path) -> list[Path]:
-    """Write a plate as a picture and its array as plain .npy; returns the files."""
+    """Write a plate as a picture and its arrays as plain .npy; returns the files."""
     files = [directory / f"{plate.name}.png"]
     with replacing(files[0]) as temporary:
         plate.image.save(temporary, format="PNG")
-    if plate.array is not None:
-        files.append(directory / f"{plate.name}.npy")
-        with replacing(files[1]) as temporary, temporary.open("wb") as file:
-            np.save(file, plate.array, allow_pickle=False)
+    for name, values in plate.arrays.items():
+        files.append(directory / f"{name}.npy")
+        write_array(files[-1], values)
     return files
 
 
@@ -134,8 +136,9 @@ def _wrote(files: list[Path]) -> str:
 
 
 def _lens(findings: Findings) -> dict[str, Any]:
-    """Words for every patch and every token of the answer."""
+    """Words for every patch, and after every token of the prompt and the answer."""
     side = embeddings.grid_side(len(findings.norms))
+    in_prompt = len(findings.read) - len(findings.pieces)  # the prompt's last token gives the answer's first
 
     def ranked(words: Ranked, name: str, place: Any) -> list[dict[str, Any]]:
         pairs = zip(words.texts[place], words.scores[place], strict=True)
@@ -157,26 +160,31 @@ def _lens(findings: Findings) -> dict[str, Any]:
             }
             for i in range(len(findings.norms))
         ],
+        "prompt_tokens": [
+            {"after": text, "layers": layers(findings.said_after, i)}
+            for i, text in enumerate(findings.read[: in_prompt + 1])
+        ],
         "tokens": [
-            {"text": text, "logprob": round(float(logprob), 5), "layers": layers(findings.said_in_answer, i)}
+            {"text": text, "logprob": round(float(logprob), 5), "layers": layers(findings.said_after, in_prompt + i)}
             for i, (text, logprob) in enumerate(zip(findings.pieces, findings.logprobs, strict=True))
         ],
     }
 
 
-def _summary(findings: Findings) -> list[str]:
-    """Where each map is highest."""
+def _summary(findings: Findings, layer: int | None, head: int | None) -> list[str]:
+    """Where each map that is shown is highest."""
+    which = layer_name(layer)
     lines = [
         f"log-probability of the answer: {findings.logprobs.sum():.3g}",
         _peak("norm of a soft token", findings.norms),
     ]
     if findings.hidden_similarity is not None:
         lines.append(_peak(f'likeness to "{findings.text}" in the table', findings.table_similarity))
-        shown = upper_half(findings.hidden_similarity, findings.num_layers)
-        lines.append(_peak(f'likeness to "{findings.text}" in the upper layers', shown))
+        shown = of_layer(findings.hidden_similarity, findings.num_layers, layer)
+        lines.append(_peak(f'likeness to "{findings.text}", {which}', shown))
     if findings.attention is not None:
-        shown = upper_half(findings.attention, findings.num_layers).mean(axis=(0, 1))
-        lines.append(_peak("attention of the answer in the upper layers", shown))
+        shown = of_layer(of_head(findings.attention, head), findings.num_layers, layer).mean(axis=0)
+        lines.append(_peak(f"attention of the answer, {which}, {head_name(head)}", shown))
     if findings.occlusion is not None:
         lines.append(_peak("log-probability lost where hidden", findings.occlusion.sum(axis=0)))
     return lines
@@ -191,7 +199,7 @@ def _draw_embeddings(path: Path, directory: Path) -> int:
     """The heat map of a file of embeddings."""
     values = embeddings.load(path)
     directory.mkdir(parents=True, exist_ok=True)
-    files = _write(Plate(path.stem, path.stem, pictures.embeddings(values, path.name), None), directory)
+    files = _write(Plate(path.stem, path.stem, pictures.embeddings(values, path.name)), directory)
     low, high = pictures.extremes(values)
     print(f"{' x '.join(map(str, values.shape))} numbers from {low:.3g} to {high:.3g}\n{_wrote(files)}", flush=True)
     return 0

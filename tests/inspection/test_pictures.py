@@ -101,7 +101,8 @@ def test_no_column_of_embeddings_is_left_out(shape, size, monkeypatch):
 
 
 def test_cells_of_a_table_have_the_colours_of_their_values():
-    values, words = np.array([[0, 1.0], [0.5, 0], [1, 1]]), [["", "\n"], ["猫", "far too long for its cell"], ["a", "b"]]
+    values = np.array([[0, 1.0], [0.5, 0], [1, 1]])
+    words = [["", "\n"], ["猫", "far too long for its cell"], ["a", "b"]]
     page = pictures.table(words, values, ["x", "", "<bos>"], ["before", "after layer 1"], "A title " * 30)
     pixels = np.asarray(page).reshape(-1, 3)
     across, down = pictures._CELL

@@ -9,7 +9,9 @@ import re
 
 import numpy as np
 import pytest
+from PIL import Image
 
+from paligemma_jax.inspection import pictures
 from paligemma_jax.inspection.findings import Ranked
 from paligemma_jax.inspection.plates import plates
 from paligemma_jax.inspection.report import report
@@ -43,6 +45,11 @@ def _data(page: str) -> dict:
     return json.loads(re.search(r'<script type="application/json" id="data">(.*?)</script>', page, re.DOTALL)[1])
 
 
+def _values(item: dict) -> np.ndarray:
+    steps = np.frombuffer(base64.b64decode(item["values"]), np.uint8)
+    return item["low"] + (item["high"] - item["low"]) * steps / 255
+
+
 @pytest.fixture(scope="module")
 def page(findings) -> str:
     return report(findings, {plate.title: plate.image for plate in plates(findings)}, "a model, a picture")
@@ -66,6 +73,12 @@ def test_it_can_be_read_without_its_script(page, findings):
     assert images == ["The picture", *(plate.title for plate in plates(findings))]
 
 
+def test_a_wide_picture_keeps_its_size(findings):
+    images = {"narrow": Image.new("RGB", (500, 9)), "wide": Image.new("RGB", (2500, 9))}
+    elements = _Reader(report(findings, images)).elements
+    assert [attributes["alt"] for _, attributes in elements if attributes.get("class") == "wide"] == ["wide"]
+
+
 def test_texts_are_only_text(findings, page):
     texts = np.full_like(findings.nearest.texts, EVIL)
     nearest = Ranked(findings.nearest.ids, texts, findings.nearest.scores)
@@ -81,14 +94,9 @@ def test_texts_are_only_text(findings, page):
 
 
 def test_maps_are_those_of_the_findings(findings, page):
-    data = _data(page)
+    data, values = _data(page), _values
     assert [kind["name"] for kind in data["kinds"]] == ["Attention", "Similarity", "Occlusion", "Table", "Norms"]
     attention, similarity, *_, norms = data["kinds"]
-
-    def values(item: dict) -> np.ndarray:
-        steps = np.frombuffer(base64.b64decode(item["values"]), np.uint8)
-        return item["low"] + (item["high"] - item["low"]) * steps / 255
-
     of_words = findings.of_words(findings.attention.mean(axis=1))
     assert len(attention["maps"]) == len(attention["layers"]) == 4 and len(attention["maps"][0]) == 8
     for layer in range(3):
@@ -104,6 +112,28 @@ def test_maps_are_those_of_the_findings(findings, page):
     assert len(data["said"]) == 4 and len(data["said"][0]) == 9
 
 
+def test_each_patch_has_a_map_of_what_is_like_it(findings, page):
+    alike = _data(page)["alike"]
+    triangle = _values(alike)
+    found = [[triangle[max(i, j) * (max(i, j) + 1) // 2 + min(i, j)] for j in range(9)] for i in range(9)]
+    np.testing.assert_allclose(found, findings.patch_similarity, atol=2 / 255)
+    assert "mean of the upper layers" in alike["title"]
+    many = dataclasses.replace(findings, patch_similarity=np.ones((1025, 1025), np.float32))
+    assert _data(report(many, {}))["alike"] is None  # its pairs would make the file large
+
+
+def test_what_is_said_in_place_of_each_word(findings, page):
+    data = _data(page)
+    assert np.shape(data["after"]) == (4, len(findings.read), 3, 2)
+    count = len(findings.pieces)
+    for word, (start, stop) in zip(findings.words, data["spans"], strict=True):
+        assert stop - start == word.stop - word.start
+        for place in range(start, stop):
+            said, _ = data["after"][3][place][0]
+            said_ids = findings.said_after.texts[-1, -count:, 0]
+            assert data["texts"][said] == pictures.printable(said_ids[word.start + place - start])
+
+
 def test_probabilities_of_words_are_shown(findings, page):
     text = "".join(_Reader(page).text)
     for word in findings.words:
@@ -113,11 +143,12 @@ def test_probabilities_of_words_are_shown(findings, page):
 
 def test_a_head_can_be_chosen_and_little_will_do(findings):
     few = dataclasses.replace(
-        findings, table_similarity=None, hidden_similarity=None, occlusion=None, nearest=None, said=None
+        findings, table_similarity=None, hidden_similarity=None, patch_similarity=None, occlusion=None, nearest=None
     )
+    few = dataclasses.replace(few, said=None, said_after=None)
     data = _data(report(few, {}, head=2))
     assert [kind["title"] for kind in data["kinds"]] == ["Attention to the patches, head 3", "Norms of the soft tokens"]
-    assert "said" not in data
+    assert not {"said", "after"} & set(data) and data["alike"] is None
 
 
 def test_a_large_picture_makes_no_huge_file(findings):
@@ -133,5 +164,6 @@ def test_a_large_picture_makes_no_huge_file(findings):
         occlusion=None,
         table_similarity=None,
         hidden_similarity=None,
+        patch_similarity=rng.random((1024, 1024)),
     )
-    assert len(report(many, {})) < 2e6
+    assert len(report(many, {})) < 2.5e6

@@ -1,10 +1,14 @@
 """config.run=inspect: files, what is said about them, and errors before the work."""
 
 import json
+import os
+from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
+
+import paligemma_jax as pj
 
 KINDS = ("norms", "similarity", "attention", "occlusion", "lens", "embeddings")
 
@@ -43,8 +47,9 @@ def test_every_map_is_written_as_a_picture_and_a_plain_array(inspect, tmp_path):
     folder = tmp_path / "out"
     files = {path.name for path in folder.iterdir()}
     pngs = ["norms", "similarity_table", "similarity", "similarity_layers", "attention", "attention_answer"]
-    pngs += ["attention_heads", "occlusion", "occlusion_words", "lens_nearest", "lens_said", "embeddings"]
+    pngs += ["attention_heads", "occlusion", "occlusion_words", "lens_nearest", "lens_said", "lens_text", "embeddings"]
     arrays = [name for name in pngs if name.rpartition("_")[2] not in ("layers", "answer", "heads", "words")]
+    arrays += ["similarity_patches", "lens_nearest_cosines", "lens_said_probabilities", "lens_text_probabilities"]
     assert files == {*(f"{n}.png" for n in pngs), *(f"{n}.npy" for n in arrays), "lens.json", "report.html"}
     for name in pngs:
         with Image.open(folder / f"{name}.png") as image:
@@ -56,6 +61,12 @@ def test_every_map_is_written_as_a_picture_and_a_plain_array(inspect, tmp_path):
     assert (words["prompt"], words["answer"], len(words["patches"])) == ("detect red circle", answer, 4)
     assert len(words["patches"][3]["layers"]) == 4 and len(words["patches"][3]["nearest"]) == 2
     assert words["tokens"][0]["text"] == "<loc0001>" and len(words["tokens"][0]["layers"][0]) == 2
+    said = words["prompt_tokens"]
+    assert said[0]["after"] == "<bos>" and "".join(item["after"] for item in said[1:]) == "detect red circle\n"
+    assert said[-1]["layers"] == words["tokens"][0]["layers"]
+    probabilities = np.load(folder / "lens_text_probabilities.npy")
+    assert probabilities.shape == (4, len(said) + len(words["tokens"]) - 1, 2)
+    assert probabilities[3, 0, 0] == pytest.approx(said[0]["layers"][3][0]["probability"], abs=1e-5)
     assert "<!DOCTYPE html>" in (folder / "report.html").read_text(encoding="utf-8")
     assert f"wrote {folder / 'attention.png'}, attention.npy" in lines
     peaks = [line for line in lines if "highest in row" in line]
@@ -68,6 +79,34 @@ def test_only_what_is_asked_for(inspect, generate, tmp_path):
     assert out.startswith(generate(prompt="detect red circle", dtype="float32")[1])
     names = {path.stem.partition("_")[0] for path in (tmp_path / "out").iterdir()}
     assert names == {"norms", "attention"}
+    shown = np.load(tmp_path / "out" / "attention.npy")[1, 0].mean(axis=0)
+    row, column = np.unravel_index(shown.argmax(), shown.shape)
+    peak = f"highest in row {row + 1}, column {column + 1}: {shown.max():.3g}"
+    assert f"attention of the answer, layer 2, head 1: {peak}" in out.splitlines()
+
+
+@pytest.mark.parametrize("keys", [{"constrain": True}, {"constrain": True, "speculate": "on"}, {"num_beams": 2}])
+def test_the_answer_is_that_of_generate(inspect, generate, keys):
+    plain = inspect(maps="norms", max_new_tokens=12)[1].splitlines()[0]
+    status, out, _ = inspect(maps="norms", max_new_tokens=12, **keys)
+    expected = generate(prompt="detect red circle", dtype="float32", max_new_tokens=12, **keys)[1]
+    assert status == 0 and out.startswith(expected)
+    assert out.splitlines()[0] != plain or "constrain" not in keys
+
+
+def test_what_is_prepared_is_what_runs(inspect, monkeypatch):
+    told = []
+    monkeypatch.setattr(pj.PaliGemma, "compile", lambda self, *_, **options: told.append(options))
+    assert inspect(maps="norms", constrain=True, speculate="off")[0] == 0
+    assert told == [{"speculate": False, "constrain": True}]
+
+
+def test_a_picture_whose_name_is_not_utf_8(inspect, pictures, tmp_path):
+    path = Path(os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9.png"))
+    path.write_bytes((pictures / "a.png").read_bytes())
+    status, _, err = inspect(maps="norms", image=path, report=True)
+    assert (status, err) == (0, "")
+    assert "caf?.png" in (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize(
@@ -80,7 +119,7 @@ def test_only_what_is_asked_for(inspect, generate, tmp_path):
 )
 def test_the_text_of_the_similarity(inspect, keys, text):
     status, out, _ = inspect(maps="similarity", **keys)
-    assert status == 0 and f'likeness to "{text}" in the upper layers' in out
+    assert status == 0 and f'likeness to "{text}", mean of the upper layers' in out
 
 
 @pytest.mark.parametrize("shape", [(4, 32), (2, 4, 32)])
@@ -106,7 +145,14 @@ def test_a_file_of_embeddings_needs_no_model(inspect, tmp_path, shape):
         ({"occlusion_size": -1}, "occlusion_size=-1"),
         ({"occlusion_size": 3, "maps": "occlusion"}, "3 patches is not possible: give 1 to 2"),
         ({"prompt": " "}, "no text to compare"),
-        ({"prompts_file": "x.txt"}, "leave prompts_file out"),
+        ({"prompts_file": "x.txt"}, "prompts_file='x.txt' is not possible, inspect looks into one answer"),
+        ({"split_classes": True}, "split_classes=True"),
+        ({"stream": True}, "stream=True"),
+        ({"export": "coco"}, "export='coco'"),
+        ({"save_embeddings": "a.npy"}, "save_embeddings='a.npy'"),
+        ({"load_embeddings": "a.npy"}, "load_embeddings='a.npy'"),
+        ({"format": "json"}, "set format=text"),
+        ({"speculate": "yes"}, "give auto, on, off"),
         ({"output_dir": ""}, "output_dir is empty"),
         ({"image": "no.png"}, "'no.png' does not exist"),
         ({"checkpoint": "nowhere"}, "nowhere"),
