@@ -48,11 +48,13 @@ def locate(
       The objects of the picture, in the order of the answer; for a list of pictures a list of them.
 
     Raises:
-      PromptError: no classes.
+      PromptError: no classes, or thresholds out of range.
     """
     names = class_names(f"{task} {classes}") if isinstance(classes, str) else [" ".join(c.split()) for c in classes]
     if not names or not all(map(is_label, names)):
         raise PromptError(f"classes={classes!r} is not possible: give names, as in 'cat ; dog' or ['cat', 'dog']")
+    if not (0 <= min_score <= 1 and 0 <= nms <= 1):
+        raise PromptError(f"min_score={min_score} with nms={nms} is not possible: give numbers from 0 to 1")
     several = isinstance(images, list | tuple)
     if several and not images:
         return []

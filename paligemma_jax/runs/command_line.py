@@ -64,8 +64,9 @@ def main(arguments: Sequence[str], default_config: Path) -> int:
     except AttributeError as error:
         if not isinstance(error.obj, ConfigDict):
             raise
-        hint = f"{file} lacks the key {error.name!r}, which run={error.obj.get('run')} needs"
-        return _fail(f"{hint}: take a config made for it, --help lists them", debug)
+        own = default_config.with_name(f"{name}.py")
+        remedy = f"take --config=configs/{own.name}" if own.exists() else "take a config made for it, --help lists them"
+        return _fail(f"{file} lacks the key {error.name!r}, which run={name} needs: {remedy}", debug)
     except RuntimeError as error:
         return _fail(environment.out_of_memory(error), debug)
 

@@ -8,7 +8,7 @@ from ml_collections import ConfigDict
 
 import paligemma_jax as pj
 from paligemma_jax.runs import settings
-from paligemma_jax.tasks.classes import one_per_class
+from paligemma_jax.tasks.classes import one_per_class, written_out
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,7 +21,7 @@ class Question:
     @classmethod
     def whole(cls, prompt: str) -> "Question":
         """A prompt that is asked as it is."""
-        return cls(prompt, (prompt,))
+        return cls(prompt, (written_out(prompt),))
 
 
 def questions(config: ConfigDict) -> list[Question]:

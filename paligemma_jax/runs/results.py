@@ -19,8 +19,11 @@ from paligemma_jax.runs.notes import note
 from paligemma_jax.runs.questions import Question, together
 from paligemma_jax.runs.sources import Source, Stems, plain
 from paligemma_jax.tasks import export, select
+from paligemma_jax.tasks.classes import class_names
+from paligemma_jax.tasks.detection import NUM_CODES
 from paligemma_jax.tasks.draw import draw
 
+_OBJECT_TOKENS = {"detect": 8, "segment": 8 + NUM_CODES}  # of an object with a short label and what goes before it
 _TASK_WORDS = ("answer", "cap", "caption", "describe", "detect", "ocr", "question", "segment")
 
 
@@ -138,14 +141,16 @@ class Results:
         """What a user should know about an answer."""
         for part, output in zip(question.parts, outputs, strict=True):
             which = f"{part}: " if len(outputs) > 1 else ""
-            task, _, names = part.strip().partition(" ")
+            task, names = part.split()[0] if part.split() else "", " ; ".join(class_names(part))
             if output.finish_reason == "length":
                 yield f"{which}cut off after {len(output.tokens)} tokens, max_new_tokens allows no more"
             if dropped := self._dropped(output, image):
                 yield f"{which}incomplete objects in the answer, left out: {len(dropped)}"
+            room = self._config.max_new_tokens - len(output.tokens)
+            if self._config.constrain and class_names(part) and room < _OBJECT_TOKENS[task]:
+                yield f"{which}max_new_tokens={self._config.max_new_tokens} left no room for another object"
             if not output.text.strip():
-                empty = f"no boxes: no {names} was found" if task in ("detect", "segment") else "the answer is empty"
-                yield which + empty
+                yield which + (f"no boxes: no {names} was found" if class_names(part) else "the answer is empty")
 
 
 def _choose(found: list[pj.Detection], min_score: float, nms: float) -> tuple[list[pj.Detection], list[str]]:

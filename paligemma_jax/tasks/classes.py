@@ -26,6 +26,12 @@ def one_per_class(prompt: str) -> list[str]:
     return [f"{prompt.split()[0]} {name}" for name in names] if len(names) > 1 else [prompt]
 
 
+def written_out(prompt: str) -> str:
+    """The prompt with its classes joined as the models were trained, "detect cat ; dog" for "detect cat;dog"."""
+    names = class_names(prompt)
+    return f"{prompt.split()[0]} {' ; '.join(names)}" if names else prompt
+
+
 def numbered(classes: Sequence[str], first: int = 0) -> dict[str, int]:
     """The number of each class, counted from `first`; of equal names the first counts."""
     numbers: dict[str, int] = {}

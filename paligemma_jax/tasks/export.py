@@ -54,7 +54,10 @@ def to_details(detections: Sequence[Detection]) -> list[dict[str, Any]]:
 
 
 def save_masks(detections: Sequence[Detection], directory: str | Path, stem: str) -> list[Path]:
-    """Writes each mask as a black and white PNG of the picture's size, `{stem}_mask_{i}.png`; the paths in order."""
+    """Writes each mask as a black and white PNG of the picture's size, `{stem}_mask_{i}.png`; the paths in order.
+
+    Files of that name with higher numbers, which an earlier answer left, are removed.
+    """
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     files = []
@@ -62,6 +65,10 @@ def save_masks(detections: Sequence[Detection], directory: str | Path, stem: str
         files.append(directory / f"{stem}_mask_{len(files)}.png")
         with replacing(files[-1]) as temporary:
             Image.fromarray(mask.astype(np.uint8) * 255).save(temporary, format="PNG")
+    stale = len(files)
+    while (old := directory / f"{stem}_mask_{stale}.png").exists():  # of an earlier answer with more masks
+        old.unlink()
+        stale += 1
     return files
 
 

