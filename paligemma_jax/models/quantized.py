@@ -182,7 +182,8 @@ def _by_tiles(weight: Quantized, x: jax.Array, weight_first: bool) -> jax.Array:
     it multiplies the first.
     """
     num_outputs, width = weight.shape
-    rows = math.gcd(num_outputs, 1 << (_TILE // width).bit_length() - 1)
+    tile = _TILE if weight_first else 4 * _TILE  # many rows make more of a tile than its place in the cache
+    rows = math.gcd(num_outputs, 1 << (tile // width).bit_length() - 1)
     if weight.multiplier is None or rows == num_outputs or rows * width < _TILE // 8:
         return _sum_of_products(x, weight, weight_first)
     tiles = jax.tree.map(lambda part: part.reshape(-1, rows, *part.shape[1:]), weight)
