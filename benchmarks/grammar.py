@@ -30,7 +30,6 @@ from benchmarks import machine
 from paligemma_jax.config import variant_name
 from paligemma_jax.errors import UserError
 from paligemma_jax.evaluation.samples import drawn_as_in_training
-from paligemma_jax.files import read_json, replacing, write_json
 from paligemma_jax.generation import cache, engine, grammar
 from paligemma_jax.generation.clock import Clock
 from paligemma_jax.generation.sampling import Rule, row_keys
@@ -176,12 +175,7 @@ def main() -> int:
         "times": [time_steps(model, size, args.repeats) for size in args.batch],
     }
     name = f"{args.name or variant_name(model.config) or Path(args.checkpoint).name}, {args.dtype}"
-    data = args.out.with_suffix(".json")
-    entries = (read_json(data) if data.exists() else {}) | {name: entry}
-    write_json(data, entries)
-    with replacing(args.out.with_suffix(".md")) as temporary:
-        temporary.write_text(document(entries), encoding="utf-8")
-    print(document({name: entry}))
+    machine.keep(args.out, name, entry, document)
     return 0
 
 

@@ -15,6 +15,7 @@ from jax import lax
 
 from paligemma_jax import checkpoints
 from paligemma_jax.config import PaliGemmaConfig
+from paligemma_jax.files import read_json, write_json, write_text
 
 _PACKAGES = ("jax", "jaxlib", "torch", "transformers")
 _RUNS = 10  # of what gives a ceiling, one after the other without a pause
@@ -29,6 +30,15 @@ def describe() -> dict[str, Any]:
         "python": platform.python_version(),
         **{name: _version(name) for name in _PACKAGES},
     }
+
+
+def keep(out: Path, name: str, entry: dict[str, Any], document: Callable[[dict[str, Any]], str]) -> None:
+    """Put what was measured in the place of what was known about a model, in OUT.json and OUT.md, and print it."""
+    data = out.with_suffix(".json")
+    entries = (read_json(data) if data.exists() else {}) | {name: entry}
+    write_json(data, entries)
+    write_text(out.with_suffix(".md"), document(entries))
+    print(document({name: entry}))
 
 
 def busy_seconds() -> float | None:

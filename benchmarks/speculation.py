@@ -32,7 +32,6 @@ from benchmarks import machine
 from paligemma_jax.config import variant_name
 from paligemma_jax.errors import UserError
 from paligemma_jax.evaluation.samples import Sample, drawn_as_in_training
-from paligemma_jax.files import read_json, replacing, write_json
 from paligemma_jax.generation import engine, speculation
 from paligemma_jax.generation.clock import Clock
 from paligemma_jax.generation.sampling import row_keys
@@ -210,21 +209,11 @@ def main() -> int:
             "settings": settings,
             "tasks": measure(model, args),
         }
-        save(args.out, f"{name}, {args.dtype}", entry)
+        machine.keep(args.out, f"{name}, {args.dtype}", entry, document)
     except UserError as error:
         print(error, file=sys.stderr)
         return 1
     return 0
-
-
-def save(out: Path, name: str, entry: dict[str, Any]) -> None:
-    """Put what was measured in the place of what was known about a model, in OUT.json and OUT.md, and print it."""
-    data = out.with_suffix(".json")
-    entries = (read_json(data) if data.exists() else {}) | {name: entry}
-    write_json(data, entries)
-    with replacing(out.with_suffix(".md")) as temporary:
-        temporary.write_text(document(entries), encoding="utf-8")
-    print(document({name: entry}))
 
 
 if __name__ == "__main__":
