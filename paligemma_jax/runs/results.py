@@ -147,10 +147,12 @@ class Results:
             if dropped := self._dropped(output, image):
                 yield f"{which}incomplete objects in the answer, left out: {len(dropped)}"
             room = self._config.max_new_tokens - len(output.tokens)
-            if self._config.constrain and class_names(part) and room < _OBJECT_TOKENS[task]:
+            if self._config.constrain and names and room < _OBJECT_TOKENS[task]:
                 yield f"{which}max_new_tokens={self._config.max_new_tokens} left no room for another object"
-            if not output.text.strip():
-                yield which + (f"no boxes: no {names} was found" if class_names(part) else "the answer is empty")
+            if task in _OBJECT_TOKENS and not names:
+                yield f"{which}no class is named: say what to look for, as in {task} cat ; dog"
+            elif not output.text.strip():
+                yield which + (f"no boxes: no {names} was found" if names else "the answer is empty")
 
 
 def _choose(found: list[pj.Detection], min_score: float, nms: float) -> tuple[list[pj.Detection], list[str]]:

@@ -38,6 +38,13 @@ def test_speculation_can_be_asked_for(generate, monkeypatch, stream):
     assert generate(dtype="float32", speculate="on", stream=stream)[:2] == plain
 
 
+@pytest.mark.parametrize("prompt", ["detect", "segment ;"])
+def test_a_prompt_without_classes_is_told(generate, answer_with, prompt):
+    answer_with("")
+    _, _, err = generate(prompt=prompt)
+    assert f"no class is named: say what to look for, as in {prompt.split()[0]} cat ; dog" in err
+
+
 def test_json_record(generate, pictures):
     status, out, _ = generate(format="json", dtype="float32")
     assert status == 0
