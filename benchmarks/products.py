@@ -62,7 +62,7 @@ def main() -> int:
             rows = jnp.ones((count, args.shape[1]), name)
             cells += [milliseconds(order, rows, weights) for order in (lambda x, w: _dot(w, x), _dot)]
         rows = jnp.ones((count, args.shape[1]), jnp.bfloat16)
-        cells += [milliseconds(lambda x, w: quantized.product(x, w, 16), rows, packed[bits]) for bits in (8, 4)]
+        cells += [milliseconds(lambda x, w: quantized.product(x, w), rows, packed[bits]) for bits in (8, 4)]
         print(f"| {count} | " + " | ".join(f"{ms:.3g}" for ms in cells) + " |", flush=True)
     return 0
 

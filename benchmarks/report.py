@@ -44,6 +44,8 @@ def section(model: str, entry: dict[str, Any]) -> str:
     """What was measured of one model; see speed.py for the entry."""
     machine, settings = entry["machine"], entry["settings"]
     versions = ", ".join(f"{name} {machine[name]}" for name in ("python", "jax", "jaxlib", "torch", "transformers"))
+    if (theirs := machine.get("their_python", machine["python"])) != machine["python"]:
+        versions += f" (theirs in python {theirs})"
     place = machine["cpu"] if settings["platform"] == "cpu" else entry["device"]
     lines = [
         f"## {model} on {place}",

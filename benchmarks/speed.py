@@ -12,7 +12,7 @@ OUT.md the tables; a model that is measured again replaces its own part only.
 import argparse
 import dataclasses
 import datetime
-import importlib.util
+import functools
 import json
 import os
 import shutil
@@ -72,12 +72,13 @@ class Workplace:
       folder: for what they need and leave: their inputs, logs, compiled programs and logits.
       checkpoint: directory of the model.
       platform: "cpu" or "gpu".
+      their_python: interpreter of the processes of theirs.
     """
 
-    def __init__(self, folder: Path, checkpoint: Path, platform: str):
+    def __init__(self, folder: Path, checkpoint: Path, platform: str, their_python: str = sys.executable):
         folder.mkdir(parents=True, exist_ok=True)
         self.folder = folder
-        self._checkpoint = checkpoint
+        self._checkpoint, self._their_python = checkpoint, their_python
         self._common = {"checkpoint": str(checkpoint), "platform": platform, "inputs": str(folder / "inputs.npz")}
 
     def write_inputs(self, count: int) -> dict[str, Any]:
@@ -149,7 +150,8 @@ class Workplace:
         if cache:
             cache.mkdir(exist_ok=True)
             environment["XDG_CACHE_HOME"] = str(cache)
-        command = [sys.executable, str(ROOT / "benchmarks" / "workers.py"), json.dumps(self._common | job)]
+        python = self._their_python if job.get("side") == "theirs" else sys.executable
+        command = [python, str(ROOT / "benchmarks" / "workers.py"), json.dumps(self._common | job)]
         log = self.folder / f"{label.replace(' ', '_')}.log"
         found: Samples = {}
         with log.open("w") as errors, _OtherWork() as others:
@@ -194,7 +196,7 @@ def benchmark(
     facts = workplace.write_inputs(max(*args.batch, captions))
     entry = {
         "date": datetime.date.today().isoformat(),
-        "machine": machine.describe(),
+        "machine": machine.describe() | _their_versions(args.their_python),
         "device": "",
         "settings": {
             "platform": args.platform,
@@ -299,11 +301,31 @@ def _columns(args: argparse.Namespace) -> list[Column]:
     ours = [Column("ours", mode) for mode in args.modes]
     if args.against == "none":
         return ours
-    missing = [name for name in ("torch", "transformers") if importlib.util.find_spec(name) is None]
-    if missing:
+    versions = _their_versions(args.their_python)
+    if missing := [name for name in ("torch", "transformers") if versions[name] is None]:
         note(f"{' and '.join(missing)} missing: nothing to compare with (pip install torch transformers)")
         return ours
     return [ours[0], Column("theirs", args.their_dtype), *ours[1:]]
+
+
+@functools.cache
+def _their_versions(python: str) -> dict[str, str | None]:
+    """Versions of what theirs runs on, as its interpreter knows them; None for what it has not.
+
+    Raises:
+      UserError: this is no interpreter.
+    """
+    program = (
+        "import importlib.metadata, json, platform\n"
+        "names = {found.name for found in importlib.metadata.distributions()} & {'torch', 'transformers'}\n"
+        "found = {name: importlib.metadata.version(name) for name in names}\n"
+        "print(json.dumps({'torch': None, 'transformers': None, 'their_python': platform.python_version()} | found))"
+    )
+    try:
+        done = subprocess.run([python, "-c", program], capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError) as error:
+        raise UserError(f"--their-python {python}: {error}") from error
+    return json.loads(done.stdout)
 
 
 def _models(args: argparse.Namespace) -> dict[str, Path]:
@@ -343,6 +365,7 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--modes", type=_list, default=["bf16", "int8", "int4"], help="ours: float32,bf16,int8,int4")
     parser.add_argument("--against", choices=("transformers", "none"), default="transformers")
     parser.add_argument("--their-dtype", choices=workers.THEIR_MODES, default="bf16")
+    parser.add_argument("--their-python", default=sys.executable, help="interpreter of theirs, if not this one")
     parser.add_argument("--platform", choices=("cpu", "gpu"), default="cpu")
     parser.add_argument("--batch", type=_numbers, default=[1, 4, 16], help="rows that decode together: 1,4,16")
     parser.add_argument("--new-tokens", type=int, default=33, help="length of an answer: 1 and whole decode chunks")
@@ -383,7 +406,9 @@ def main(arguments: list[str]) -> int:
                 with replacing(table) as temporary:
                     temporary.write_text(report.document(entries), encoding="utf-8")
 
-            benchmark(Workplace(args.work / name, checkpoint, args.platform), _columns(args), args, save)
+            benchmark(
+                Workplace(args.work / name, checkpoint, args.platform, args.their_python), _columns(args), args, save
+            )
             print(report.section(name, entries[name]))
     except (UserError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)

@@ -1,4 +1,4 @@
-"""Products of few rows on CPU: which operand XLA multiplies fastest as the left one differs between processors.
+"""Products on CPU: how fast XLA is depends on which operand goes left, on the number of rows, and on its version.
 
 Axes: M rows, F outputs, D inputs.
 """
@@ -12,42 +12,70 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+FEW_ROWS = 16  # at most so many, a product is bound by reading the weight
 _LARGE = 2**23  # numbers in a weight that no cache holds
-_SHAPE = 8192, 2048  # F, D of what is measured
+_MEASURED = 2**24  # numbers in the weight that is measured
 _TURNS = 5
+_CLEARLY = 1.15  # gain that is no accident, so that a second process decides alike and finds its programs compiled
+_CLIFF = 2.0  # gain with few rows that says that the other order has no fast kernel for this width at all
+
+# What XLA needs at least for its fast kernels; bfloat16 has a faster one for four rows since jax 0.11.
+_LEAST_ROWS = {"float32": 1, "int8": 2}
+_LEAST_ROWS_HALF = 4 if jax.__version_info__ >= (0, 11) else 2
 
 
-def product(a: jax.Array, b: jax.Array) -> jax.Array:
+def at_least(rows: jax.Array) -> jax.Array:
+    """Rows [M, D] of the dtype of a product, with rows of zeros after them where it is far faster with more."""
+    missing = _LEAST_ROWS.get(rows.dtype.name, _LEAST_ROWS_HALF) - rows.shape[0]
+    return jnp.pad(rows, ((0, missing), (0, 0))) if missing > 0 else rows
+
+
+def product(rows: jax.Array, weight: jax.Array) -> jax.Array:
+    """Rows [M, D] times a weight [F, D] of the same dtype, summed in float32: [M, F]."""
+    num_rows = rows.shape[0]
+    order = _weight_first if weight_first(weight, num_rows) else dot
+    return order(at_least(rows), weight)[:num_rows]
+
+
+def dot(a: jax.Array, b: jax.Array) -> jax.Array:
     """Rows of `a` [A, D] times rows of `b` [B, D], summed in float32: [A, B]."""
     return lax.dot_general(a, b, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32)
 
 
-def weight_first(weight: Any) -> bool:
-    """Whether few rows times a weight [F, D], an array or its shape, are fastest with the weight as the left operand.
+def _weight_first(rows: jax.Array, weight: jax.Array) -> jax.Array:
+    """The same as `dot`; XLA would turn it round again if it saw what becomes of the product."""
+    return lax.optimization_barrier(dot(weight, rows)).T
 
-    With bfloat16 that takes 1.6 times as long as the other order on a Zen 4 core (benchmarks/results/products.md), and
-    processors differ, so it is measured, once in a process, where a large weight makes it matter.
+
+def weight_first(weight: Any, num_rows: int) -> bool:
+    """Whether rows times a weight [F, D], an array or its shape, are fastest with the weight as the left operand.
+
+    The wrong order takes 2.4 times as long in float32 and up to 6 times in bfloat16 (benchmarks/results/products.md);
+    which one that is differs between processors, versions of XLA and widths, so it is measured, once in a process for
+    each width of a large weight.
     """
-    return weight.size < _LARGE or _measured(jnp.dtype(weight.dtype))
+    if weight.size < _LARGE:
+        return False
+    return _gain(jnp.dtype(weight.dtype), weight.shape[1]) > (_CLEARLY if num_rows <= FEW_ROWS else _CLIFF)
 
 
 def measure(params: Any) -> None:
     """Measure what `weight_first` will be asked about some parameters: now, because nothing else runs."""
     for leaf in jax.tree.leaves(params):
         if jax.default_backend() == "cpu" and leaf.ndim == 2 and jnp.issubdtype(leaf.dtype, jnp.floating):
-            weight_first(leaf)
+            weight_first(leaf, 1)
 
 
 @functools.cache
-def _measured(dtype: np.dtype) -> bool:
+def _gain(dtype: np.dtype, width: int) -> float:
+    """How many times faster few rows are multiplied with a weight of this width on the left than on the right."""
     with jax.ensure_compile_time_eval():  # the answer may be needed while a network is traced
-        weight, rows = jnp.zeros(_SHAPE, dtype), jnp.zeros((2, _SHAPE[1]), dtype)
-        orders = {True: (weight, rows), False: (rows, weight)}
-        programs = {first: jax.jit(product).lower(*pair).compile() for first, pair in orders.items()}
-        seconds = {first: float("inf") for first in orders}
+        weight, rows = jnp.zeros((_MEASURED // width, width), dtype), at_least(jnp.zeros((2, width), dtype))
+        programs = [jax.jit(order).lower(rows, weight).compile() for order in (dot, _weight_first)]
+        seconds = [float("inf")] * 2
         for _ in range(_TURNS):
-            for first, pair in orders.items():
+            for i, program in enumerate(programs):
                 start = time.perf_counter()
-                jax.block_until_ready(programs[first](*pair))
-                seconds[first] = min(seconds[first], time.perf_counter() - start)
-    return seconds[True] <= seconds[False]
+                jax.block_until_ready(program(rows, weight))
+                seconds[i] = min(seconds[i], time.perf_counter() - start)
+    return seconds[0] / seconds[1]

@@ -11,26 +11,20 @@ from jax import lax
 from paligemma_jax.models import cpu, quantized
 from paligemma_jax.models.quantized import Quantized
 
-_FEW_ROWS = 16  # at most so many rows, a CPU product is bound by reading the weights
-
 
 def linear(x: jax.Array, weight: jax.Array | Quantized) -> jax.Array:
     """Product of activations [..., D] with a weight in file orientation [F, D]: float32 [..., F].
 
-    The activations take the weight's dtype, or 8 bits if it is quantized; sums are kept in float32. On CPU a
-    half-precision product of one row is far slower than one of two, and for few rows it matters which operand is the
-    left one, so both are arranged here and nowhere else.
+    The activations take the weight's dtype, or 8 bits if it is quantized; sums are kept in float32.
     """
+    rows = x.reshape(-1, x.shape[-1])
     if isinstance(weight, Quantized):
-        y = quantized.product(x.reshape(-1, x.shape[-1]), weight, _FEW_ROWS)
-        return y.reshape(*x.shape[:-1], weight.shape[0])
-    rows = x.reshape(-1, x.shape[-1]).astype(weight.dtype)
-    num_rows = rows.shape[0]
-    few = jax.default_backend() == "cpu" and num_rows <= _FEW_ROWS
-    if few and num_rows == 1 and weight.dtype != jnp.float32:
-        rows = jnp.concatenate([rows, rows])
-    y = cpu.product(weight, rows).T if few and cpu.weight_first(weight) else cpu.product(rows, weight)
-    return y[:num_rows].reshape(*x.shape[:-1], weight.shape[0])
+        y = quantized.product(rows, weight)
+    elif jax.default_backend() == "cpu":
+        y = cpu.product(rows.astype(weight.dtype), weight)
+    else:
+        y = cpu.dot(rows.astype(weight.dtype), weight)
+    return y.reshape(*x.shape[:-1], weight.shape[0])
 
 
 def along_last(vector: jax.Array, x: jax.Array) -> jax.Array:

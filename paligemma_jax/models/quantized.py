@@ -14,6 +14,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from paligemma_jax.models import cpu
+
 BITS = {"int8": 8, "int4": 4}
 
 _MOST_8 = 127
@@ -146,46 +148,43 @@ def rows_of(weight: jax.Array | Quantized, index: jax.Array) -> jax.Array:
     return numbers.astype(weight.dtype).reshape(*index.shape, -1)
 
 
-def product(x: jax.Array, weight: Quantized, few_rows: int) -> jax.Array:
+def product(x: jax.Array, weight: Quantized) -> jax.Array:
     """Activations [M, D] times a weight: float32 [M, F].
 
-    Each row is rounded to 8 bits with a scale of its own, sums are exact. On CPU up to `few_rows` rows are fastest
-    with the weight as the left operand, and one is far slower than two.
+    Each row is rounded to 8 bits with a scale of its own, sums are exact.
     """
-    num_rows = x.shape[0]
-    on_cpu = jax.default_backend() == "cpu"
     x = x.astype(jnp.float32)
-    if on_cpu and num_rows == 1:
-        x = jnp.concatenate([x, x])
     scale = jnp.maximum(jnp.max(jnp.abs(x), axis=1, keepdims=True), 1e-30) / _MOST_8
     rounded = jnp.round(x / scale).astype(jnp.int8)
-    y = _by_tiles(weight, rounded, weight_first=num_rows <= few_rows) if on_cpu else _sum_of_products(rounded, weight)
-    y = y.astype(jnp.float32) * scale * weight.scale[None]
-    return y[:num_rows]
+    if jax.default_backend() == "cpu":
+        y = _by_tiles(cpu.at_least(rounded), weight)[: x.shape[0]]
+    else:
+        y = _sum_of_products(rounded, weight)
+    return y.astype(jnp.float32) * scale * weight.scale[None]
 
 
 def _dot(a: jax.Array, b: jax.Array) -> jax.Array:
     return lax.dot_general(a, b, (((1,), (1,)), ((), ())), preferred_element_type=jnp.int32)
 
 
-def _sum_of_products(x: jax.Array, weight: Quantized, weight_first: bool = False) -> jax.Array:
-    """Whole-number product i32 [M, F] of x [M, D], with the weight as the left operand if asked for."""
+def _sum_of_products(x: jax.Array, weight: Quantized) -> jax.Array:
+    """Whole-number product i32 [M, F] of x [M, D]."""
     parts = _whole(weight)
-    pairs = zip(jnp.split(x, len(parts), axis=1), parts, strict=True)
-    return sum(_dot(part, piece).T if weight_first else _dot(piece, part) for piece, part in pairs)
+    return sum(_dot(piece, part) for piece, part in zip(jnp.split(x, len(parts), axis=1), parts, strict=True))
 
 
-def _by_tiles(weight: Quantized, x: jax.Array, weight_first: bool) -> jax.Array:
+def _by_tiles(x: jax.Array, weight: Quantized) -> jax.Array:
     """The same, 4-bit weights being unpacked a tile of rows at a time.
 
     For few rows a tile that is unpacked stays in the cache; for many, XLA would unpack the weights of all layers before
     it multiplies the first.
     """
     num_outputs, width = weight.shape
-    tile = _TILE if weight_first else 4 * _TILE  # many rows make more of a tile than its place in the cache
+    few = x.shape[0] <= cpu.FEW_ROWS
+    tile = _TILE if few else 4 * _TILE  # many rows make more of a tile than its place in the cache
     rows = math.gcd(num_outputs, 1 << (tile // width).bit_length() - 1)
     if weight.multiplier is None or rows == num_outputs or rows * width < _TILE // 8:
-        return _sum_of_products(x, weight, weight_first)
+        return _sum_of_products(x, weight)
     tiles = jax.tree.map(lambda part: part.reshape(-1, rows, *part.shape[1:]), weight)
-    found = lax.map(functools.partial(_sum_of_products, x, weight_first=weight_first), tiles)  # [F / rows, M, rows]
+    found = lax.map(functools.partial(_sum_of_products, x), tiles)  # [F / rows, M, rows]
     return found.transpose(1, 0, 2).reshape(x.shape[0], num_outputs)

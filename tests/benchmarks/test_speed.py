@@ -1,7 +1,9 @@
 """The command: rounds, what is kept of them, and what goes wrong; the processes are stood in for, but for one test."""
 
 import json
+import platform
 import shutil
+import sys
 from pathlib import Path
 
 import pytest
@@ -48,7 +50,7 @@ def command(tmp_path, monkeypatch):
 
 @pytest.fixture
 def with_torch(monkeypatch):
-    monkeypatch.setattr(speed.importlib.util, "find_spec", lambda name: object())
+    monkeypatch.setattr(speed, "_their_versions", lambda python: {"torch": "2", "transformers": "5"})
 
 
 def test_columns_take_turns_and_a_failed_one_is_left_out(jobs, command, with_torch):
@@ -85,10 +87,16 @@ def test_a_model_that_is_measured_again_replaces_its_own_part_only(jobs, command
 
 
 def test_without_torch_there_is_nothing_to_compare_with(jobs, command, monkeypatch, capsys):
-    monkeypatch.setattr(speed.importlib.util, "find_spec", lambda name: None if name == "torch" else object())
+    monkeypatch.setattr(speed, "_their_versions", lambda python: {"torch": None, "transformers": "5"})
     _, found = command("--modes=bf16", "--repeats=1")
     assert list(found["tiny"]["samples"]) == ["ours bf16"]
     assert "torch missing: nothing to compare with" in capsys.readouterr().err
+
+
+def test_their_interpreter_is_asked_for_its_versions(command, jobs, tmp_path, capsys):
+    assert speed._their_versions(sys.executable)["their_python"] == platform.python_version()
+    assert command("--modes=bf16", f"--their-python={tmp_path / 'none'}") == (1, {})
+    assert "--their-python" in capsys.readouterr().err
 
 
 def test_a_variant_is_made_once(jobs, command, tmp_path, monkeypatch, capsys):
