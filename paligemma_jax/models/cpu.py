@@ -22,9 +22,10 @@ _CLIFF = 2.0  # gain with few rows that says that the other order has no fast ke
 # What XLA needs at least for its fast kernels; bfloat16 has a faster one for four rows since jax 0.11.
 _LEAST_ROWS = {"float32": 1, "int8": 2}
 _LEAST_ROWS_HALF = 4 if jax.__version_info__ >= (0, 11) else 2
+_LONG = 4096  # inputs of an int8 product from which on more pieces are worth it
 
 
-def at_least(rows: jax.Array) -> jax.Array:
+def _at_least(rows: jax.Array) -> jax.Array:
     """Rows [M, D] of the dtype of a product, with rows of zeros after them where it is far faster with more."""
     missing = _LEAST_ROWS.get(rows.dtype.name, _LEAST_ROWS_HALF) - rows.shape[0]
     return jnp.pad(rows, ((0, missing), (0, 0))) if missing > 0 else rows
@@ -34,12 +35,32 @@ def product(rows: jax.Array, weight: jax.Array) -> jax.Array:
     """Rows [M, D] times a weight [F, D] of the same dtype, summed in float32: [M, F]."""
     num_rows = rows.shape[0]
     order = _weight_first if weight_first(weight, num_rows) else dot
-    return order(at_least(rows), weight)[:num_rows]
+    return order(_at_least(rows), weight)[:num_rows]
 
 
 def dot(a: jax.Array, b: jax.Array) -> jax.Array:
     """Rows of `a` [A, D] times rows of `b` [B, D], summed in float32: [A, B]."""
     return lax.dot_general(a, b, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32)
+
+
+def whole_product(rows: jax.Array, weight: jax.Array) -> jax.Array:
+    """Rows i8 [M, D] times a weight i8 [F, D], on any device: i32 [M, F].
+
+    On CPU a lone row is cut in pieces that act as rows, times the pieces of the weight's: that reads the weight once as
+    well, as two rows would, with shorter sums, of which those of fitting pieces count.
+    """
+    (num_rows, width), num_outputs = rows.shape, len(weight)
+    if jax.default_backend() != "cpu" or num_rows > 1:
+        return _whole_dot(rows, weight)
+    count = 2 if width <= _LONG else 4
+    if width % count:
+        return _whole_dot(_at_least(rows), weight)[:1]
+    y = _whole_dot(rows.reshape(count, -1), weight.reshape(num_outputs * count, -1)).reshape(count, num_outputs, count)
+    return sum(y[i, :, i] for i in range(count))[None]
+
+
+def _whole_dot(a: jax.Array, b: jax.Array) -> jax.Array:
+    return lax.dot_general(a, b, (((1,), (1,)), ((), ())), preferred_element_type=jnp.int32)
 
 
 def _weight_first(rows: jax.Array, weight: jax.Array) -> jax.Array:
@@ -70,7 +91,7 @@ def measure(params: Any) -> None:
 def _gain(dtype: np.dtype, width: int) -> float:
     """How many times faster few rows are multiplied with a weight of this width on the left than on the right."""
     with jax.ensure_compile_time_eval():  # the answer may be needed while a network is traced
-        weight, rows = jnp.zeros((_MEASURED // width, width), dtype), at_least(jnp.zeros((2, width), dtype))
+        weight, rows = jnp.zeros((_MEASURED // width, width), dtype), _at_least(jnp.zeros((2, width), dtype))
         programs = [jax.jit(order).lower(rows, weight).compile() for order in (dot, _weight_first)]
         seconds = [float("inf")] * 2
         for _ in range(_TURNS):

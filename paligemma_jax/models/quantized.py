@@ -22,7 +22,7 @@ _MOST_8 = 127
 _MOST_4 = 7
 _MOST_MULTIPLIER = _MOST_8 // _MOST_4
 _GROUP = 128  # inputs that share a multiplier, fewer where half the width is no multiple of it
-_TILE = 1 << 20  # weights that are unpacked at once, so that they stay in the cache of a core
+_TILE = 1 << 22  # 4-bit weights that are unpacked at once, so that they stay in a cache
 
 
 @jax.tree_util.register_dataclass
@@ -156,35 +156,32 @@ def product(x: jax.Array, weight: Quantized) -> jax.Array:
     x = x.astype(jnp.float32)
     scale = jnp.maximum(jnp.max(jnp.abs(x), axis=1, keepdims=True), 1e-30) / _MOST_8
     rounded = jnp.round(x / scale).astype(jnp.int8)
-    if jax.default_backend() == "cpu":
-        y = _by_tiles(cpu.at_least(rounded), weight)[: x.shape[0]]
+    if weight.multiplier is not None and jax.default_backend() == "cpu":
+        # The loop starts with numbers made from x, or XLA would make room for the results of all layers at once.
+        start = jnp.broadcast_to((0.0 * scale).astype(jnp.int32), (x.shape[0], weight.shape[0]))
+        y = _by_tiles(rounded, weight, start)
     else:
         y = _sum_of_products(rounded, weight)
     return y.astype(jnp.float32) * scale * weight.scale[None]
 
 
-def _dot(a: jax.Array, b: jax.Array) -> jax.Array:
-    return lax.dot_general(a, b, (((1,), (1,)), ((), ())), preferred_element_type=jnp.int32)
-
-
 def _sum_of_products(x: jax.Array, weight: Quantized) -> jax.Array:
     """Whole-number product i32 [M, F] of x [M, D]."""
     parts = _whole(weight)
-    return sum(_dot(piece, part) for piece, part in zip(jnp.split(x, len(parts), axis=1), parts, strict=True))
+    return sum(cpu.whole_product(*pair) for pair in zip(jnp.split(x, len(parts), axis=1), parts, strict=True))
 
 
-def _by_tiles(x: jax.Array, weight: Quantized) -> jax.Array:
-    """The same, 4-bit weights being unpacked a tile of rows at a time.
-
-    For few rows a tile that is unpacked stays in the cache; for many, XLA would unpack the weights of all layers before
-    it multiplies the first.
-    """
-    num_outputs, width = weight.shape
-    few = x.shape[0] <= cpu.FEW_ROWS
-    tile = _TILE if few else 4 * _TILE  # many rows make more of a tile than its place in the cache
-    rows = math.gcd(num_outputs, 1 << (tile // width).bit_length() - 1)
-    if weight.multiplier is None or rows == num_outputs or rows * width < _TILE // 8:
+def _by_tiles(x: jax.Array, weight: Quantized, start: jax.Array) -> jax.Array:
+    """The same, a tile of outputs at a time written over `start` [M, F], so that few unpacked weights are about."""
+    num_outputs = weight.shape[0]
+    count = -(-weight.size // _TILE)
+    if count == 1:
         return _sum_of_products(x, weight)
-    tiles = jax.tree.map(lambda part: part.reshape(-1, rows, *part.shape[1:]), weight)
-    found = lax.map(functools.partial(_sum_of_products, x), tiles)  # [F / rows, M, rows]
-    return found.transpose(1, 0, 2).reshape(x.shape[0], num_outputs)
+    rows = min(num_outputs, 16 * -(-num_outputs // (16 * count)))
+
+    def write_tile(i: jax.Array, y: jax.Array) -> jax.Array:
+        first = jnp.minimum(i * rows, num_outputs - rows)  # the last tile may work some outputs out again
+        tile = jax.tree.map(lambda part: lax.dynamic_slice_in_dim(part, first, rows), weight)
+        return lax.dynamic_update_slice(y, _sum_of_products(x, tile), (0, first))
+
+    return lax.fori_loop(0, -(-num_outputs // rows), write_tile, start)
