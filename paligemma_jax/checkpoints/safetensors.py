@@ -1,12 +1,14 @@
 """The safetensors file format: 8 bytes of header length, a JSON header, then the tensors' bytes.
 
 Read and written here without the package of that name, for two reasons: a file is verified from its header alone,
-and bytes go straight between the file and their final, JAX-aligned place, cast on the way in small pieces.
+and numbers go straight between the file and their final, JAX-aligned place: cast on the way in small pieces, or left in
+the file's own pages where it was written here, with every tensor so aligned.
 Format: https://huggingface.co/docs/safetensors
 """
 
 import json
 import math
+import mmap
 from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import IO, Any, NamedTuple
@@ -24,6 +26,8 @@ _CODE_BITS = {"BOOL": 8, "I16": 16, "U16": 16, "I32": 32, "U32": 32, "I64": 64, 
 _MAX_HEADER_BYTES = 100_000_000  # the format's own limit
 _PIECE_ELEMENTS = 4 << 20
 _ALIGNMENT = 64  # JAX on CPU adopts memory so aligned instead of copying it
+_MAPPED_BYTES = 1 << 20  # from so many on, a tensor has pages of its own
+_PAGE = 4096  # bytes of the smallest page there is
 
 
 class Tensor(NamedTuple):
@@ -104,8 +108,14 @@ def empty_aligned(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
 
 
 def read(tensor: Tensor, dtype: np.dtype | None = None, advance: Callable[[int], None] | None = None) -> np.ndarray:
-    """Read one tensor once, cast piece by piece to `dtype` (None: as stored); `advance` is told of bytes read."""
+    """Read one tensor once, cast piece by piece to `dtype` (None: as stored); `advance` is told of bytes read.
+
+    A large one that needs no cast and is aligned stays in the pages of its file: nobody may write into that file while
+    the array lives. To put another file in its place, as everything here does, is safe.
+    """
     source = tensor.stored
+    if dtype in (None, source) and tensor.offset % _ALIGNMENT == 0 and tensor.nbytes >= _MAPPED_BYTES:
+        return _mapped(tensor, advance)
     out = empty_aligned(tensor.shape, dtype or source)
     flat = out.reshape(-1)
     scratch = None if flat.dtype == source else np.empty(min(flat.size, _PIECE_ELEMENTS), source)
@@ -117,12 +127,36 @@ def read(tensor: Tensor, dtype: np.dtype | None = None, advance: Callable[[int],
             try:
                 fill(piece, file)
             except EOFError:
-                raise CheckpointError(f"{tensor.file} ended while {tensor.name} was read") from None
+                raise _ended(tensor) from None
             if scratch is not None:
                 cast_into(target, piece, tensor.name)
             if advance:
                 advance(piece.nbytes)
     return out
+
+
+def _mapped(tensor: Tensor, advance: Callable[[int], None] | None) -> np.ndarray:
+    """The tensor in pages of its file; changing the array would not change the file."""
+    before = tensor.offset % mmap.ALLOCATIONGRANULARITY
+    try:
+        with tensor.file.open("rb") as file:
+            pages = mmap.mmap(
+                file.fileno(), before + tensor.nbytes, access=mmap.ACCESS_COPY, offset=tensor.offset - before
+            )
+    except ValueError:  # the file is shorter than that
+        raise _ended(tensor) from None
+    numbers = np.frombuffer(pages, np.uint8, tensor.nbytes, before)
+    step = _PIECE_ELEMENTS * tensor.stored.itemsize
+    for start in range(0, numbers.size, step):
+        piece = numbers[start : start + step]
+        piece[::_PAGE].max()  # looking at each page has it read now, and not by the first product
+        if advance:
+            advance(piece.nbytes)
+    return numbers.view(tensor.stored).reshape(tensor.shape)
+
+
+def _ended(tensor: Tensor) -> CheckpointError:
+    return CheckpointError(f"{tensor.file} ended while {tensor.name} was read")
 
 
 def fill(array: np.ndarray, stream: IO[bytes]) -> None:
@@ -153,12 +187,15 @@ def same_values(first: Tensor, second: Tensor) -> bool:
 def write(path: Path, tensors: Mapping[str, Any], dtype: np.dtype | None = None, uncast: Collection[str] = ()) -> None:
     """Write arrays (numpy or JAX) under their names, one at a time, whole or not at all.
 
-    All are cast to `dtype` if given, those named in `uncast` excepted.
+    All are cast to `dtype` if given, those named in `uncast` excepted. Every tensor is aligned, but for some of those
+    whose size would displace the next one, which come last.
     """
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}  # transformers insists on this note
+    targets = {name: np.dtype(dtype if dtype and name not in uncast else x.dtype) for name, x in tensors.items()}
+    names = sorted(tensors, key=lambda name: math.prod(tensors[name].shape) * targets[name].itemsize % _ALIGNMENT > 0)
     end = 0
-    for name, array in tensors.items():
-        target = np.dtype(array.dtype if dtype is None or name in uncast else dtype)
+    for name in names:
+        array, target = tensors[name], targets[name]
         if target not in _CODES:
             raise CheckpointError(
                 f"{name} is {target.name}: only bfloat16, float16, float32, int8 and uint8 are written"
@@ -166,11 +203,11 @@ def write(path: Path, tensors: Mapping[str, Any], dtype: np.dtype | None = None,
         start, end = end, end + math.prod(array.shape) * target.itemsize
         header[name] = {"dtype": _CODES[target], "shape": list(array.shape), "data_offsets": [start, end]}
     raw = json.dumps(header, separators=(",", ":")).encode()
-    raw += b" " * (-len(raw) % 8)  # tensors start at a multiple of 8
+    raw += b" " * (-(8 + len(raw)) % _ALIGNMENT)
     with replacing(path) as temporary, temporary.open("wb") as file:
         file.write(len(raw).to_bytes(8, "little") + raw)
-        for name, array in tensors.items():
-            flat = np.ascontiguousarray(array).reshape(-1)
+        for name in names:
+            flat = np.ascontiguousarray(tensors[name]).reshape(-1)
             for start in range(0, flat.size, _PIECE_ELEMENTS):
                 piece = flat[start : start + _PIECE_ELEMENTS]
                 if dtype and piece.dtype != dtype and name not in uncast:
