@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from paligemma_jax.config import TextConfig
 from paligemma_jax.models.attention import attend, attention_weights, prefix_lm_mask, rope, write_cache
-from paligemma_jax.models.layers import Embedder, Linear, RMSNorm, soft_cap
+from paligemma_jax.models.layers import Embedder, Linear, RMSNorm, run_layer, soft_cap
 
 KeyValues = tuple[jax.Array, jax.Array]  # keys and values of one layer, each [B, S, K, H]
 
@@ -130,7 +130,7 @@ class Gemma(nn.Module):
         key_values = []
         for i, layer in enumerate(self.layers):
             columns = wanted if i == self.config.num_layers - 1 else None
-            x, kv, _ = layer(x, positions, masks[i], None if cache is None else cache[i], columns)
+            x, kv, _ = run_layer(layer, x, positions, masks[i], None if cache is None else cache[i], columns)
             key_values.append(kv)
         return self.norm(x), tuple(key_values)
 
@@ -151,7 +151,7 @@ class Gemma(nn.Module):
         masks = self._masks(positions, x.shape[1], prefix_length, length)
         hidden, attention = [x], []
         for layer, mask in zip(self.layers, masks, strict=True):
-            x, _, weights = layer(x, positions, mask, None, watched=watched)
+            x, _, weights = run_layer(layer, x, positions, mask, None, None, watched)
             hidden.append(x)
             attention.append(weights)
         return jnp.stack(hidden), jnp.stack(attention)

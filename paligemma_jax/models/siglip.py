@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from paligemma_jax.config import VisionConfig
 from paligemma_jax.models.attention import attend
-from paligemma_jax.models.layers import LayerNorm, Linear, along_last, linear, parameter
+from paligemma_jax.models.layers import LayerNorm, Linear, along_last, linear, parameter, run_layer
 
 
 class PatchEmbedding(nn.Module):
@@ -85,5 +85,5 @@ class SigLIP(nn.Module):
         x = PatchEmbedding(cfg.width, cfg.patch_size, name="patch_embedding")(pixels)
         x = x + PositionEmbedding(cfg.num_tokens, cfg.width, name="position_embedding")()[None]
         for i in range(cfg.num_layers):
-            x = EncoderLayer(cfg, name=f"layers_{i}")(x)
+            x = run_layer(EncoderLayer(cfg, name=f"layers_{i}"), x)
         return LayerNorm(cfg.layer_norm_eps, name="post_layernorm")(x)
