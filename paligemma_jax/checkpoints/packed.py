@@ -1,8 +1,8 @@
 """Quantized weights in files: which tensors make one weight, and how their names tell it.
 
-Beside or in place of `X.weight` [F, D] stand, for 8 bits, `X.weight` (I8) and `X.weight_scale` [F] (F32); for 4 bits
-`X.weight_packed` [F, D / 2] (U8), `X.weight_scale` and `X.weight_multiplier` [F, G] (I8). What the numbers mean is in
-`models/quantized.py`.
+Beside or in place of `X.weight` [F, D] stand, for 8 bits, `X.weight` (I8, or plus 128 as U8) and `X.weight_scale` [F]
+(F32); for 4 bits `X.weight_packed` [F, D / 2] (U8), `X.weight_scale` and `X.weight_multiplier` [F, G] (I8). What the
+numbers mean is in `models/quantized.py`.
 """
 
 import dataclasses
@@ -16,6 +16,7 @@ import numpy as np
 
 from paligemma_jax.checkpoints import safetensors
 from paligemma_jax.errors import CheckpointError
+from paligemma_jax.models import quantized
 from paligemma_jax.models.quantized import Quantized
 
 _SCALE, _PACKED, _MULTIPLIER = ".weight_scale", ".weight_packed", ".weight_multiplier"
@@ -50,11 +51,18 @@ class Packed:
     def abstract(self, dtype: np.dtype) -> Quantized:
         """The weight as shapes and dtypes only."""
         parts = [jax.ShapeDtypeStruct(tensor.shape, tensor.stored) for tensor in self._parts()]
+        if self.multiplier is None:
+            parts[0] = jax.ShapeDtypeStruct(self.shape, quantized.values_dtype())
         return Quantized(*parts, *[None] * (3 - len(parts)), dtype)
 
     def read(self, dtype: np.dtype, advance: Callable[[int], None], place: Callable[[Any], Any]) -> Quantized:
         """The weight, each part read once and passed to `place`; it stands for numbers of `dtype`."""
-        parts = [place(safetensors.read(tensor, None, advance)) for tensor in self._parts()]
+        arrays = [safetensors.read(tensor, None, advance) for tensor in self._parts()]
+        if self.multiplier is None and arrays[0].dtype != (wanted := quantized.values_dtype()):
+            flipped = safetensors.empty_aligned(self.shape, wanted)
+            np.bitwise_xor(arrays[0].view(np.uint8), 128, out=flipped.view(np.uint8))
+            arrays[0] = flipped
+        parts = [place(array) for array in arrays]
         return Quantized(*parts, *[None] * (3 - len(parts)), dtype)
 
 
@@ -88,12 +96,12 @@ def gather(tensors: Mapping[str, safetensors.Tensor], source: Path) -> dict[str,
 def _check(
     values: safetensors.Tensor, scale: safetensors.Tensor, multiplier: safetensors.Tensor | None, source: Path
 ) -> None:
-    wanted = {scale.name: ("F32", 1), values.name: ("I8" if multiplier is None else "U8", 2)}
+    wanted = {scale.name: (("F32",), 1), values.name: (("I8", "U8") if multiplier is None else ("U8",), 2)}
     if multiplier is not None:
-        wanted[multiplier.name] = ("I8", 2)
+        wanted[multiplier.name] = (("I8",), 2)
     for tensor in filter(None, (scale, values, multiplier)):
-        dtype, rank = wanted[tensor.name]
-        if tensor.dtype != dtype or len(tensor.shape) != rank or tensor.shape[0] != values.shape[0]:
+        dtypes, rank = wanted[tensor.name]
+        if tensor.dtype not in dtypes or len(tensor.shape) != rank or tensor.shape[0] != values.shape[0]:
             raise CheckpointError(
                 f"{source}: {tensor.name} is {tensor.dtype} {list(tensor.shape)}, which fits no weight"
             )

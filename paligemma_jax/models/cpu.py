@@ -11,6 +11,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.extend.core import Primitive
+from jax.extend.mlir import ir
+from jax.extend.mlir.dialects import stablehlo
+from jax.interpreters import mlir
 
 FEW_ROWS = 16  # at most so many, a product is bound by reading the weight
 _LARGE = 2**23  # numbers in a weight that no cache holds
@@ -22,7 +26,6 @@ _CLIFF = 2.0  # gain with few rows that says that the other order has no fast ke
 # What XLA needs at least for its fast kernels; bfloat16 has a faster one for four rows since jax 0.11.
 _LEAST_ROWS = {"float32": 1, "int8": 2}
 _LEAST_ROWS_HALF = 4 if jax.__version_info__ >= (0, 11) else 2
-_LONG = 4096  # inputs of an int8 product from which on more pieces are worth it
 
 
 def _at_least(rows: jax.Array) -> jax.Array:
@@ -43,24 +46,35 @@ def dot(a: jax.Array, b: jax.Array) -> jax.Array:
     return lax.dot_general(a, b, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32)
 
 
+@jax.jit
 def whole_product(rows: jax.Array, weight: jax.Array) -> jax.Array:
-    """Rows i8 [M, D] times a weight i8 [F, D], on any device: i32 [M, F].
+    """Rows i8 [M, D] times a weight of whole numbers plus 128, u8 [F, D]: what the numbers alone give, i32 [M, F].
 
-    On CPU a lone row is cut in pieces that act as rows, times the pieces of the weight's: that reads the weight once as
-    well, as two rows would, with shorter sums, of which those of fitting pieces count.
+    XLA has a kernel for an unsigned operand on the left and a signed one on the right that takes the weight as it lies.
+    For two signed ones it first adds the 128 here, or transposes the weight when that is on the right, which takes 1.5
+    times as long altogether (benchmarks/results/products.md).
     """
-    (num_rows, width), num_outputs = rows.shape, len(weight)
-    if jax.default_backend() != "cpu" or num_rows > 1:
-        return _whole_dot(rows, weight)
-    count = 2 if width <= _LONG else 4
-    if width % count:
-        return _whole_dot(_at_least(rows), weight)[:1]
-    y = _whole_dot(rows.reshape(count, -1), weight.reshape(num_outputs * count, -1)).reshape(count, num_outputs, count)
-    return sum(y[i, :, i] for i in range(count))[None]
+    y = lax.optimization_barrier(_dot_unsigned_p.bind(weight, _at_least(rows))).T  # without it, see _weight_first
+    return y[: len(rows)] - 128 * jnp.sum(rows, axis=1, keepdims=True, dtype=jnp.int32)
 
 
-def _whole_dot(a: jax.Array, b: jax.Array) -> jax.Array:
-    return lax.dot_general(a, b, (((1,), (1,)), ((), ())), preferred_element_type=jnp.int32)
+# lax.dot_general would widen operands of different dtypes before it multiplies them.
+_dot_unsigned_p = Primitive("dot_unsigned")
+
+
+@_dot_unsigned_p.def_abstract_eval
+def _(a: jax.core.ShapedArray, b: jax.core.ShapedArray) -> jax.core.ShapedArray:
+    return jax.core.ShapedArray((a.shape[0], b.shape[0]), jnp.int32)
+
+
+def _lower_dot_unsigned(context: mlir.LoweringRuleContext, a: ir.Value, b: ir.Value) -> list[ir.Value]:
+    [out] = context.avals_out
+    sums = ir.RankedTensorType.get(out.shape, ir.IntegerType.get_signless(32))
+    last_axes = stablehlo.DotDimensionNumbers.get([], [], [1], [1])
+    return [stablehlo.dot_general(sums, a, b, last_axes)]
+
+
+mlir.register_lowering(_dot_unsigned_p, _lower_dot_unsigned)
 
 
 def _weight_first(rows: jax.Array, weight: jax.Array) -> jax.Array:

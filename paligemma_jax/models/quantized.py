@@ -1,6 +1,6 @@
 """Linear weights in 8 and 4 bits, and their product with activations that are rounded to 8 bits on the way.
 
-A weight [F, D] is `scale[f] * multiplier[f, g] * values[f, d]`. In 8 bits there are no multipliers. In 4 bits each
+A weight [F, D] is `scale[f] * multiplier[f, g] * number[f, d]`. In 8 bits there are no multipliers. In 4 bits each
 group of inputs has a small whole one, so that what is multiplied is 8 bits wide in both cases: one product serves them.
 
 Axes: M rows, F outputs, D inputs, G groups of inputs.
@@ -12,6 +12,7 @@ import math
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from paligemma_jax.models import cpu
@@ -30,7 +31,8 @@ _TILE = 1 << 22  # 4-bit weights that are unpacked at once, so that they stay in
 class Quantized:
     """A weight [F, D] in few bits.
 
-    values: i8 [F, D], or u8 [F, D / 2] of two 4-bit numbers plus 8: input d low, input d + D / 2 high.
+    values: the numbers, i8 [F, D] or plus 128 as u8 [F, D]: `values_dtype` tells which is fast; or u8 [F, D / 2] of two
+      4-bit numbers plus 8, input d low, input d + D / 2 high.
     scale: f32 [F].
     multiplier: i8 [F, G] of the 4-bit form, else None.
     dtype: of the numbers that it stands for.
@@ -50,6 +52,11 @@ class Quantized:
     @property
     def size(self) -> int:
         return math.prod(self.shape)
+
+
+def values_dtype() -> np.dtype:
+    """The dtype of 8-bit values that the default device multiplies fast: unsigned on CPU, see `cpu.whole_product`."""
+    return np.dtype(np.uint8 if jax.default_backend() == "cpu" else np.int8)
 
 
 def quantization_of(weight: Quantized) -> str:
@@ -72,7 +79,7 @@ def abstract(weight: jax.ShapeDtypeStruct, bits: int) -> Quantized:
 
 def _quantize_8(weight: jax.Array) -> Quantized:
     scale = _scale(_largest(weight, weight.shape[1]), _MOST_8)
-    return Quantized(_rounded_8(weight, scale), scale, None, weight.dtype)
+    return Quantized(_as_values(_rounded_8(weight, scale), values_dtype()), scale, None, weight.dtype)
 
 
 def _quantize_4(weight: jax.Array) -> Quantized:
@@ -122,19 +129,27 @@ def _packed_4(numbers: jax.Array) -> jax.Array:
     return low | high << 4
 
 
-def _whole(weight: Quantized) -> list[jax.Array]:
-    """The whole numbers that `scale` makes weights of: i8 [F, D], or its left and its right half.
+@functools.partial(jax.jit, static_argnums=1)
+def _as_values(numbers: jax.Array, dtype: np.dtype) -> jax.Array:
+    """Numbers as i8, or plus 128 as u8, in the other of these forms if it is not theirs already."""
+    if numbers.dtype == dtype:
+        return numbers
+    return lax.bitcast_convert_type(lax.bitcast_convert_type(numbers, jnp.uint8) ^ jnp.uint8(128), dtype)
+
+
+def _whole(weight: Quantized, dtype: np.dtype) -> list[jax.Array]:
+    """The whole numbers that `scale` makes weights of, as i8 or plus 128 as u8: [F, D], or its left and right half.
 
     The halves of the 4-bit form stay apart: putting them together would take longer than multiplying them.
     """
     if weight.multiplier is None:
-        return [weight.values]
+        return [_as_values(weight.values, dtype)]
     numbers = weight.values & 15, weight.values >> 4
     multipliers = jnp.split(weight.multiplier, 2, axis=1)
 
     def half(numbers: jax.Array, multiplier: jax.Array) -> jax.Array:
         grouped = (numbers.astype(jnp.int8) - jnp.int8(8)).reshape(*multiplier.shape, -1)
-        return (grouped * multiplier[:, :, None]).reshape(numbers.shape)
+        return _as_values((grouped * multiplier[:, :, None]).reshape(numbers.shape), dtype)
 
     return [half(*pair) for pair in zip(numbers, multipliers, strict=True)]
 
@@ -144,7 +159,7 @@ def rows_of(weight: jax.Array | Quantized, index: jax.Array) -> jax.Array:
     if not isinstance(weight, Quantized):
         return jnp.take(weight, index, axis=0)
     chosen = jax.tree.map(lambda part: jnp.take(part, index.reshape(-1), axis=0), weight)
-    numbers = jnp.concatenate(_whole(chosen), axis=1).astype(jnp.float32) * chosen.scale[:, None]
+    numbers = jnp.concatenate(_whole(chosen, np.dtype(np.int8)), axis=1).astype(jnp.float32) * chosen.scale[:, None]
     return numbers.astype(weight.dtype).reshape(*index.shape, -1)
 
 
@@ -167,8 +182,13 @@ def product(x: jax.Array, weight: Quantized) -> jax.Array:
 
 def _sum_of_products(x: jax.Array, weight: Quantized) -> jax.Array:
     """Whole-number product i32 [M, F] of x [M, D]."""
-    parts = _whole(weight)
-    return sum(cpu.whole_product(*pair) for pair in zip(jnp.split(x, len(parts), axis=1), parts, strict=True))
+    multiply = cpu.whole_product if jax.default_backend() == "cpu" else _dot
+    parts = _whole(weight, values_dtype())
+    return sum(multiply(*pair) for pair in zip(jnp.split(x, len(parts), axis=1), parts, strict=True))
+
+
+def _dot(a: jax.Array, b: jax.Array) -> jax.Array:
+    return lax.dot_general(a, b, (((1,), (1,)), ((), ())), preferred_element_type=jnp.int32)
 
 
 def _by_tiles(x: jax.Array, weight: Quantized, start: jax.Array) -> jax.Array:

@@ -33,7 +33,7 @@ def test_a_cast_leaves_whole_numbers_alone(checkpoint, tmp_path):
     checkpoints.save(tmp_path, config, params, "float32")
     _, loaded = checkpoints.load(tmp_path, "float32")
     table, before = (tree["language_model"]["embed_tokens"]["weight"] for tree in (loaded, params))
-    assert table.dtype == np.float32 and table.values.dtype == np.int8
+    assert table.dtype == np.float32 and table.values.dtype == np.uint8
     np.testing.assert_array_equal(table.values, before.values)
     np.testing.assert_array_equal(table.scale, before.scale)
 
@@ -54,6 +54,20 @@ def rewrite(directory, change):
     tensors = {name: safetensors.read(tensor) for name, tensor in safetensors.read_header(path).items()}
     change(tensors)
     safetensors.write(path, tensors)
+
+
+def test_signed_numbers_are_the_same_weights(checkpoint, tmp_path):
+    config, params = checkpoints.load(checkpoint(), quantization="int8")
+    checkpoints.save(tmp_path, config, params)
+
+    def sign(tensors):
+        for name, numbers in tensors.items():
+            if numbers.dtype == np.uint8:
+                tensors[name] = (numbers.astype(np.int16) - 128).astype(np.int8)
+        assert any(numbers.dtype == np.int8 for numbers in tensors.values())
+
+    rewrite(tmp_path, sign)
+    jax.tree.map(np.testing.assert_array_equal, checkpoints.load(tmp_path)[1], params)
 
 
 TABLE = "language_model.model.embed_tokens.weight"

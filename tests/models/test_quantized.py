@@ -1,11 +1,13 @@
 """Few-bit weights against float64."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from paligemma_jax.models import quantized
+from paligemma_jax.models import cpu, quantized
 from paligemma_jax.models.layers import linear
 
 WIDTHS = {"groups of 128": 256, "groups of 8": 48}
@@ -24,7 +26,7 @@ def whole(weight, bits):
     """The weight that a quantized one stands for, worked out in numpy, and the step between two of its numbers."""
     found = jax.tree.map(np.asarray, quantized.quantize(weight, bits))
     if bits == 8:
-        return found.values * found.scale[:, None].astype(np.float64), found.scale[:, None]
+        return (found.values.astype(np.float64) - 128) * found.scale[:, None], found.scale[:, None]
     numbers = np.concatenate([found.values & 15, found.values >> 4], axis=1).astype(np.int64) - 8
     groups = found.multiplier.shape[1]
     step = found.scale[:, None] * np.repeat(found.multiplier, weight.shape[1] // groups, axis=1).astype(np.float64)
@@ -60,6 +62,22 @@ def test_a_large_weight_in_tiles_is_the_same_product(monkeypatch):
     at_once = quantized.product(x, few)
     monkeypatch.setattr(quantized, "_TILE", 64 * 128)
     np.testing.assert_array_equal(quantized.product(x, few), at_once)
+
+
+@pytest.mark.parametrize("num_rows", [1, 2, 40])
+def test_whole_products_are_exact_at_the_ends_of_their_range(num_rows):
+    rng = np.random.default_rng(0)
+    rows, numbers = (rng.choice([-128, -127, -1, 0, 1, 127], (count, 64)) for count in (num_rows, 24))
+    found = cpu.whole_product(jnp.asarray(rows, jnp.int8), jnp.asarray(numbers + 128, jnp.uint8))
+    np.testing.assert_array_equal(found, rows @ numbers.T)
+
+
+def test_signed_values_give_the_same_product_and_rows(weight):
+    unsigned = quantized.quantize(weight, 8)
+    signed = dataclasses.replace(unsigned, values=(unsigned.values.astype(jnp.int16) - 128).astype(jnp.int8))
+    x = jax.random.normal(jax.random.key(0), (3, weight.shape[1]))
+    np.testing.assert_array_equal(quantized.product(x, signed), quantized.product(x, unsigned))
+    np.testing.assert_array_equal(quantized.rows_of(signed, jnp.arange(4)), quantized.rows_of(unsigned, jnp.arange(4)))
 
 
 @pytest.mark.parametrize("bits", [8, 4])
