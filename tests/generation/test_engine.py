@@ -155,7 +155,7 @@ def test_no_half_precision_product_has_a_single_row(config, random_params, make_
     ]
     for text in (program.as_text() for program in lowered):
         products = list(_free_sizes(text))
-        assert len(products) > 7 * config.text.num_layers
+        assert len(products) > 7  # of one layer: the others are the same function
         assert all(min(sizes) > 1 for sizes in products), products
 
 
