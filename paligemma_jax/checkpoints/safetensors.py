@@ -114,7 +114,8 @@ def read(tensor: Tensor, dtype: np.dtype | None = None, advance: Callable[[int],
     the array lives. To put another file in its place, as everything here does, is safe.
     """
     source = tensor.stored
-    if dtype in (None, source) and tensor.offset % _ALIGNMENT == 0 and tensor.nbytes >= _MAPPED_BYTES:
+    as_stored = dtype is None or dtype == source
+    if as_stored and tensor.offset % _ALIGNMENT == 0 and tensor.nbytes >= _MAPPED_BYTES:
         return _mapped(tensor, advance)
     out = empty_aligned(tensor.shape, dtype or source)
     flat = out.reshape(-1)

@@ -23,7 +23,7 @@ _TURNS = 5
 _CLEARLY = 1.15  # gain that is no accident, so that a second process decides alike and finds its programs compiled
 _CLIFF = 2.0  # gain with few rows that says that the other order has no fast kernel for this width at all
 
-# What XLA needs at least for its fast kernels; bfloat16 has a faster one for four rows since jax 0.11.
+# What XLA needs at least for its fastest kernels; bfloat16 has one for four rows since jax 0.11.
 _LEAST_ROWS = {"float32": 1, "int8": 2}
 _LEAST_ROWS_HALF = 4 if jax.__version_info__ >= (0, 11) else 2
 

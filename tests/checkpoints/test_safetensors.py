@@ -79,3 +79,45 @@ def test_equal_values_are_told_across_dtypes(tmp_path, arrays):
     assert safetensors.same_values(tensors["a"], tensors["b"])
     assert not safetensors.same_values(tensors["a"], tensors["c"])
     assert not safetensors.same_values(tensors["c"], tensors["d"])
+
+
+@pytest.fixture
+def large(tmp_path, monkeypatch):
+    """A file whose tensors all count as large, and what it holds; `odd` displaces what follows it."""
+    monkeypatch.setattr(safetensors, "_MAPPED_BYTES", 1)
+    arrays = {"odd": np.arange(3, dtype=np.int8), "a": np.arange(64.0, dtype=np.float32), "b": np.ones(32, np.uint8)}
+    safetensors.write(tmp_path / "x.safetensors", arrays)
+    return tmp_path / "x.safetensors", arrays
+
+
+def test_what_is_written_is_aligned_and_comes_from_the_pages_of_the_file(large):
+    path, arrays = large
+    tensors = safetensors.read_header(path)
+    assert tensors["a"].offset % 64 == 0
+    found = {name: safetensors.read(tensor) for name, tensor in tensors.items()}
+    for name, array in arrays.items():
+        np.testing.assert_array_equal(found[name], array)
+    with path.open("r+b") as file:  # what nobody may do shows where the numbers are
+        file.seek(tensors["a"].offset)
+        file.write(np.float32(7).tobytes())
+    assert found["a"][0] == 7
+    cast = safetensors.read(tensors["a"], np.dtype(np.float64))
+    assert cast.dtype == np.float64 and cast[0] == 7
+
+
+def test_a_file_put_in_the_place_of_a_mapped_one_changes_nothing(large):
+    path, arrays = large
+    found = safetensors.read(safetensors.read_header(path)["a"])
+    safetensors.write(path, {name: array + array.dtype.type(1) for name, array in arrays.items()})
+    found[1] += 1  # of the array alone
+    np.testing.assert_array_equal(found, [0, 2, *range(2, 64)])
+    np.testing.assert_array_equal(safetensors.read(safetensors.read_header(path)["a"])[:2], [1, 2])
+
+
+def test_a_file_that_became_shorter_is_named(large):
+    path, _ = large
+    tensor = safetensors.read_header(path)["a"]
+    with path.open("r+b") as file:
+        file.truncate(tensor.offset + 8)
+    with pytest.raises(CheckpointError, match="ended while a was read"):
+        safetensors.read(tensor)
