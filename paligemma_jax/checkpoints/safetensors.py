@@ -2,13 +2,17 @@
 
 Read and written here without the package of that name, for two reasons: a file is verified from its header alone,
 and numbers go straight between the file and their final, JAX-aligned place: cast on the way in small pieces, or left in
-the file's own pages where it was written here, with every tensor so aligned.
+the file's own pages where it is aligned, as all large tensors are in files written here.
 Format: https://huggingface.co/docs/safetensors
 """
 
+import contextlib
 import json
 import math
 import mmap
+import os
+import sys
+import weakref
 from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import IO, Any, NamedTuple
@@ -28,6 +32,7 @@ _PIECE_ELEMENTS = 4 << 20
 _ALIGNMENT = 64  # JAX on CPU adopts memory so aligned instead of copying it
 _MAPPED_BYTES = 1 << 20  # from so many on, a tensor has pages of its own
 _PAGE = 4096  # bytes of the smallest page there is
+_PAGES = weakref.WeakValueDictionary()  # the pages of each file in use: a mapping holds a file descriptor
 
 
 class Tensor(NamedTuple):
@@ -115,8 +120,10 @@ def read(tensor: Tensor, dtype: np.dtype | None = None, advance: Callable[[int],
     """
     source = tensor.stored
     as_stored = dtype is None or dtype == source
-    if as_stored and tensor.offset % _ALIGNMENT == 0 and tensor.nbytes >= _MAPPED_BYTES:
-        return _mapped(tensor, advance)
+    aligned = tensor.offset % _ALIGNMENT == 0 and sys.platform != "win32"  # there, a file in use cannot be replaced
+    if as_stored and aligned and tensor.nbytes >= _MAPPED_BYTES:
+        with contextlib.suppress(OSError):  # a file system that cannot do it, or no room for addresses
+            return _mapped(tensor, advance)
     out = empty_aligned(tensor.shape, dtype or source)
     flat = out.reshape(-1)
     scratch = None if flat.dtype == source else np.empty(min(flat.size, _PIECE_ELEMENTS), source)
@@ -138,15 +145,15 @@ def read(tensor: Tensor, dtype: np.dtype | None = None, advance: Callable[[int],
 
 def _mapped(tensor: Tensor, advance: Callable[[int], None] | None) -> np.ndarray:
     """The tensor in pages of its file; changing the array would not change the file."""
-    before = tensor.offset % mmap.ALLOCATIONGRANULARITY
-    try:
-        with tensor.file.open("rb") as file:
-            pages = mmap.mmap(
-                file.fileno(), before + tensor.nbytes, access=mmap.ACCESS_COPY, offset=tensor.offset - before
-            )
-    except ValueError:  # the file is shorter than that
-        raise _ended(tensor) from None
-    numbers = np.frombuffer(pages, np.uint8, tensor.nbytes, before)
+    with tensor.file.open("rb") as file:
+        status = os.fstat(file.fileno())
+        key = status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
+        pages = _PAGES.get(key)
+        if pages is None:
+            pages = _PAGES.setdefault(key, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY))
+    if tensor.offset + tensor.nbytes > len(pages):
+        raise _ended(tensor)
+    numbers = np.frombuffer(pages, np.uint8, tensor.nbytes, tensor.offset)
     step = _PIECE_ELEMENTS * tensor.stored.itemsize
     for start in range(0, numbers.size, step):
         piece = numbers[start : start + step]

@@ -5,6 +5,7 @@ Axes: M rows, F outputs, D inputs.
 
 import functools
 import time
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -16,9 +17,10 @@ from jax.extend.mlir import ir
 from jax.extend.mlir.dialects import stablehlo
 from jax.interpreters import mlir
 
-FEW_ROWS = 16  # at most so many, a product is bound by reading the weight
+_FEW_ROWS = 16  # at most so many, a product is bound by reading the weight
 _LARGE = 2**23  # numbers in a weight that no cache holds
 _MEASURED = 2**24  # numbers in the weight that is measured
+_WIDTH = 2048  # inputs of that weight where any will do
 _TURNS = 5
 _CLEARLY = 1.15  # gain that is no accident, so that a second process decides alike and finds its programs compiled
 _CLIFF = 2.0  # gain with few rows that says that the other order has no fast kernel for this width at all
@@ -30,6 +32,8 @@ _LEAST_ROWS_HALF = 4 if jax.__version_info__ >= (0, 11) else 2
 
 def _at_least(rows: jax.Array) -> jax.Array:
     """Rows [M, D] of the dtype of a product, with rows of zeros after them where it is far faster with more."""
+    if jax.default_backend() != "cpu":
+        return rows
     missing = _LEAST_ROWS.get(rows.dtype.name, _LEAST_ROWS_HALF) - rows.shape[0]
     return jnp.pad(rows, ((0, missing), (0, 0))) if missing > 0 else rows
 
@@ -47,15 +51,34 @@ def dot(a: jax.Array, b: jax.Array) -> jax.Array:
 
 
 @jax.jit
-def whole_product(rows: jax.Array, weight: jax.Array) -> jax.Array:
+def unsigned_product(rows: jax.Array, weight: jax.Array) -> jax.Array:
     """Rows i8 [M, D] times a weight of whole numbers plus 128, u8 [F, D]: what the numbers alone give, i32 [M, F].
 
-    XLA has a kernel for an unsigned operand on the left and a signed one on the right that takes the weight as it lies.
-    For two signed ones it first adds the 128 here, or transposes the weight when that is on the right, which takes 1.5
-    times as long altogether (benchmarks/results/products.md).
+    Where `unsigned_is_fast`, XLA takes the weight as it lies. Of two signed operands it first shifts the left one or
+    transposes the right one, which makes few rows take 1.2 to 3 times as long (benchmarks/results/products.md).
     """
-    y = lax.optimization_barrier(_dot_unsigned_p.bind(weight, _at_least(rows))).T  # without it, see _weight_first
+    y = lax.optimization_barrier(_dot_unsigned_p.bind(weight, _at_least(rows))).T  # or XLA would turn it round
     return y[: len(rows)] - 128 * jnp.sum(rows, axis=1, keepdims=True, dtype=jnp.int32)
+
+
+def signed_product(rows: jax.Array, weight: jax.Array) -> jax.Array:
+    """Rows i8 [M, D] times a weight of whole numbers i8 [F, D]: i32 [M, F]."""
+    y = lax.dot_general(_at_least(rows), weight, (((1,), (1,)), ((), ())), preferred_element_type=jnp.int32)
+    return y[: len(rows)]
+
+
+@functools.cache
+def unsigned_is_fast() -> bool:
+    """Whether this processor multiplies unsigned weights fast: those with 8-bit dot-product instructions do (VNNI).
+
+    On others XLA has no kernel for them and takes many times as long as for signed ones. Measured once in a process.
+    """
+    with jax.ensure_compile_time_eval():
+        rows, shape = jnp.zeros((4, _WIDTH), jnp.int8), (_MEASURED // _WIDTH, _WIDTH)
+        signed, unsigned = _seconds(
+            [(signed_product, rows, jnp.zeros(shape, jnp.int8)), (unsigned_product, rows, jnp.zeros(shape, jnp.uint8))]
+        )
+    return unsigned < signed
 
 
 # lax.dot_general would widen operands of different dtypes before it multiplies them.
@@ -85,17 +108,17 @@ def _weight_first(rows: jax.Array, weight: jax.Array) -> jax.Array:
 def weight_first(weight: Any, num_rows: int) -> bool:
     """Whether rows times a weight [F, D], an array or its shape, are fastest with the weight as the left operand.
 
-    The wrong order takes 2.4 times as long in float32 and up to 6 times in bfloat16 (benchmarks/results/products.md);
+    The wrong order takes 2.5 times as long in float32 and up to 7 times in bfloat16 (benchmarks/results/products.md);
     which one that is differs between processors, versions of XLA and widths, so it is measured, once in a process for
     each width of a large weight.
     """
     if weight.size < _LARGE:
         return False
-    return _gain(jnp.dtype(weight.dtype), weight.shape[1]) > (_CLEARLY if num_rows <= FEW_ROWS else _CLIFF)
+    return _gain(jnp.dtype(weight.dtype), weight.shape[1]) > (_CLEARLY if num_rows <= _FEW_ROWS else _CLIFF)
 
 
 def measure(params: Any) -> None:
-    """Measure what `weight_first` will be asked about some parameters: now, because nothing else runs."""
+    """Measure what will be asked about some parameters: now, because nothing else runs."""
     for leaf in jax.tree.leaves(params):
         if jax.default_backend() == "cpu" and leaf.ndim == 2 and jnp.issubdtype(leaf.dtype, jnp.floating):
             weight_first(leaf, 1)
@@ -106,11 +129,17 @@ def _gain(dtype: np.dtype, width: int) -> float:
     """How many times faster few rows are multiplied with a weight of this width on the left than on the right."""
     with jax.ensure_compile_time_eval():  # the answer may be needed while a network is traced
         weight, rows = jnp.zeros((_MEASURED // width, width), dtype), _at_least(jnp.zeros((2, width), dtype))
-        programs = [jax.jit(order).lower(rows, weight).compile() for order in (dot, _weight_first)]
-        seconds = [float("inf")] * 2
-        for _ in range(_TURNS):
-            for i, program in enumerate(programs):
-                start = time.perf_counter()
-                jax.block_until_ready(program(rows, weight))
-                seconds[i] = min(seconds[i], time.perf_counter() - start)
-    return seconds[0] / seconds[1]
+        right, left = _seconds([(dot, rows, weight), (_weight_first, rows, weight)])
+    return right / left
+
+
+def _seconds(calls: list[tuple[Callable[..., jax.Array], jax.Array, jax.Array]]) -> list[float]:
+    """The least time of each call, a function and its operands, when they take turns."""
+    programs = [(jax.jit(function).lower(*operands).compile(), operands) for function, *operands in calls]
+    least = [float("inf")] * len(programs)
+    for _ in range(_TURNS):
+        for i, (program, operands) in enumerate(programs):
+            start = time.perf_counter()
+            jax.block_until_ready(program(*operands))
+            least[i] = min(least[i], time.perf_counter() - start)
+    return least

@@ -55,8 +55,8 @@ class Quantized:
 
 
 def values_dtype() -> np.dtype:
-    """The dtype of 8-bit values that the default device multiplies fast: unsigned on CPU, see `cpu.whole_product`."""
-    return np.dtype(np.uint8 if jax.default_backend() == "cpu" else np.int8)
+    """The dtype of 8-bit values that is multiplied fast here: unsigned on most CPUs, see `cpu.unsigned_is_fast`."""
+    return np.dtype(np.uint8 if jax.default_backend() == "cpu" and cpu.unsigned_is_fast() else np.int8)
 
 
 def quantization_of(weight: Quantized) -> str:
@@ -182,13 +182,10 @@ def product(x: jax.Array, weight: Quantized) -> jax.Array:
 
 def _sum_of_products(x: jax.Array, weight: Quantized) -> jax.Array:
     """Whole-number product i32 [M, F] of x [M, D]."""
-    multiply = cpu.whole_product if jax.default_backend() == "cpu" else _dot
-    parts = _whole(weight, values_dtype())
+    dtype = values_dtype()
+    multiply = cpu.unsigned_product if dtype == np.uint8 else cpu.signed_product
+    parts = _whole(weight, dtype)
     return sum(multiply(*pair) for pair in zip(jnp.split(x, len(parts), axis=1), parts, strict=True))
-
-
-def _dot(a: jax.Array, b: jax.Array) -> jax.Array:
-    return lax.dot_general(a, b, (((1,), (1,)), ((), ())), preferred_element_type=jnp.int32)
 
 
 def _by_tiles(x: jax.Array, weight: Quantized, start: jax.Array) -> jax.Array:

@@ -56,7 +56,7 @@ def test_product_is_that_of_rounded_activations(weight, bits, num_rows):
 
 
 def test_a_large_weight_in_tiles_is_the_same_product(monkeypatch):
-    weight = jax.random.normal(jax.random.key(0), (512, 128))
+    weight = jax.random.normal(jax.random.key(0), (500, 128))  # the last tile overlaps the one before
     x = jax.random.normal(jax.random.key(1), (2, 128))
     few = quantized.quantize(weight, 4)
     at_once = quantized.product(x, few)
@@ -68,15 +68,21 @@ def test_a_large_weight_in_tiles_is_the_same_product(monkeypatch):
 def test_whole_products_are_exact_at_the_ends_of_their_range(num_rows):
     rng = np.random.default_rng(0)
     rows, numbers = (rng.choice([-128, -127, -1, 0, 1, 127], (count, 64)) for count in (num_rows, 24))
-    found = cpu.whole_product(jnp.asarray(rows, jnp.int8), jnp.asarray(numbers + 128, jnp.uint8))
+    found = cpu.unsigned_product(jnp.asarray(rows, jnp.int8), jnp.asarray(numbers + 128, jnp.uint8))
     np.testing.assert_array_equal(found, rows @ numbers.T)
 
 
-def test_signed_values_give_the_same_product_and_rows(weight):
+def test_signed_values_give_the_same_product_and_rows_on_any_processor(weight, monkeypatch):
     unsigned = quantized.quantize(weight, 8)
     signed = dataclasses.replace(unsigned, values=(unsigned.values.astype(jnp.int16) - 128).astype(jnp.int8))
     x = jax.random.normal(jax.random.key(0), (3, weight.shape[1]))
-    np.testing.assert_array_equal(quantized.product(x, signed), quantized.product(x, unsigned))
+    products = []
+    for fast in (True, False):
+        monkeypatch.setattr(cpu, "unsigned_is_fast", lambda fast=fast: fast)
+        products += [quantized.product(x, few) for few in (signed, unsigned)]
+        assert quantized.quantize(weight, 8).values.dtype == (jnp.uint8 if fast else jnp.int8)
+    for found in products:
+        np.testing.assert_array_equal(found, products[0])
     np.testing.assert_array_equal(quantized.rows_of(signed, jnp.arange(4)), quantized.rows_of(unsigned, jnp.arange(4)))
 
 
