@@ -23,7 +23,7 @@ _MEASURED = 2**24  # numbers in the weight that is measured
 _WIDTH = 2048  # inputs of that weight where any will do
 _TURNS = 5
 _CLEARLY = 1.15  # gain that is no accident, so that a second process decides alike and finds its programs compiled
-_CLIFF = 2.0  # gain with few rows that says that the other order has no fast kernel for this width at all
+_CLIFF = 2.0  # gain that says that the other way has no fast kernel at all
 
 # What XLA needs at least for its fastest kernels; bfloat16 has one for four rows since jax 0.11.
 _LEAST_ROWS = {"float32": 1, "int8": 2}
@@ -78,7 +78,7 @@ def unsigned_is_fast() -> bool:
         signed, unsigned = _seconds(
             [(signed_product, rows, jnp.zeros(shape, jnp.int8)), (unsigned_product, rows, jnp.zeros(shape, jnp.uint8))]
         )
-    return unsigned < signed
+    return unsigned < _CLIFF * signed  # so that other work meanwhile cannot turn the answer
 
 
 # lax.dot_general would widen operands of different dtypes before it multiplies them.

@@ -9,6 +9,7 @@ import pytest
 from paligemma_jax import checkpoints
 from paligemma_jax.checkpoints import packed, safetensors
 from paligemma_jax.errors import CheckpointError, ConfigError
+from paligemma_jax.models import cpu, quantized
 from paligemma_jax.models.quantized import Quantized
 
 
@@ -33,7 +34,7 @@ def test_a_cast_leaves_whole_numbers_alone(checkpoint, tmp_path):
     checkpoints.save(tmp_path, config, params, "float32")
     _, loaded = checkpoints.load(tmp_path, "float32")
     table, before = (tree["language_model"]["embed_tokens"]["weight"] for tree in (loaded, params))
-    assert table.dtype == np.float32 and table.values.dtype == np.uint8
+    assert table.dtype == np.float32 and table.values.dtype == quantized.values_dtype()
     np.testing.assert_array_equal(table.values, before.values)
     np.testing.assert_array_equal(table.scale, before.scale)
 
@@ -56,17 +57,20 @@ def rewrite(directory, change):
     safetensors.write(path, tensors)
 
 
-def test_signed_numbers_are_the_same_weights(checkpoint, tmp_path):
+@pytest.mark.parametrize("fast", [True, False])
+def test_signed_and_unsigned_numbers_are_read_as_the_processor_likes_them(checkpoint, tmp_path, monkeypatch, fast):
+    monkeypatch.setattr(cpu, "unsigned_is_fast", lambda: fast)
     config, params = checkpoints.load(checkpoint(), quantization="int8")
     checkpoints.save(tmp_path, config, params)
 
-    def sign(tensors):
-        for name, numbers in tensors.items():
-            if numbers.dtype == np.uint8:
-                tensors[name] = (numbers.astype(np.int16) - 128).astype(np.int8)
-        assert any(numbers.dtype == np.int8 for numbers in tensors.values())
+    def flip(tensors):
+        kind, other = (np.uint8, np.int8) if fast else (np.int8, np.uint8)
+        names = [name for name, numbers in tensors.items() if numbers.dtype == kind]
+        assert names
+        for name in names:
+            tensors[name] = (tensors[name].astype(np.int16) + (-128 if fast else 128)).astype(other)
 
-    rewrite(tmp_path, sign)
+    rewrite(tmp_path, flip)
     jax.tree.map(np.testing.assert_array_equal, checkpoints.load(tmp_path)[1], params)
 
 

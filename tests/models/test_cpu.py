@@ -52,3 +52,9 @@ def test_measuring_works_while_a_network_is_traced(monkeypatch):
     np.testing.assert_array_equal(jax.jit(linear)(x, weight), np.full((2, 8), 16.0))
     assert cpu._gain.cache_info().currsize == 1
     cpu._gain.cache_clear()
+
+
+@pytest.mark.parametrize("seconds, fast", [([1.0, 0.6], True), ([1.0, 1.3], True), ([1.0, 20.0], False)])
+def test_unsigned_products_are_left_where_there_is_no_kernel_for_them(monkeypatch, seconds, fast):
+    monkeypatch.setattr(cpu, "_seconds", lambda calls: seconds)
+    assert cpu.unsigned_is_fast.__wrapped__() == fast
