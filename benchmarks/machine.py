@@ -1,9 +1,12 @@
 """The machine of a benchmark: what it is, what it can do at best, and how much work a first token is."""
 
+import functools
 import importlib.metadata
+import json
 import math
 import os
 import platform
+import subprocess
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -15,6 +18,7 @@ from jax import lax
 
 from paligemma_jax import checkpoints
 from paligemma_jax.config import PaliGemmaConfig
+from paligemma_jax.errors import UserError
 from paligemma_jax.files import read_json, write_json, write_text
 
 _PACKAGES = ("jax", "jaxlib", "torch", "transformers")
@@ -30,6 +34,26 @@ def describe() -> dict[str, Any]:
         "python": platform.python_version(),
         **{name: _version(name) for name in _PACKAGES},
     }
+
+
+@functools.cache
+def their_versions(python: str) -> dict[str, str | None]:
+    """Versions of what theirs runs on, as its interpreter knows them; None for what it has not.
+
+    Raises:
+      UserError: this is no interpreter.
+    """
+    program = (
+        "import importlib.metadata, json, platform\n"
+        "names = {found.name for found in importlib.metadata.distributions()} & {'torch', 'transformers'}\n"
+        "found = {name: importlib.metadata.version(name) for name in names}\n"
+        "print(json.dumps({'torch': None, 'transformers': None, 'their_python': platform.python_version()} | found))"
+    )
+    try:
+        done = subprocess.run([python, "-c", program], capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError) as error:
+        raise UserError(f"--their-python {python}: {error}") from error
+    return json.loads(done.stdout)
 
 
 def keep(out: Path, name: str, entry: dict[str, Any], document: Callable[[dict[str, Any]], str]) -> None:

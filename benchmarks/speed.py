@@ -12,7 +12,6 @@ OUT.md the tables; a model that is measured again replaces its own part only.
 import argparse
 import dataclasses
 import datetime
-import functools
 import json
 import os
 import shutil
@@ -196,7 +195,7 @@ def benchmark(
     facts = workplace.write_inputs(max(*args.batch, captions))
     entry = {
         "date": datetime.date.today().isoformat(),
-        "machine": machine.describe() | _their_versions(args.their_python),
+        "machine": machine.describe() | machine.their_versions(args.their_python),
         "device": "",
         "settings": {
             "platform": args.platform,
@@ -301,31 +300,11 @@ def _columns(args: argparse.Namespace) -> list[Column]:
     ours = [Column("ours", mode) for mode in args.modes]
     if args.against == "none":
         return ours
-    versions = _their_versions(args.their_python)
+    versions = machine.their_versions(args.their_python)
     if missing := [name for name in ("torch", "transformers") if versions[name] is None]:
         note(f"{' and '.join(missing)} missing: nothing to compare with (pip install torch transformers)")
         return ours
     return [ours[0], Column("theirs", args.their_dtype), *ours[1:]]
-
-
-@functools.cache
-def _their_versions(python: str) -> dict[str, str | None]:
-    """Versions of what theirs runs on, as its interpreter knows them; None for what it has not.
-
-    Raises:
-      UserError: this is no interpreter.
-    """
-    program = (
-        "import importlib.metadata, json, platform\n"
-        "names = {found.name for found in importlib.metadata.distributions()} & {'torch', 'transformers'}\n"
-        "found = {name: importlib.metadata.version(name) for name in names}\n"
-        "print(json.dumps({'torch': None, 'transformers': None, 'their_python': platform.python_version()} | found))"
-    )
-    try:
-        done = subprocess.run([python, "-c", program], capture_output=True, text=True, check=True)
-    except (OSError, subprocess.CalledProcessError) as error:
-        raise UserError(f"--their-python {python}: {error}") from error
-    return json.loads(done.stdout)
 
 
 def _models(args: argparse.Namespace) -> dict[str, Path]:

@@ -58,10 +58,8 @@ class Packed:
     def read(self, dtype: np.dtype, advance: Callable[[int], None], place: Callable[[Any], Any]) -> Quantized:
         """The weight, each part read once and passed to `place`; it stands for numbers of `dtype`."""
         arrays = [safetensors.read(tensor, None, advance) for tensor in self._parts()]
-        if self.multiplier is None and arrays[0].dtype != (wanted := quantized.values_dtype()):
-            flipped = safetensors.empty_aligned(self.shape, wanted)
-            np.bitwise_xor(arrays[0].view(np.uint8), 128, out=flipped.view(np.uint8))
-            arrays[0] = flipped
+        if self.multiplier is None:
+            arrays[0] = quantized.as_values(arrays[0], quantized.values_dtype())
         parts = [place(array) for array in arrays]
         return Quantized(*parts, *[None] * (3 - len(parts)), dtype)
 

@@ -1,4 +1,5 @@
-"""Products on CPU: how fast XLA is depends on which operand goes left, on the number of rows, and on its version.
+"""Products with weights, arranged for the CPU: how fast XLA is there depends on which operand goes left, on the number
+of rows, and on its version. Elsewhere they are what they seem.
 
 Axes: M rows, F outputs, D inputs.
 """
@@ -41,13 +42,14 @@ def _at_least(rows: jax.Array) -> jax.Array:
 def product(rows: jax.Array, weight: jax.Array) -> jax.Array:
     """Rows [M, D] times a weight [F, D] of the same dtype, summed in float32: [M, F]."""
     num_rows = rows.shape[0]
-    order = _weight_first if weight_first(weight, num_rows) else dot
+    order = _weight_first if weight_first(weight, num_rows) else _dot
     return order(_at_least(rows), weight)[:num_rows]
 
 
-def dot(a: jax.Array, b: jax.Array) -> jax.Array:
-    """Rows of `a` [A, D] times rows of `b` [B, D], summed in float32: [A, B]."""
-    return lax.dot_general(a, b, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32)
+def _dot(a: jax.Array, b: jax.Array) -> jax.Array:
+    """Rows of `a` [A, D] times rows of `b` [B, D], summed in float32, or in i32 if they are i8: [A, B]."""
+    sums = jnp.int32 if a.dtype == jnp.int8 else jnp.float32
+    return lax.dot_general(a, b, (((1,), (1,)), ((), ())), preferred_element_type=sums)
 
 
 @jax.jit
@@ -55,7 +57,8 @@ def unsigned_product(rows: jax.Array, weight: jax.Array) -> jax.Array:
     """Rows i8 [M, D] times a weight of whole numbers plus 128, u8 [F, D]: what the numbers alone give, i32 [M, F].
 
     Where `unsigned_is_fast`, XLA takes the weight as it lies. Of two signed operands it first shifts the left one or
-    transposes the right one, which makes few rows take 1.2 to 3 times as long (benchmarks/results/products.md).
+    transposes the right one: few rows take 1.1 to 4 times as long so, many between 0.8 and 2 times
+    (benchmarks/results/products.md).
     """
     y = lax.optimization_barrier(_dot_unsigned_p.bind(weight, _at_least(rows))).T  # or XLA would turn it round
     return y[: len(rows)] - 128 * jnp.sum(rows, axis=1, keepdims=True, dtype=jnp.int32)
@@ -63,15 +66,14 @@ def unsigned_product(rows: jax.Array, weight: jax.Array) -> jax.Array:
 
 def signed_product(rows: jax.Array, weight: jax.Array) -> jax.Array:
     """Rows i8 [M, D] times a weight of whole numbers i8 [F, D]: i32 [M, F]."""
-    y = lax.dot_general(_at_least(rows), weight, (((1,), (1,)), ((), ())), preferred_element_type=jnp.int32)
-    return y[: len(rows)]
+    return _dot(_at_least(rows), weight)[: len(rows)]
 
 
 @functools.cache
 def unsigned_is_fast() -> bool:
-    """Whether this processor multiplies unsigned weights fast: those with 8-bit dot-product instructions do (VNNI).
+    """Whether XLA has a kernel for unsigned weights here, as where there are 8-bit dot-product instructions (VNNI).
 
-    On others XLA has no kernel for them and takes many times as long as for signed ones. Measured once in a process.
+    Measured, once in a process: without one it takes many times as long as for signed weights.
     """
     with jax.ensure_compile_time_eval():
         rows, shape = jnp.zeros((4, _WIDTH), jnp.int8), (_MEASURED // _WIDTH, _WIDTH)
@@ -101,18 +103,18 @@ mlir.register_lowering(_dot_unsigned_p, _lower_dot_unsigned)
 
 
 def _weight_first(rows: jax.Array, weight: jax.Array) -> jax.Array:
-    """The same as `dot`; XLA would turn it round again if it saw what becomes of the product."""
-    return lax.optimization_barrier(dot(weight, rows)).T
+    """The same as `_dot`; XLA would turn it round again if it saw what becomes of the product."""
+    return lax.optimization_barrier(_dot(weight, rows)).T
 
 
 def weight_first(weight: Any, num_rows: int) -> bool:
     """Whether rows times a weight [F, D], an array or its shape, are fastest with the weight as the left operand.
 
-    The wrong order takes 2.5 times as long in float32 and up to 7 times in bfloat16 (benchmarks/results/products.md);
-    which one that is differs between processors, versions of XLA and widths, so it is measured, once in a process for
-    each width of a large weight.
+    The wrong order takes 2 to 4 times as long in float32, up to 6 in bfloat16 (benchmarks/results/products.md). Which
+    one that is differs between processors, versions of XLA and widths: it is measured, once in a process for each width
+    of a large weight.
     """
-    if weight.size < _LARGE:
+    if jax.default_backend() != "cpu" or weight.size < _LARGE:
         return False
     return _gain(jnp.dtype(weight.dtype), weight.shape[1]) > (_CLEARLY if num_rows <= _FEW_ROWS else _CLIFF)
 
@@ -120,7 +122,7 @@ def weight_first(weight: Any, num_rows: int) -> bool:
 def measure(params: Any) -> None:
     """Measure what will be asked about some parameters: now, because nothing else runs."""
     for leaf in jax.tree.leaves(params):
-        if jax.default_backend() == "cpu" and leaf.ndim == 2 and jnp.issubdtype(leaf.dtype, jnp.floating):
+        if leaf.ndim == 2 and jnp.issubdtype(leaf.dtype, jnp.floating):
             weight_first(leaf, 1)
 
 
@@ -129,7 +131,7 @@ def _gain(dtype: np.dtype, width: int) -> float:
     """How many times faster few rows are multiplied with a weight of this width on the left than on the right."""
     with jax.ensure_compile_time_eval():  # the answer may be needed while a network is traced
         weight, rows = jnp.zeros((_MEASURED // width, width), dtype), _at_least(jnp.zeros((2, width), dtype))
-        right, left = _seconds([(dot, rows, weight), (_weight_first, rows, weight)])
+        right, left = _seconds([(_dot, rows, weight), (_weight_first, rows, weight)])
     return right / left
 
 

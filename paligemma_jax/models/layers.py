@@ -23,10 +23,8 @@ def linear(x: jax.Array, weight: jax.Array | Quantized) -> jax.Array:
     rows = x.reshape(-1, x.shape[-1])
     if isinstance(weight, Quantized):
         y = quantized.product(rows, weight)
-    elif jax.default_backend() == "cpu":
-        y = cpu.product(rows.astype(weight.dtype), weight)
     else:
-        y = cpu.dot(rows.astype(weight.dtype), weight)
+        y = cpu.product(rows.astype(weight.dtype), weight)
     return y.reshape(*x.shape[:-1], weight.shape[0])
 
 
@@ -49,7 +47,7 @@ def parameter(
 
 
 def run_layer(layer: nn.Module, *args: Any) -> Any:
-    """Call one of many layers that are alike but for their weights: it is traced once for all, half of a warm start."""
+    """Call one of many layers that are alike but for their weights: it is traced once for all."""
     if layer.is_initializing():
         return layer(*args)
     return _applied(layer.clone(parent=None, name=None), layer.variables["params"], *args)

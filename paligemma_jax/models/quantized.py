@@ -79,7 +79,7 @@ def abstract(weight: jax.ShapeDtypeStruct, bits: int) -> Quantized:
 
 def _quantize_8(weight: jax.Array) -> Quantized:
     scale = _scale(_largest(weight, weight.shape[1]), _MOST_8)
-    return Quantized(_as_values(_rounded_8(weight, scale), values_dtype()), scale, None, weight.dtype)
+    return Quantized(as_values(_rounded_8(weight, scale), values_dtype()), scale, None, weight.dtype)
 
 
 def _quantize_4(weight: jax.Array) -> Quantized:
@@ -130,7 +130,7 @@ def _packed_4(numbers: jax.Array) -> jax.Array:
 
 
 @functools.partial(jax.jit, static_argnums=1)
-def _as_values(numbers: jax.Array, dtype: np.dtype) -> jax.Array:
+def as_values(numbers: jax.Array, dtype: np.dtype) -> jax.Array:
     """Numbers as i8, or plus 128 as u8, in the other of these forms if it is not theirs already."""
     if numbers.dtype == dtype:
         return numbers
@@ -143,13 +143,13 @@ def _whole(weight: Quantized, dtype: np.dtype) -> list[jax.Array]:
     The halves of the 4-bit form stay apart: putting them together would take longer than multiplying them.
     """
     if weight.multiplier is None:
-        return [_as_values(weight.values, dtype)]
+        return [as_values(weight.values, dtype)]
     numbers = weight.values & 15, weight.values >> 4
     multipliers = jnp.split(weight.multiplier, 2, axis=1)
 
     def half(numbers: jax.Array, multiplier: jax.Array) -> jax.Array:
         grouped = (numbers.astype(jnp.int8) - jnp.int8(8)).reshape(*multiplier.shape, -1)
-        return _as_values((grouped * multiplier[:, :, None]).reshape(numbers.shape), dtype)
+        return as_values((grouped * multiplier[:, :, None]).reshape(numbers.shape), dtype)
 
     return [half(*pair) for pair in zip(numbers, multipliers, strict=True)]
 

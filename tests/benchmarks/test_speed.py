@@ -50,7 +50,7 @@ def command(tmp_path, monkeypatch):
 
 @pytest.fixture
 def with_torch(monkeypatch):
-    monkeypatch.setattr(speed, "_their_versions", lambda python: {"torch": "2", "transformers": "5"})
+    monkeypatch.setattr(speed.machine, "their_versions", lambda python: {"torch": "2", "transformers": "5"})
 
 
 def test_columns_take_turns_and_a_failed_one_is_left_out(jobs, command, with_torch):
@@ -87,14 +87,14 @@ def test_a_model_that_is_measured_again_replaces_its_own_part_only(jobs, command
 
 
 def test_without_torch_there_is_nothing_to_compare_with(jobs, command, monkeypatch, capsys):
-    monkeypatch.setattr(speed, "_their_versions", lambda python: {"torch": None, "transformers": "5"})
+    monkeypatch.setattr(speed.machine, "their_versions", lambda python: {"torch": None, "transformers": "5"})
     _, found = command("--modes=bf16", "--repeats=1")
     assert list(found["tiny"]["samples"]) == ["ours bf16"]
     assert "torch missing: nothing to compare with" in capsys.readouterr().err
 
 
 def test_their_interpreter_is_asked_for_its_versions(command, jobs, tmp_path, capsys):
-    assert speed._their_versions(sys.executable)["their_python"] == platform.python_version()
+    assert speed.machine.their_versions(sys.executable)["their_python"] == platform.python_version()
     assert command("--modes=bf16", f"--their-python={tmp_path / 'none'}") == (1, {})
     assert "--their-python" in capsys.readouterr().err
 
