@@ -50,7 +50,7 @@ def load(
     processor = Processor(config, tokenizer, ImageSettings.from_dir(directory, config.vision.image_size))
     masks = _find_mask_vae(directory, mask_vae)
     model = PaliGemma(config, checkpoints.abstract(contents, dtype, quantization), processor, masks, directory)
-    cpu.measure(model.params)
+    cpu.measure(model.params["language_model"])
     with ThreadPoolExecutor(1) as pool:
         prepared = pool.submit(prepare, model) if prepare else None
         _, params = checkpoints.load(contents, dtype, quantization=quantization)

@@ -9,6 +9,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from paligemma_jax.compiling import compiled
+
 
 @dataclasses.dataclass(frozen=True)
 class Timing:
@@ -39,10 +41,10 @@ class Clock:
         """function(params, *args, **static), finished; a program that is new is compiled apart first."""
         start = time.perf_counter()
         program = self._program(function, params, args, static)
-        compiled = time.perf_counter()
+        ready = time.perf_counter()
         result = jax.block_until_ready(program(params, *args))
-        self._compile_s += compiled - start
-        self._run_s.setdefault(function.__name__, []).append(time.perf_counter() - compiled)
+        self._compile_s += ready - start
+        self._run_s.setdefault(function.__name__, []).append(time.perf_counter() - ready)
         self._decode_steps += static.get("num_steps", 0)
         return result
 
@@ -52,7 +54,7 @@ class Clock:
         leaves, structure = jax.tree.flatten(args)
         key = (function, structure, tuple((leaf.shape, leaf.dtype) for leaf in leaves), tuple(static.items()))
         if key not in self._programs:
-            self._programs[key] = function.lower(params, *args, **static).compile()
+            self._programs[key] = compiled(function, params, *args, **static)
         return self._programs[key]
 
     def add_steps(self, count: int) -> None:

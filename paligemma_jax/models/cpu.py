@@ -1,12 +1,12 @@
 """Products with weights, arranged for the CPU: how fast XLA is there depends on which operand goes left, on the number
 of rows, and on its version. Elsewhere they are what they seem.
 
+Which way is fast is measured, not guessed, once on each kind of processor (`measured`).
+
 Axes: M rows, F outputs, D inputs.
 """
 
 import functools
-import time
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -18,13 +18,15 @@ from jax.extend.mlir import ir
 from jax.extend.mlir.dialects import stablehlo
 from jax.interpreters import mlir
 
+from paligemma_jax.models import measured, one_row
+
 _FEW_ROWS = 16  # at most so many, a product is bound by reading the weight
 _LARGE = 2**23  # numbers in a weight that no cache holds
 _MEASURED = 2**24  # numbers in the weight that is measured
 _WIDTH = 2048  # inputs of that weight where any will do
-_TURNS = 5
-_CLEARLY = 1.15  # gain that is no accident, so that a second process decides alike and finds its programs compiled
-_CLIFF = 2.0  # gain that says that the other way has no fast kernel at all
+_CLEARLY = 1.15  # gain that is no accident
+_CLIFF = 2.0  # gain that says that the other way has no fast kernel for many rows
+_NO_KERNEL = 5.0  # gain that says so for a few, whatever other work there was meanwhile
 
 # What XLA needs at least for its fastest kernels; bfloat16 has one for four rows since jax 0.11.
 _LEAST_ROWS = {"float32": 1, "int8": 2}
@@ -42,6 +44,8 @@ def _at_least(rows: jax.Array) -> jax.Array:
 def product(rows: jax.Array, weight: jax.Array) -> jax.Array:
     """Rows [M, D] times a weight [F, D] of the same dtype, summed in float32: [M, F]."""
     num_rows = rows.shape[0]
+    if num_rows == 1 and looped(weight):
+        return one_row.product(rows[0], weight)[None]
     order = _weight_first if weight_first(weight, num_rows) else _dot
     return order(_at_least(rows), weight)[:num_rows]
 
@@ -73,14 +77,17 @@ def signed_product(rows: jax.Array, weight: jax.Array) -> jax.Array:
 def unsigned_is_fast() -> bool:
     """Whether XLA has a kernel for unsigned weights here, as where there are 8-bit dot-product instructions (VNNI).
 
-    Measured, once in a process: without one it takes many times as long as for signed weights.
+    Without one it takes many times as long as for signed weights.
     """
-    with jax.ensure_compile_time_eval():
+
+    def calls() -> list[measured.Call]:
         rows, shape = jnp.zeros((4, _WIDTH), jnp.int8), (_MEASURED // _WIDTH, _WIDTH)
-        signed, unsigned = _seconds(
-            [(signed_product, rows, jnp.zeros(shape, jnp.int8)), (unsigned_product, rows, jnp.zeros(shape, jnp.uint8))]
-        )
-    return unsigned < _CLIFF * signed  # so that other work meanwhile cannot turn the answer
+        signed, unsigned = (jnp.zeros(shape, dtype) for dtype in (jnp.int8, jnp.uint8))
+        return [(signed_product, rows, signed), (unsigned_product, rows, unsigned)]
+
+    with jax.ensure_compile_time_eval():
+        signed, unsigned = measured.remembered("unsigned weights", calls)
+    return unsigned < _NO_KERNEL * signed
 
 
 # lax.dot_general would widen operands of different dtypes before it multiplies them.
@@ -111,12 +118,24 @@ def weight_first(weight: Any, num_rows: int) -> bool:
     """Whether rows times a weight [F, D], an array or its shape, are fastest with the weight as the left operand.
 
     The wrong order takes 2 to 4 times as long in float32, up to 6 in bfloat16 (benchmarks/results/products.md). Which
-    one that is differs between processors, versions of XLA and widths: it is measured, once in a process for each width
-    of a large weight.
+    one that is differs between processors, versions of XLA and widths.
     """
     if jax.default_backend() != "cpu" or weight.size < _LARGE:
         return False
-    return _gain(jnp.dtype(weight.dtype), weight.shape[1]) > (_CLEARLY if num_rows <= _FEW_ROWS else _CLIFF)
+    right, left = _seconds(jnp.dtype(weight.dtype), weight.shape[1])[:2]
+    return right > left * (_CLEARLY if num_rows <= _FEW_ROWS else _CLIFF)
+
+
+def looped(weight: Any) -> bool:
+    """Whether a single row times a weight [F, D], an array or its shape, is fastest as `one_row.product`."""
+    if jax.default_backend() != "cpu" or weight.size < one_row.WORTH or not _has_loop(weight.dtype, weight.shape[1]):
+        return False
+    right, left, loop = _seconds(jnp.dtype(weight.dtype), weight.shape[1])
+    return min(right, left) > loop * _CLEARLY
+
+
+def _has_loop(dtype: np.dtype, width: int) -> bool:
+    return dtype in (jnp.bfloat16, jnp.float16) and one_row.fits(width)
 
 
 def measure(params: Any) -> None:
@@ -124,24 +143,17 @@ def measure(params: Any) -> None:
     for leaf in jax.tree.leaves(params):
         if leaf.ndim == 2 and jnp.issubdtype(leaf.dtype, jnp.floating):
             weight_first(leaf, 1)
+            looped(leaf)
 
 
 @functools.cache
-def _gain(dtype: np.dtype, width: int) -> float:
-    """How many times faster few rows are multiplied with a weight of this width on the left than on the right."""
-    with jax.ensure_compile_time_eval():  # the answer may be needed while a network is traced
+def _seconds(dtype: np.dtype, width: int) -> list[float]:
+    """What few rows times a weight of this width take with it on the right, on the left, and one row in a loop."""
+
+    def calls() -> list[measured.Call]:
         weight, rows = jnp.zeros((_MEASURED // width, width), dtype), _at_least(jnp.zeros((2, width), dtype))
-        right, left = _seconds([(_dot, rows, weight), (_weight_first, rows, weight)])
-    return right / left
+        loop = [(one_row.product, rows[0], weight)] if _has_loop(dtype, width) else []
+        return [(_dot, rows, weight), (_weight_first, rows, weight), *loop]
 
-
-def _seconds(calls: list[tuple[Callable[..., jax.Array], jax.Array, jax.Array]]) -> list[float]:
-    """The least time of each call, a function and its operands, when they take turns."""
-    programs = [(jax.jit(function).lower(*operands).compile(), operands) for function, *operands in calls]
-    least = [float("inf")] * len(programs)
-    for _ in range(_TURNS):
-        for i, (program, operands) in enumerate(programs):
-            start = time.perf_counter()
-            jax.block_until_ready(program(*operands))
-            least[i] = min(least[i], time.perf_counter() - start)
-    return least
+    with jax.ensure_compile_time_eval():  # the answer may be needed while a network is traced
+        return measured.remembered(f"{dtype.name} weights of {width} inputs", calls)

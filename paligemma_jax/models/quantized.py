@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from paligemma_jax.models import cpu
+from paligemma_jax.models import cpu, one_row
 
 BITS = {"int8": 8, "int4": 4}
 
@@ -166,17 +166,19 @@ def rows_of(weight: jax.Array | Quantized, index: jax.Array) -> jax.Array:
 def product(x: jax.Array, weight: Quantized) -> jax.Array:
     """Activations [M, D] times a weight: float32 [M, F].
 
-    Each row is rounded to 8 bits with a scale of its own, sums are exact.
+    Each row is rounded to 8 bits with a scale of its own; sums are exact, or float32 for a single row in 4 bits.
     """
     x = x.astype(jnp.float32)
     scale = jnp.maximum(jnp.max(jnp.abs(x), axis=1, keepdims=True), 1e-30) / _MOST_8
     rounded = jnp.round(x / scale).astype(jnp.int8)
-    if weight.multiplier is not None and jax.default_backend() == "cpu":
+    if weight.multiplier is None or jax.default_backend() != "cpu":
+        y = _sum_of_products(rounded, weight)
+    elif len(x) == 1 and weight.size >= one_row.WORTH:
+        y = one_row.packed_product(rounded[0].astype(jnp.float32), weight.values, weight.multiplier)[None]
+    else:
         # The loop starts with numbers made from x, or XLA would make room for the results of all layers at once.
         start = jnp.broadcast_to((0.0 * scale).astype(jnp.int32), (x.shape[0], weight.shape[0]))
         y = _by_tiles(rounded, weight, start)
-    else:
-        y = _sum_of_products(rounded, weight)
     return y.astype(jnp.float32) * scale * weight.scale[None]
 
 
