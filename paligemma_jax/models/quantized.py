@@ -129,12 +129,15 @@ def _packed_4(numbers: jax.Array) -> jax.Array:
     return low | high << 4
 
 
-@functools.partial(jax.jit, static_argnums=1)
 def as_values(numbers: jax.Array, dtype: np.dtype) -> jax.Array:
-    """Numbers as i8, or plus 128 as u8, in the other of these forms if it is not theirs already."""
-    if numbers.dtype == dtype:
-        return numbers
-    return lax.bitcast_convert_type(lax.bitcast_convert_type(numbers, jnp.uint8) ^ jnp.uint8(128), dtype)
+    """Numbers as i8, or plus 128 as u8, in the other of these forms; the array itself if it is in this one already."""
+    return numbers if numbers.dtype == dtype else _flipped(numbers)
+
+
+@jax.jit
+def _flipped(numbers: jax.Array) -> jax.Array:
+    other = jnp.uint8 if numbers.dtype == jnp.int8 else jnp.int8
+    return lax.bitcast_convert_type(lax.bitcast_convert_type(numbers, jnp.uint8) ^ jnp.uint8(128), other)
 
 
 def _whole(weight: Quantized, dtype: np.dtype) -> list[jax.Array]:
