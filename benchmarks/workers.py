@@ -74,6 +74,7 @@ class Ours:
         from paligemma_jax.generation import engine
         from paligemma_jax.runs import environment
 
+        environment.collect_garbage_seldom()
         environment.select_platform(ConfigDict({"platform": job["platform"]}))
         environment.enable_compilation_cache()
         report("imports_s")

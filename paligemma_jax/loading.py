@@ -29,8 +29,8 @@ def load(
     Args:
       path: Hugging Face directory, hub id, or big_vision .npz with tokenizer.model beside it.
       dtype: "bfloat16", "float16" or "float32", of the parameters and activations.
-      quantization: "int8" or "int4" rounds the decoder's weights as they are read; None takes them as they are. A
-        checkpoint that was written quantized needs nothing here.
+      quantization: "int8" or "int4" rounds the decoder's weights as they are read, and the image encoder's to 8 bits;
+        None takes them as they are. A checkpoint that was written quantized needs nothing here.
       mask_vae: file of the mask VQ-VAE; by default vae-oid.npz beside the model, else $PALIGEMMA_MASK_VAE.
       prepare: called with the model, whose parameters are only shapes yet, while the weights are read:
         `lambda model: model.compile(...)` for what will be asked first.

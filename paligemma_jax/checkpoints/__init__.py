@@ -46,7 +46,7 @@ def load(
       progress: report a slow load on stderr.
       place: called with the path and the array of each parameter once it is read, to put it where it belongs.
       config: as for `scan`.
-      quantization: "int8" or "int4", to round the decoder's weights as they come; None takes them as they are.
+      quantization: "int8" or "int4", to round weights as they come (`packed.bits_of`); None takes them as they are.
     Raises:
       ConfigError, CheckpointError: nothing is read unless the whole fits.
     """
@@ -62,17 +62,15 @@ def abstract(contents: Contents, dtype: str, quantization: str | None = None) ->
     """What `load` will give, as shapes and dtypes only."""
     target = safetensors.dtype_named(dtype)
     _check_quantization(quantization, contents)
-    bits = quantized.BITS[quantization] if quantization else None
     tensors = contents.tensors if isinstance(contents, huggingface.Contents) else {}
 
     def leaf(path: str, shape: tuple[int, ...]) -> Any:
         tensor = tensors.get(path)
         if isinstance(tensor, packed.Packed):
-            return tensor.abstract(target)
+            return tensor.abstract(path, target)
         struct = jax.ShapeDtypeStruct(shape, target)
-        if bits is None or not packed.is_quantized(path):
-            return struct
-        return quantized.abstract(struct, bits)
+        bits = packed.bits_of(path, quantization) if quantization else None
+        return struct if bits is None else quantized.abstract(struct, bits, packed.rounds(path))
 
     shapes = expected_shapes(contents.config)
     return unflatten_dict({path: leaf(path, shape) for path, shape in shapes.items()}, sep="/")
@@ -88,14 +86,14 @@ def _check_quantization(name: str | None, contents: Contents) -> None:
 
 
 def _quantizing(name: str, place: Place) -> Place:
-    """`place` with the decoder's weights rounded on their way."""
+    """`place` with weights rounded on their way."""
 
     def rounded(path: str, array: Any) -> Any:
-        if not packed.is_quantized(path):
+        bits = packed.bits_of(path, name)
+        if bits is None:
             return place(path, array)
-        return jax.tree.map(
-            lambda part: place(f"{path}/part", part), quantized.quantize(jax.device_put(array), quantized.BITS[name])
-        )
+        weight = quantized.quantize(jax.device_put(array), bits, packed.rounds(path))
+        return jax.tree.map(lambda part: place(f"{path}/part", part), weight)
 
     return rounded
 

@@ -87,7 +87,8 @@ class Contents:
     @property
     def quantization(self) -> str | None:
         """ "int8" or "int4" when it holds quantized weights."""
-        return next((tensor.bits for tensor in self.tensors.values() if isinstance(tensor, packed.Packed)), None)
+        found = {tensor.bits for tensor in self.tensors.values() if isinstance(tensor, packed.Packed)}
+        return min(found, default=None)  # with 4 bits there are always some of 8
 
 
 def key_of(path: str, version: int) -> str:
@@ -225,7 +226,7 @@ def load(
             tensor = contents.tensors[path]
             if isinstance(tensor, packed.Packed):
                 numbers = target or np.dtype(ml_dtypes.bfloat16)
-                return tensor.read(numbers, advance, lambda part: place(f"{path}/part", part))
+                return tensor.read(path, numbers, advance, place)
             return place(path, safetensors.read(tensor, target, advance))
 
         # The largest first: what it takes to quantize them is gone before the others fill the memory.
@@ -283,7 +284,7 @@ def save(
     if processor_from:
         copy_processor(processor_from, directory)
     stored = target or Counter(array.dtype for array in flat.values()).most_common(1)[0][0]
-    bits = next((quantization_of(leaf) for leaf in flat.values() if isinstance(leaf, Quantized)), None)
+    bits = min((quantization_of(leaf) for leaf in flat.values() if isinstance(leaf, Quantized)), default=None)
     files.write_json(directory / CONFIG, config_json.to_json(config, stored.name, bits))
 
 

@@ -20,7 +20,8 @@ from paligemma_jax.models import quantized
 from paligemma_jax.models.quantized import Quantized
 
 _SCALE, _PACKED, _MULTIPLIER = ".weight_scale", ".weight_packed", ".weight_multiplier"
-_QUANTIZED = re.compile(r"language_model/(layers_\d+/.*_proj|embed_tokens)/weight")
+_DECODER = re.compile(r"language_model/(layers_\d+/.*_proj|embed_tokens)/weight")
+_ENCODER = re.compile(r"vision_tower/layers_\d+/.*(_proj|fc\d)/weight")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,25 +49,41 @@ class Packed:
     def _parts(self) -> list[safetensors.Tensor]:
         return [tensor for tensor in (self.values, self.scale, self.multiplier) if tensor is not None]
 
-    def abstract(self, dtype: np.dtype) -> Quantized:
-        """The weight as shapes and dtypes only."""
+    def abstract(self, path: str, dtype: np.dtype) -> Quantized:
+        """The weight of a parameter as shapes and dtypes only."""
         parts = [jax.ShapeDtypeStruct(tensor.shape, tensor.stored) for tensor in self._parts()]
         if self.multiplier is None:
             parts[0] = jax.ShapeDtypeStruct(self.shape, quantized.values_dtype())
-        return Quantized(*parts, *[None] * (3 - len(parts)), dtype)
+        return Quantized(*parts, *[None] * (3 - len(parts)), dtype, rounds(path))
 
-    def read(self, dtype: np.dtype, advance: Callable[[int], None], place: Callable[[Any], Any]) -> Quantized:
-        """The weight, each part read once and passed to `place`; it stands for numbers of `dtype`."""
+    def read(
+        self, path: str, dtype: np.dtype, advance: Callable[[int], None], place: Callable[[str, Any], Any]
+    ) -> Quantized:
+        """The weight of a parameter, each part read once and passed to `place`; it stands for numbers of `dtype`."""
         arrays = [safetensors.read(tensor, None, advance) for tensor in self._parts()]
         if self.multiplier is None:
             arrays[0] = quantized.as_values(arrays[0], quantized.values_dtype())
-        parts = [place(array) for array in arrays]
-        return Quantized(*parts, *[None] * (3 - len(parts)), dtype)
+        parts = [place(f"{path}/part", array) for array in arrays]
+        return Quantized(*parts, *[None] * (3 - len(parts)), dtype, rounds(path))
 
 
-def is_quantized(path: str) -> bool:
-    """Whether quantizing a model means this parameter: every product of the decoder, and the table."""
-    return _QUANTIZED.fullmatch(path) is not None
+def bits_of(path: str, quantization: str) -> int | None:
+    """The bits that "int8" or "int4" gives a parameter, None where it stays as it is.
+
+    Every product of the decoder has them, and the table. Those of the image encoder, a small part of the weights, have
+    8 always.
+    """
+    if _DECODER.fullmatch(path):
+        return quantized.BITS[quantization]
+    return quantized.BITS["int8"] if _ENCODER.fullmatch(path) else None
+
+
+def rounds(path: str) -> bool:
+    """Whether activations take 8 bits too, to be multiplied with a parameter that is quantized.
+
+    Those of the image encoder do not: a few of them are so large that nothing would remain of the others.
+    """
+    return _ENCODER.fullmatch(path) is None
 
 
 def gather(tensors: Mapping[str, safetensors.Tensor], source: Path) -> dict[str, safetensors.Tensor | Packed]:

@@ -9,6 +9,8 @@ from jax import lax
 
 from paligemma_jax.models.layers import soft_cap
 
+Rotation = tuple[jax.Array, jax.Array]  # sines and cosines of the angles, each f32 [B, T, 1, H / 2]
+
 _MASKED = -2.3819763e38  # finite, so that a row that sees nothing stays free of NaN
 
 
@@ -41,12 +43,17 @@ def prefix_lm_mask(
     return sees & (key < length[:, None, None])
 
 
-def rope(x: jax.Array, positions: jax.Array, theta: float) -> jax.Array:
-    """Rotate the halves of each head [B, T, N, H] by its position [B, T], in float32 (arXiv 2104.09864)."""
-    half = x.shape[-1] // 2
+def rotation(positions: jax.Array, head_dim: int, theta: float) -> Rotation:
+    """Sines and cosines that turn the halves of a head at positions [B, T] (arXiv 2104.09864)."""
+    half = head_dim // 2
     frequency = theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
     angle = positions[:, :, None, None].astype(jnp.float32) * frequency[None, None, None, :]
-    sin, cos = jnp.sin(angle), jnp.cos(angle)
+    return lax.optimization_barrier((jnp.sin(angle), jnp.cos(angle)))  # or every layer would work them out again
+
+
+def rope(x: jax.Array, turn: Rotation) -> jax.Array:
+    """Rotate the halves of each head [B, T, N, H] by its position, in float32."""
+    sin, cos = turn
     first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
     return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
 

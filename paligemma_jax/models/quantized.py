@@ -36,12 +36,14 @@ class Quantized:
     scale: f32 [F].
     multiplier: i8 [F, G] of the 4-bit form, else None.
     dtype: of the numbers that it stands for.
+    rounds: whether activations are rounded to 8 bits to be multiplied with it; else the numbers take `dtype`.
     """
 
     values: jax.Array
     scale: jax.Array
     multiplier: jax.Array | None
     dtype: jnp.dtype = dataclasses.field(metadata={"static": True})
+    rounds: bool = dataclasses.field(default=True, metadata={"static": True})
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -64,14 +66,14 @@ def quantization_of(weight: Quantized) -> str:
     return "int8" if weight.multiplier is None else "int4"
 
 
-def quantize(weight: jax.Array, bits: int) -> Quantized:
+def quantize(weight: jax.Array, bits: int, rounds: bool = True) -> Quantized:
     """Round a weight [F, D] to the nearest of 8 bits, one scale per output, or of 4 bits in groups of inputs."""
-    return _QUANTIZE[bits](weight)
+    return dataclasses.replace(_QUANTIZE[bits](weight), rounds=rounds)
 
 
-def abstract(weight: jax.ShapeDtypeStruct, bits: int) -> Quantized:
+def abstract(weight: jax.ShapeDtypeStruct, bits: int, rounds: bool = True) -> Quantized:
     """What `quantize` gives, as shapes and dtypes only."""
-    return jax.eval_shape(_QUANTIZE[bits], weight)
+    return dataclasses.replace(jax.eval_shape(_QUANTIZE[bits], weight), rounds=rounds)
 
 
 # What follows is compiled in parts: as one program, XLA on CPU works the largest values out again for every number.
@@ -169,8 +171,13 @@ def rows_of(weight: jax.Array | Quantized, index: jax.Array) -> jax.Array:
 def product(x: jax.Array, weight: Quantized) -> jax.Array:
     """Activations [M, D] times a weight: float32 [M, F].
 
-    Each row is rounded to 8 bits with a scale of its own; sums are exact, or float32 for a single row in 4 bits.
+    Each row is rounded to 8 bits with a scale of its own; sums are exact, or float32 for a single row in 4 bits. A
+    weight that does not round is multiplied as numbers of its dtype, which has room for all of its whole ones.
     """
+    if not weight.rounds:
+        x, values = lax.optimization_barrier((x, weight.values))  # or all weights of a network would be widened at once
+        numbers = jnp.concatenate(_whole(dataclasses.replace(weight, values=values), np.dtype(np.int8)), axis=1)
+        return cpu.product(x.astype(weight.dtype), numbers.astype(weight.dtype)) * weight.scale[None]
     x = x.astype(jnp.float32)
     scale = jnp.maximum(jnp.max(jnp.abs(x), axis=1, keepdims=True), 1e-30) / _MOST_8
     rounded = jnp.round(x / scale).astype(jnp.int8)

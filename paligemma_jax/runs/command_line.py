@@ -49,6 +49,7 @@ def main(arguments: Sequence[str], default_config: Path) -> int:
         name = one_of(config, "run", RUNS)
         if not debug:
             environment.quiet()
+        environment.collect_garbage_seldom()
         environment.select_platform(config)
         if config.compilation_cache:
             environment.enable_compilation_cache()

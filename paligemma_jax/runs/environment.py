@@ -1,6 +1,7 @@
 """The process around a run: platform, compilation cache, silence, profile, and what a lack of memory means."""
 
 import contextlib
+import gc
 import logging
 import os
 import tempfile
@@ -52,7 +53,13 @@ def enable_compilation_cache() -> None:
         root = os.environ.get("XDG_CACHE_HOME", "")
         root = Path(root) if os.path.isabs(root) else Path("~/.cache").expanduser()
         jax.config.update("jax_compilation_cache_dir", str(root / "paligemma_jax" / "compiled"))
+    if "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS" not in os.environ:
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)  # small programs add up
+
+
+def collect_garbage_seldom() -> None:
+    """Let Python look for cycles a hundred times less often: tracing a network makes many objects that live on."""
+    gc.set_threshold(100 * gc.get_threshold()[0], *gc.get_threshold()[1:])
 
 
 def profiled(config: ConfigDict) -> contextlib.AbstractContextManager[None]:

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from paligemma_jax.models.attention import attend, prefix_lm_mask, rope, write_cache
+from paligemma_jax.models.attention import attend, prefix_lm_mask, rope, rotation, write_cache
 
 
 def draw(positions, num_keys, prefix_length, length, window=None):
@@ -58,11 +58,11 @@ def test_rope_depends_on_distance_only_and_keeps_lengths():
 
     def score(query_position: int, key_position: int) -> jax.Array:
         at = (jnp.array([[query_position]]), jnp.array([[key_position]]))
-        return jnp.vdot(rope(q, at[0], 10000.0), rope(k, at[1], 10000.0))
+        return jnp.vdot(rope(q, rotation(at[0], 8, 10000.0)), rope(k, rotation(at[1], 8, 10000.0)))
 
     np.testing.assert_allclose(score(7, 3), score(104, 100), rtol=1e-4)
     assert abs(score(7, 3) - score(8, 3)) > 1e-2
-    np.testing.assert_allclose(jnp.linalg.norm(rope(q, jnp.array([[50]]), 10000.0)), jnp.linalg.norm(q), rtol=1e-5)
+    np.testing.assert_allclose(jnp.linalg.norm(rope(q, rotation(jnp.array([[50]]), 8, 10000.0))), jnp.linalg.norm(q), rtol=1e-5)
 
 
 @pytest.mark.parametrize("num_kv_heads", [1, 2, 4])
