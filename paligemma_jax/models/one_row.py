@@ -47,7 +47,7 @@ def packed_product(row: jax.Array, values: jax.Array, multiplier: jax.Array) -> 
 
     `values` u8 [F, D / 2] and `multiplier` i8 [F, G] are as in `quantized.Quantized`.
     """
-    row, values = lax.optimization_barrier((row, values))
+    row, values, multiplier = lax.optimization_barrier((row, values, multiplier))
     num_outputs, width = values.shape
     group = 2 * width // multiplier.shape[1]
     block, unit = _block(width, group, _MOST_PACKED), math.gcd(group, _UNIT)

@@ -205,7 +205,7 @@ def _by_tiles(x: jax.Array, weight: Quantized, start: jax.Array) -> jax.Array:
     num_outputs = weight.shape[0]
     count = -(-weight.size // _TILE)
     if count == 1:
-        return _sum_of_products(x, weight)
+        return _sum_of_products(*lax.optimization_barrier((x, weight)))  # or those of all layers are unpacked at once
     rows = min(num_outputs, 16 * -(-num_outputs // (16 * count)))
 
     def write_tile(i: jax.Array, y: jax.Array) -> jax.Array:
