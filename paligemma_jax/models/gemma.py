@@ -9,7 +9,15 @@ import jax
 import jax.numpy as jnp
 
 from paligemma_jax.config import TextConfig
-from paligemma_jax.models.attention import Rotation, attend, attention_weights, prefix_lm_mask, rope, rotation, write_cache
+from paligemma_jax.models.attention import (
+    Rotation,
+    attend,
+    attention_weights,
+    prefix_lm_mask,
+    rope,
+    rotation,
+    write_cache,
+)
 from paligemma_jax.models.layers import Embedder, Linear, RMSNorm, run_layer, soft_cap
 
 KeyValues = tuple[jax.Array, jax.Array]  # keys and values of one layer, each [B, S, K, H]

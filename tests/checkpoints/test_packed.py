@@ -19,14 +19,16 @@ def test_written_and_read_again(checkpoint, tmp_path, name, max_shard_bytes):
     config, params = checkpoints.load(checkpoint(), "bfloat16", quantization=name)
     checkpoints.huggingface.save(tmp_path, config, params, max_shard_bytes=max_shard_bytes)
     contents = checkpoints.scan(tmp_path)
-    assert contents.quantization == name and set(contents.dtypes) == {name, "bfloat16"}
+    assert contents.quantization == name and set(contents.dtypes) == {name, "int8", "bfloat16"}
     again, loaded = checkpoints.load(contents, "bfloat16")
     assert again == config
     jax.tree.map(np.testing.assert_array_equal, loaded, params)
     for path, leaf in jax.tree_util.tree_leaves_with_path(params, is_leaf=lambda x: isinstance(x, Quantized)):
         path = jax.tree_util.keystr(path, simple=True, separator="/")
         assert isinstance(leaf, Quantized) == (packed.bits_of(path, "int8") is not None), path
-        assert path.startswith("language_model/") or not isinstance(leaf, Quantized)
+        if isinstance(leaf, Quantized):
+            decoder = path.startswith("language_model/")
+            assert leaf.rounds == decoder and quantized.quantization_of(leaf) == (name if decoder else "int8"), path
 
 
 def test_a_cast_leaves_whole_numbers_alone(checkpoint, tmp_path):

@@ -8,7 +8,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from paligemma_jax.errors import SamplingError
-from paligemma_jax.generation.sampling import Sampling, choose, filter_logits, row_keys, token_logprobs
+from paligemma_jax.generation.sampling import (
+    Sampling,
+    choose,
+    filter_logits,
+    first_largest,
+    row_keys,
+    token_logprobs,
+)
 
 LOGITS = jax.random.normal(jax.random.key(0), (4, 50)) * 2.0
 
@@ -142,3 +149,9 @@ def test_whole_numbers_of_numpy_are_taken():
     sampling = Sampling(top_k=np.int8(100), num_beams=np.int32(1), seed=np.uint32(7))
     assert sampling == Sampling(top_k=100, seed=7)
     assert {type(value) for value in (sampling.top_k, sampling.num_beams, sampling.seed)} == {int}
+
+
+def test_the_first_of_the_largest_is_found_and_nan_gives_some_token():
+    rows = jnp.array([[1.0, 3.0, 3.0, 2.0], [-jnp.inf] * 4, [-1.0, -2.0, -3.0, -1.0], [jnp.inf, 0.0, jnp.inf, 1.0]])
+    np.testing.assert_array_equal(first_largest(rows), jnp.argmax(rows, axis=-1))
+    assert first_largest(jnp.full((1, 4), jnp.nan))[0] == 0

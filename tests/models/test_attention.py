@@ -62,7 +62,9 @@ def test_rope_depends_on_distance_only_and_keeps_lengths():
 
     np.testing.assert_allclose(score(7, 3), score(104, 100), rtol=1e-4)
     assert abs(score(7, 3) - score(8, 3)) > 1e-2
-    np.testing.assert_allclose(jnp.linalg.norm(rope(q, rotation(jnp.array([[50]]), 8, 10000.0))), jnp.linalg.norm(q), rtol=1e-5)
+    np.testing.assert_allclose(
+        jnp.linalg.norm(rope(q, rotation(jnp.array([[50]]), 8, 10000.0))), jnp.linalg.norm(q), rtol=1e-5
+    )
 
 
 @pytest.mark.parametrize("num_kv_heads", [1, 2, 4])

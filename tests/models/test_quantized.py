@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from paligemma_jax.models import cpu, quantized
+from paligemma_jax.models import cpu, one_row, quantized
 from paligemma_jax.models.layers import linear
 
 WIDTHS = {"groups of 128": 256, "groups of 8": 48}
@@ -54,6 +54,34 @@ def test_product_is_that_of_rounded_activations(weight, bits, num_rows):
     found = jax.jit(linear)(jnp.asarray(x), quantized.quantize(weight, bits))
     assert found.dtype == jnp.float32
     np.testing.assert_allclose(found, expected, rtol=2e-5, atol=2e-5 * np.abs(expected).max(axis=0).max())
+
+
+@pytest.mark.parametrize("num_outputs", [40, 1 << 16])
+def test_a_single_row_times_4_bits_in_a_loop_is_the_same_product(monkeypatch, num_outputs):
+    weight = jax.random.normal(jax.random.key(0), (num_outputs, 768))
+    x = jax.random.normal(jax.random.key(1), (1, 768))
+    few = quantized.quantize(weight, 4)
+    monkeypatch.setattr(one_row, "WORTH", 1 << 40)
+    exact = quantized.product(x, few)
+    monkeypatch.setattr(one_row, "WORTH", 0)
+    np.testing.assert_allclose(jax.jit(quantized.product)(x, few), exact, rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize("dtype, tolerance", [("float32", 1e-6), ("bfloat16", 1e-2)])
+def test_activations_stay_as_they_are_where_they_are_not_rounded(weight, bits, dtype, tolerance):
+    few = quantized.quantize(weight.astype(dtype), bits, rounds=False)
+    x = jax.random.normal(jax.random.key(0), (3, weight.shape[1])) * jnp.array([[1.0], [1e3], [1e-3]])
+    x = x.at[:, 0].mul(1e4).astype(dtype)  # next to such a number, 8 bits would leave nothing of the others
+    expected = np.asarray(x, np.float64) @ whole(weight.astype(dtype), bits)[0].T
+    size = np.abs(np.asarray(x, np.float64)) @ np.abs(whole(weight.astype(dtype), bits)[0]).T
+    assert (np.abs(linear(x, few) - expected) <= tolerance * size).all()
+    assert quantized.abstract(jax.ShapeDtypeStruct((4, 64), dtype), bits, rounds=False).rounds is False
+
+
+def test_values_of_the_right_form_are_left_where_they_are():
+    for values in (np.zeros((2, 4), np.int8), np.zeros((2, 4), np.uint8)):
+        assert quantized.as_values(values, values.dtype) is values
 
 
 def test_a_large_weight_in_tiles_is_the_same_product(monkeypatch):
