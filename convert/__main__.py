@@ -56,7 +56,11 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--verify", action="store_true", help="write nothing: say what SRC holds and what is wrong with it")
     add("--format", choices=("huggingface", "big_vision"), help="of DST; default: by its name, .npz or a directory")
     add("--dtype", choices=("bfloat16", "float16", "float32"), help="cast to this; default: keep")
-    add("--quantize", choices=BITS, help="round the decoder's weights, for a smaller and faster model")
+    add(
+        "--quantize",
+        choices=BITS,
+        help="round weights to 8 bits, or the decoder's to 4, for a smaller and faster model",
+    )
     add("--rows", type=int, help="embedding rows to keep: 257152 for big_vision (the hub's files have 257216)")
     add("--config", type=Path, metavar="FILE", help="config.json of an .npz that is no released model's")
     add("--processor", type=Path, metavar="DIR", help="copy tokenizer and preprocessor from here; default: from SRC")

@@ -1,5 +1,10 @@
 """How programs are compiled."""
 
+import contextlib
+import ctypes
+import functools
+import sys
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -11,4 +16,20 @@ _OPTIONS = {"cpu": {"xla_cpu_prefer_vector_width": 512}}
 
 def compiled(function: Any, *args: Any, **static: Any) -> jax.stages.Compiled:
     """A function of `jax.jit` compiled for some arguments, which may be shapes; call it with the arrays alone."""
-    return function.lower(*args, **static).compile(_OPTIONS.get(jax.default_backend()))
+    program = function.lower(*args, **static).compile(_OPTIONS.get(jax.default_backend()))
+    _release()
+    return program
+
+
+def _release() -> None:
+    """Give the system back what compiling took and freed: glibc would keep 100 MB and more of it."""
+    if (trim := _trim()) is not None:
+        trim(0)
+
+
+@functools.cache
+def _trim() -> Callable[[int], int] | None:
+    with contextlib.suppress(OSError, AttributeError):  # of another C library
+        if sys.platform == "linux":
+            return ctypes.CDLL(None).malloc_trim
+    return None

@@ -11,6 +11,8 @@ from paligemma_jax.models.layers import soft_cap
 
 Rotation = tuple[jax.Array, jax.Array]  # sines and cosines of the angles, each f32 [B, T, 1, H / 2]
 
+_CACHED_SCORES = 1 << 22  # float32 scores that a cache of 16 MB holds
+_FEWEST_QUERIES = 32  # that take a turn
 _MASKED = -2.3819763e38  # finite, so that a row that sees nothing stays free of NaN
 
 
@@ -69,13 +71,35 @@ def attend(
     """Softmax attention with grouped heads.
 
     q [B, T, N, H], k and v [B, S, K, H], mask [B, T, S] or None for all; `attention_weights` says how they are
-    weighed. The result [B, T, N, H] has the dtype of v. A half-precision product of a single row is slow on CPU, so a
-    lone query is doubled.
+    weighed. The result [B, T, N, H] has the dtype of v. On CPU many queries take turns, so that their scores stay in a
+    cache.
     """
+    count = _turns(q.shape, k.shape[1]) if jax.default_backend() == "cpu" else 1
+    if count == 1:
+        return _attend(q, k, v, scale, mask, softcap)
+
+    def in_turns(x: jax.Array) -> jax.Array:
+        return jnp.moveaxis(x.reshape(x.shape[0], count, -1, *x.shape[2:]), 1, 0)
+
+    queries = (in_turns(q), None if mask is None else in_turns(mask))
+    out = lax.map(lambda turn: _attend(turn[0], k, v, scale, turn[1], softcap), queries)
+    return jnp.moveaxis(out, 0, 1).reshape(q.shape)
+
+
+def _turns(shape: tuple[int, ...], num_keys: int) -> int:
+    """In how many equal parts queries [B, T, N, H] had best take turns: the fewest whose scores are few enough."""
+    batch, num_queries, num_heads, _ = shape
+    counts = (n for n in range(1, num_queries // _FEWEST_QUERIES + 1) if num_queries % n == 0)
+    return next((n for n in counts if batch * num_queries * num_heads * num_keys <= n * _CACHED_SCORES), 1)
+
+
+def _attend(
+    q: jax.Array, k: jax.Array, v: jax.Array, scale: float, mask: jax.Array | None, softcap: float | None
+) -> jax.Array:
     num_queries, num_heads = q.shape[1:3]
     queries = q
     if num_queries * num_heads == k.shape[2] and q.dtype != jnp.float32 and jax.default_backend() == "cpu":
-        queries = jnp.concatenate([q, q], axis=1)
+        queries = jnp.concatenate([q, q], axis=1)  # a product of a single row in half precision is slow
     weights = attention_weights(queries, k, scale, mask, softcap).astype(v.dtype)
     out = jnp.einsum("bkgts,bskh->btkgh", weights, v, preferred_element_type=jnp.float32)
     return out[:, :num_queries].reshape(q.shape).astype(v.dtype)

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from paligemma_jax.models import attention
 from paligemma_jax.models.attention import attend, prefix_lm_mask, rope, rotation, write_cache
 
 
@@ -105,3 +106,23 @@ def test_a_row_that_sees_nothing_stays_finite():
 def test_write_cache_takes_each_rows_positions_and_drops_what_is_beyond():
     cache = write_cache(jnp.zeros((2, 4, 1, 1)), jnp.ones((2, 1, 1, 1)), jnp.array([[1], [4]]))
     np.testing.assert_array_equal(cache[..., 0, 0], [[0, 1, 0, 0], [0, 0, 0, 0]])
+
+
+@pytest.mark.parametrize("masked", [True, False])
+@pytest.mark.parametrize(
+    "num_queries, cached, count", [(96, 96 * 4 * 96, 2), (160, 1, 1), (97, 1, 1), (96, 1 << 22, 1)]
+)
+def test_queries_that_take_turns_see_the_same(monkeypatch, masked, num_queries, cached, count):
+    shapes = [(2, num_queries, 4, 8), (2, 96, 2, 8), (2, 96, 2, 8)]
+    q, k, v = (jax.random.normal(jax.random.key(i), shape) for i, shape in enumerate(shapes))
+    mask = jax.random.bernoulli(jax.random.key(3), 0.5, (2, num_queries, 96)) if masked else None
+    expected = attend(q, k, v, 0.3, mask, 5.0)
+    monkeypatch.setattr(attention, "_CACHED_SCORES", cached)
+    assert attention._turns(q.shape, 96) == count
+    np.testing.assert_allclose(attend(q, k, v, 0.3, mask, 5.0), expected, rtol=1e-5, atol=1e-5)
+
+    def loss(function, q):
+        return jnp.square(function(q, k, v, 0.3, mask, 5.0)).sum()
+
+    gradients = [jax.grad(loss, argnums=1)(function, q) for function in (attend, attention._attend)]
+    np.testing.assert_allclose(*gradients, rtol=1e-4, atol=1e-4)
