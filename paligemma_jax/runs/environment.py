@@ -16,6 +16,7 @@ from paligemma_jax.errors import ConfigError
 from paligemma_jax.runs.notes import note
 from paligemma_jax.runs.settings import one_of
 
+_OBJECTS = 100_000  # that are new when Python looks for cycles among them
 _INSTALL = {"gpu": 'pip install -U "jax[cuda13]"', "tpu": 'pip install -U "jax[tpu]"', "cpu": "pip install -U jax"}
 
 
@@ -59,7 +60,7 @@ def enable_compilation_cache() -> None:
 
 def collect_garbage_seldom() -> None:
     """Let Python look for cycles a hundred times less often: tracing a network makes many objects that live on."""
-    gc.set_threshold(100 * gc.get_threshold()[0], *gc.get_threshold()[1:])
+    gc.set_threshold(_OBJECTS)
 
 
 def profiled(config: ConfigDict) -> contextlib.AbstractContextManager[None]:
