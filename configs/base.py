@@ -26,7 +26,7 @@ def common() -> ConfigDict:
 def get_config() -> ConfigDict:
     """Keys of the runs that use a model: generate, chat and evaluate."""
     config = common()
-    config.quantization = "none"  # of the weights: none, int8 or int4, half and a quarter of bfloat16
+    config.quantization = "none"  # of the weights: none, int8 (half) or int4 (about a quarter)
     config.resample = "auto"  # how pictures are resized: bicubic, bilinear, or auto, as the checkpoint says
     config.mask_vae = ""  # file of the mask decoder, if vae-oid.npz is not beside the weights
 

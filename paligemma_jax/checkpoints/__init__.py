@@ -52,6 +52,8 @@ def load(
     """
     contents = source if isinstance(source, Contents) else scan(resolve(source), config)
     _check_quantization(quantization, contents)
+    if quantization or contents.quantization:
+        quantized.values_dtype()  # measured now, because nothing else runs
     if quantization is not None:
         place = _quantizing(quantization, place)
     read = huggingface.load if isinstance(contents, huggingface.Contents) else big_vision.load

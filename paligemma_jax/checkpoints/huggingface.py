@@ -88,7 +88,7 @@ class Contents:
     def quantization(self) -> str | None:
         """ "int8" or "int4" when it holds quantized weights."""
         found = {tensor.bits for tensor in self.tensors.values() if isinstance(tensor, packed.Packed)}
-        return min(found, default=None)  # with 4 bits there are always some of 8
+        return min(found, default=None)  # beside a decoder in 4 bits the encoder has 8
 
 
 def key_of(path: str, version: int) -> str:

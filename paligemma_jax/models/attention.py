@@ -89,8 +89,9 @@ def attend(
 def _turns(shape: tuple[int, ...], num_keys: int) -> int:
     """In how many equal parts queries [B, T, N, H] had best take turns: the fewest whose scores are few enough."""
     batch, num_queries, num_heads, _ = shape
-    counts = (n for n in range(1, num_queries // _FEWEST_QUERIES + 1) if num_queries % n == 0)
-    return next((n for n in counts if batch * num_queries * num_heads * num_keys <= n * _CACHED_SCORES), 1)
+    counts = [n for n in range(1, max(1, num_queries // _FEWEST_QUERIES) + 1) if num_queries % n == 0]
+    scores = batch * num_queries * num_heads * num_keys
+    return next((n for n in counts if scores <= n * _CACHED_SCORES), counts[-1])
 
 
 def _attend(

@@ -86,7 +86,7 @@ def unsigned_is_fast() -> bool:
         return [(signed_product, rows, signed), (unsigned_product, rows, unsigned)]
 
     with jax.ensure_compile_time_eval():
-        signed, unsigned = measured.remembered("unsigned weights", calls)
+        signed, unsigned = measured.remembered("unsigned weights", 2, calls)
     return unsigned < _NO_KERNEL * signed
 
 
@@ -156,4 +156,5 @@ def _seconds(dtype: np.dtype, width: int) -> list[float]:
         return [(_dot, rows, weight), (_weight_first, rows, weight), *loop]
 
     with jax.ensure_compile_time_eval():  # the answer may be needed while a network is traced
-        return measured.remembered(f"{dtype.name} weights of {width} inputs", calls)
+        count = 3 if _has_loop(dtype, width) else 2
+        return measured.remembered(f"{dtype.name} weights of {width} inputs", count, calls)

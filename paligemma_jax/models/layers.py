@@ -18,7 +18,7 @@ from paligemma_jax.models.quantized import Quantized
 def linear(x: jax.Array, weight: jax.Array | Quantized) -> jax.Array:
     """Product of activations [..., D] with a weight in file orientation [F, D]: float32 [..., F].
 
-    The activations take the weight's dtype, or 8 bits if it is quantized; sums are kept in float32.
+    The activations take the weight's dtype, or 8 bits if it is quantized and rounds them; sums are kept in float32.
     """
     rows = x.reshape(-1, x.shape[-1])
     if isinstance(weight, Quantized):

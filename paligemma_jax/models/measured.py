@@ -2,6 +2,7 @@
 
 import functools
 import hashlib
+import importlib.metadata
 import os
 import platform
 import time
@@ -15,23 +16,25 @@ from paligemma_jax.errors import UserError
 from paligemma_jax.files import read_json, write_json
 
 _TURNS = 5
+_SPELLING = 1  # of products: raise it when one is spelt anew, and what is known of the last one is forgotten
 _FILE = "products.json"  # in the directory of the compilation cache: seconds, by the name of what was measured
 
 Call = tuple[Callable[..., jax.Array], *tuple[jax.Array, ...]]  # a function and its operands
 
 
-def remembered(name: str, calls: Callable[[], list[Call]]) -> list[float]:
-    """The seconds of each call, from an earlier process on such a processor if it kept them.
+def remembered(name: str, count: int, calls: Callable[[], list[Call]]) -> list[float]:
+    """The seconds of each of `count` calls, from an earlier process on such a processor if it kept them.
 
     What is chosen by them is then the same in every process, which finds its programs compiled.
     """
     directory = jax.config.jax_compilation_cache_dir
-    if directory is None:
+    if not directory or "://" in directory:
         return seconds(calls())
     path, name = Path(directory) / _FILE, f"{name}, {_machine()}"
     known = _read(path)
-    if name not in known:
-        known = _read(path) | {name: seconds(calls())}
+    if len(known.get(name, ())) != count:
+        found = seconds(calls())
+        known = _read(path) | {name: found}  # read again: another process may have measured something else meanwhile
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             write_json(path, known)
@@ -66,11 +69,12 @@ def _read(path: Path) -> dict[str, list[float]]:
 
 @functools.cache
 def _machine() -> str:
-    """The processor, as far as the speed of a program depends on it, and the version of what compiles it."""
+    """The processor, as far as the speed of a program depends on it, the compiler, and how we spell products."""
     try:
         first = Path("/proc/cpuinfo").read_text().partition("\n\n")[0]
     except OSError:
         first = platform.processor()
     kept = [line for line in first.splitlines() if line.startswith(("cpu family", "model", "stepping", "flags"))]
     digest = hashlib.sha256("\n".join(kept or [first, platform.machine()]).encode()).hexdigest()[:12]
-    return f"jax {jax.__version__}, {os.cpu_count()} processors {digest}"
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return f"jaxlib {importlib.metadata.version('jaxlib')}, {cores} cores {digest}, {_SPELLING}"

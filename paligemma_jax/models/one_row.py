@@ -27,6 +27,12 @@ def fits(width: int) -> bool:
     return width % _UNIT == 0
 
 
+def fits_packed(width: int, num_groups: int) -> bool:
+    """The same of a weight in 4 bits, whose groups of inputs must not be odd or long ones."""
+    group = width // num_groups
+    return group % _UNIT == 0 and group <= _MOST_PACKED
+
+
 def product(row: jax.Array, weight: jax.Array) -> jax.Array:
     """Row [D] times a weight [F, D]: float32 [F]."""
     row, weight = lax.optimization_barrier((row, weight))  # together, or a loop around would widen the weight ahead

@@ -1,7 +1,8 @@
 """Linear weights in 8 and 4 bits, and their product with activations that are rounded to 8 bits on the way.
 
 A weight [F, D] is `scale[f] * multiplier[f, g] * number[f, d]`. In 8 bits there are no multipliers. In 4 bits each
-group of inputs has a small whole one, so that what is multiplied is 8 bits wide in both cases: one product serves them.
+group of inputs has a small whole one, so that what is multiplied is 8 bits wide in both cases: one product serves them,
+but for a single row. Where a weight does not round, activations stay as they are.
 
 Axes: M rows, F outputs, D inputs, G groups of inputs.
 """
@@ -183,13 +184,18 @@ def product(x: jax.Array, weight: Quantized) -> jax.Array:
     rounded = jnp.round(x / scale).astype(jnp.int8)
     if weight.multiplier is None or jax.default_backend() != "cpu":
         y = _sum_of_products(rounded, weight)
-    elif len(x) == 1 and weight.size >= one_row.WORTH:
+    elif len(x) == 1 and _looped(weight):
         y = one_row.packed_product(rounded[0].astype(jnp.float32), weight.values, weight.multiplier)[None]
     else:
         # The loop starts with numbers made from x, or XLA would make room for the results of all layers at once.
         start = jnp.broadcast_to((0.0 * scale).astype(jnp.int32), (x.shape[0], weight.shape[0]))
         y = _by_tiles(rounded, weight, start)
     return y.astype(jnp.float32) * scale * weight.scale[None]
+
+
+def _looped(weight: Quantized) -> bool:
+    """Whether a single row times a weight in 4 bits has a loop of its own on CPU, which is far faster."""
+    return weight.size >= one_row.WORTH and one_row.fits_packed(weight.shape[1], weight.multiplier.shape[1])
 
 
 def _sum_of_products(x: jax.Array, weight: Quantized) -> jax.Array:

@@ -59,7 +59,7 @@ def enable_compilation_cache() -> None:
 
 
 def collect_garbage_seldom() -> None:
-    """Let Python look for cycles a hundred times less often: tracing a network makes many objects that live on."""
+    """Let Python look for cycles seldom: tracing a network makes many objects that live on."""
     gc.set_threshold(_OBJECTS)
 
 

@@ -110,7 +110,7 @@ def test_write_cache_takes_each_rows_positions_and_drops_what_is_beyond():
 
 @pytest.mark.parametrize("masked", [True, False])
 @pytest.mark.parametrize(
-    "num_queries, cached, count", [(96, 96 * 4 * 96, 2), (160, 1, 1), (97, 1, 1), (96, 1 << 22, 1)]
+    "num_queries, cached, count", [(96, 96 * 4 * 96, 2), (160, 1, 5), (97, 1, 1), (96, 1 << 22, 1)]
 )
 def test_queries_that_take_turns_see_the_same(monkeypatch, masked, num_queries, cached, count):
     shapes = [(2, num_queries, 4, 8), (2, 96, 2, 8), (2, 96, 2, 8)]

@@ -85,5 +85,5 @@ def test_measuring_works_while_a_network_is_traced(monkeypatch):
     "seconds, fast", [([1.0, 0.6], True), ([1.0, 1.3], True), ([1.0, 3.0], True), ([1.0, 20.0], False)]
 )
 def test_unsigned_products_are_left_where_there_is_no_kernel_for_them(monkeypatch, seconds, fast):
-    monkeypatch.setattr(measured, "remembered", lambda name, calls: seconds)
+    monkeypatch.setattr(measured, "remembered", lambda name, count, calls: seconds)
     assert cpu.unsigned_is_fast.__wrapped__() == fast

@@ -25,33 +25,35 @@ def _never() -> list[measured.Call]:
 
 
 def test_a_second_process_knows_what_the_first_measured(cache):
-    first = measured.remembered("waves", _calls)
+    first = measured.remembered("waves", 2, _calls)
     assert len(first) == 2 and all(0 < x < 10 for x in first)
-    assert measured.remembered("waves", _never) == first
-    others = measured.remembered("others", _calls)
-    assert (measured.remembered("waves", _never), measured.remembered("others", _never)) == (first, others)
+    assert measured.remembered("waves", 2, _never) == first
+    others = measured.remembered("others", 2, _calls)
+    assert (measured.remembered("waves", 2, _never), measured.remembered("others", 2, _never)) == (first, others)
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", '{"waves": 3}', "\0"])
+@pytest.mark.parametrize(
+    "text", ["", "{", "[]", '{"NAME": 3}', '{"NAME": []}', '{"NAME": ["x", 0.1]}', '{"NAME": [0.1]}']
+)
 def test_a_broken_memory_is_measured_over(cache, text):
     cache.mkdir()
-    (cache / "products.json").write_text(text)
-    found = measured.remembered("waves", _calls)
-    assert measured.remembered("waves", _never) == found
+    (cache / "products.json").write_text(text.replace("NAME", f"waves, {measured._machine()}"))
+    found = measured.remembered("waves", 2, _calls)
+    assert len(found) == 2 and measured.remembered("waves", 2, _never) == found
 
 
 def test_another_processor_or_version_measures_for_itself(cache, monkeypatch):
-    measured.remembered("waves", _calls)
+    measured.remembered("waves", 2, _calls)
     monkeypatch.setattr(measured, "_machine", lambda: "another")
     with pytest.raises(AssertionError, match="measured again"):
-        measured.remembered("waves", _never)
+        measured.remembered("waves", 2, _never)
 
 
 def test_nothing_is_kept_where_nothing_can_be_written(cache):
     cache.write_text("a file where the folder should be")
-    assert len(measured.remembered("waves", _calls)) == 2
+    assert len(measured.remembered("waves", 2, _calls)) == 2
 
 
 def test_without_a_cache_nothing_is_kept(cache):
     jax.config.update("jax_compilation_cache_dir", None)
-    assert len(measured.remembered("waves", _calls)) == 2 and not cache.exists()
+    assert len(measured.remembered("waves", 2, _calls)) == 2 and not cache.exists()

@@ -56,14 +56,15 @@ def test_product_is_that_of_rounded_activations(weight, bits, num_rows):
     np.testing.assert_allclose(found, expected, rtol=2e-5, atol=2e-5 * np.abs(expected).max(axis=0).max())
 
 
-@pytest.mark.parametrize("num_outputs", [40, 1 << 16])
-def test_a_single_row_times_4_bits_in_a_loop_is_the_same_product(monkeypatch, num_outputs):
-    weight = jax.random.normal(jax.random.key(0), (num_outputs, 768))
-    x = jax.random.normal(jax.random.key(1), (1, 768))
+@pytest.mark.parametrize("width", [128, 768, 2048])
+def test_a_single_row_times_4_bits_in_a_loop_is_the_same_product(monkeypatch, width):
+    weight = jax.random.normal(jax.random.key(0), (40, width))
+    x = jax.random.normal(jax.random.key(1), (1, width))
     few = quantized.quantize(weight, 4)
     monkeypatch.setattr(one_row, "WORTH", 1 << 40)
     exact = quantized.product(x, few)
     monkeypatch.setattr(one_row, "WORTH", 0)
+    assert quantized._looped(few)
     np.testing.assert_allclose(jax.jit(quantized.product)(x, few), exact, rtol=1e-5, atol=1e-4)
 
 
