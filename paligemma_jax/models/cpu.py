@@ -18,7 +18,8 @@ from jax.extend.mlir import ir
 from jax.extend.mlir.dialects import stablehlo
 from jax.interpreters import mlir
 
-from paligemma_jax.models import measured, one_row
+from paligemma_jax import measured
+from paligemma_jax.models import one_row
 
 _FEW_ROWS = 16  # at most so many, a product is bound by reading the weight
 _LARGE = 2**23  # numbers in a weight that no cache holds

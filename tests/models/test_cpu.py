@@ -5,7 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from paligemma_jax.models import cpu, measured, one_row
+from paligemma_jax import measured
+from paligemma_jax.models import cpu, one_row
 from paligemma_jax.models.layers import linear
 
 
@@ -27,14 +28,14 @@ def test_gradients_pass_through_both_orders(monkeypatch):
         np.testing.assert_allclose(found, 2 * x @ weight.T @ weight, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("dtype, tolerance", [("float16", 1e-2), ("bfloat16", 1e-2), ("float32", 1e-5)])
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
 @pytest.mark.parametrize("shape", [(40, 128), (24, 384), (16, 2304)])
-def test_a_single_row_in_a_loop_gives_the_product(dtype, tolerance, shape):
+def test_a_single_row_in_a_loop_gives_the_product(dtype, shape):
     x, weight = (jax.random.normal(jax.random.key(i), size, dtype) for i, size in enumerate([shape[1:], shape]))
     expected = np.asarray(weight, np.float64) @ np.asarray(x, np.float64)
     assert one_row.fits(shape[1])
-    np.testing.assert_allclose(jax.jit(one_row.product)(x, weight), expected, atol=1e-5 * shape[1])
-    np.testing.assert_allclose(one_row.product(x, weight), expected, atol=tolerance * 10)
+    for function in (jax.jit(one_row.product), one_row.product):
+        np.testing.assert_allclose(function(x, weight), expected, atol=1e-5 * shape[1])
 
 
 def test_a_single_row_takes_the_loop_where_it_is_fast(monkeypatch):
@@ -61,7 +62,7 @@ def test_only_large_weights_are_measured_each_width_once(monkeypatch):
     assert not cpu.weight_first(small, 1) and not cpu.weight_first(large, 1)
     cpu.measure({"norm": jax.ShapeDtypeStruct((2**24,), jnp.bfloat16), "small": small, "large": large})
     cpu.measure({"quantized": jax.ShapeDtypeStruct((8192, 2048), jnp.int8)})
-    assert set(asked) == {("bfloat16", 2048)}
+    assert asked == [("bfloat16", 2048)] * 3
 
 
 @pytest.mark.parametrize("gain, few, many", [(1.05, False, False), (1.5, True, False), (6.0, True, True)])

@@ -4,11 +4,11 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from paligemma_jax.models import measured
+from paligemma_jax import measured
 
 
 @pytest.fixture
-def cache(tmp_path, monkeypatch):
+def cache(tmp_path):
     """The compilation cache in a folder that is not there yet."""
     before = jax.config.jax_compilation_cache_dir
     jax.config.update("jax_compilation_cache_dir", str(tmp_path / "compiled"))
