@@ -9,15 +9,15 @@ import jax.numpy as jnp
 from paligemma_jax.buckets import power_of_two
 from paligemma_jax.models.gemma import KeyValues
 
-Cache = tuple[KeyValues, ...]  # one pair per layer, each [B, S, K, H]
+Cache = tuple[KeyValues, ...]  # one pair per layer, each [B, K, S, H]
 
 
 def from_prefill(key_values: Cache, num_slots: int) -> Cache:
-    """Keys and values [B, T, K, H] of whole prompts, padded to S = `num_slots`.
+    """Keys and values [B, K, T, H] of whole prompts, padded to S = `num_slots`.
 
     Slots from a row's own length on hold padding; the mask hides them until a new token takes their place.
     """
-    return jax.tree.map(lambda x: jnp.pad(x, [(0, 0), (0, num_slots - x.shape[1]), (0, 0), (0, 0)]), key_values)
+    return jax.tree.map(lambda x: jnp.pad(x, [(0, 0), (0, 0), (0, num_slots - x.shape[2]), (0, 0)]), key_values)
 
 
 def take_rows(cache: Cache, rows: jax.Array) -> Cache:

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from paligemma_jax.models import cpu
 from paligemma_jax.models.layers import soft_cap
 
 Rotation = tuple[jax.Array, jax.Array]  # sines and cosines of the angles, each f32 [B, T, 1, H / 2]
@@ -70,11 +71,11 @@ def attend(
 ) -> jax.Array:
     """Softmax attention with grouped heads.
 
-    q [B, T, N, H], k and v [B, S, K, H], mask [B, T, S] or None for all; `attention_weights` says how they are
+    q [B, T, N, H], k and v [B, K, S, H], mask [B, T, S] or None for all; `attention_weights` says how they are
     weighed. The result [B, T, N, H] has the dtype of v. On CPU many queries take turns, so that their scores stay in a
     cache.
     """
-    count = _turns(q.shape, k.shape[1]) if jax.default_backend() == "cpu" else 1
+    count = _turns(q.shape, k.shape[2]) if jax.default_backend() == "cpu" else 1
     if count == 1:
         return _attend(q, k, v, scale, mask, softcap)
 
@@ -97,13 +98,10 @@ def _turns(shape: tuple[int, ...], num_keys: int) -> int:
 def _attend(
     q: jax.Array, k: jax.Array, v: jax.Array, scale: float, mask: jax.Array | None, softcap: float | None
 ) -> jax.Array:
-    num_queries, num_heads = q.shape[1:3]
-    queries = q
-    if num_queries * num_heads == k.shape[2] and q.dtype != jnp.float32 and jax.default_backend() == "cpu":
-        queries = jnp.concatenate([q, q], axis=1)  # a product of a single row in half precision is slow
-    weights = attention_weights(queries, k, scale, mask, softcap).astype(v.dtype)
-    out = jnp.einsum("bkgts,bskh->btkgh", weights, v, preferred_element_type=jnp.float32)
-    return out[:, :num_queries].reshape(q.shape).astype(v.dtype)
+    weights = attention_weights(q, k, scale, mask, softcap).astype(v.dtype)
+    out = _per_head(weights.reshape(*k.shape[:2], -1, weights.shape[-1]), v, contract=2)
+    out = out.reshape(*weights.shape[:-1], -1).astype(v.dtype)
+    return out.transpose(0, 3, 1, 2, 4).reshape(q.shape)
 
 
 def attention_weights(
@@ -114,19 +112,31 @@ def attention_weights(
     Scores, which are multiplied by `scale` and then capped, and softmax are float32; see `attend` for the shapes.
     """
     batch, num_queries, num_heads, head_dim = q.shape
-    num_kv_heads = k.shape[2]
-    grouped = q.reshape(batch, num_queries, num_kv_heads, num_heads // num_kv_heads, head_dim)
-    scores = jnp.einsum("btkgh,bskh->bkgts", grouped, k, preferred_element_type=jnp.float32)
-    scores = soft_cap(scores * scale, softcap)
+    _, num_kv_heads, num_keys, _ = k.shape
+    groups = num_heads // num_kv_heads
+    grouped = q.reshape(batch, num_queries, num_kv_heads, groups, head_dim).transpose(0, 2, 3, 1, 4)
+    scores = _per_head(grouped.reshape(batch, num_kv_heads, -1, head_dim), k, contract=3)
+    scores = soft_cap(scores.reshape(batch, num_kv_heads, groups, num_queries, num_keys) * scale, softcap)
     if mask is not None:
         scores = jnp.where(mask[:, None, None], scores, _MASKED)
     return jax.nn.softmax(scores, axis=-1)
 
 
+def _per_head(rows: jax.Array, x: jax.Array, contract: int) -> jax.Array:
+    """Rows [B, K, M, *] times keys or values x [B, K, S, H], whose axis `contract` is summed over in float32."""
+    dimensions = (((3,), (contract,)), ((0, 1), (0, 1)))
+    y = lax.dot_general(cpu.at_least(rows), x, dimensions, preferred_element_type=jnp.float32)
+    return y[:, :, : rows.shape[2]]
+
+
 def write_cache(cache: jax.Array, new: jax.Array, positions: jax.Array) -> jax.Array:
-    """Put keys or values [B, T, K, H] into a cache [B, S, K, H] at each row's own positions [B, T].
+    """Put keys or values [B, K, T, H] into a cache [B, K, S, H] at each row's own positions [B, T].
 
     Positions beyond the cache are dropped.
     """
+    if positions.size == 1:  # XLA makes a read and a write of a single place, and copies the cache between them
+        positions = jnp.pad(positions, ((0, 0), (0, 1)), constant_values=cache.shape[2])
+        new = jnp.pad(new, ((0, 0), (0, 0), (0, 1), (0, 0)))
     rows = lax.broadcasted_iota(jnp.int32, positions.shape, 0)
-    return cache.at[rows, positions].set(new.astype(cache.dtype), mode="drop", unique_indices=True)
+    places = cache.at[rows, :, positions]  # [B, T, K, H]
+    return places.set(jnp.swapaxes(new, 1, 2).astype(cache.dtype), mode="drop", unique_indices=True)

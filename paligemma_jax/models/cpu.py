@@ -19,36 +19,53 @@ from jax.extend.mlir.dialects import stablehlo
 from jax.interpreters import mlir
 
 from paligemma_jax import measured
+from paligemma_jax.buckets import power_of_two
 from paligemma_jax.models import one_row
 
-_FEW_ROWS = 16  # at most so many, a product is bound by reading the weight
-_LARGE = 2**23  # numbers in a weight that no cache holds
-_MEASURED = 2**24  # numbers in the weight that is measured
+_FEW_ROWS = 64  # at most so many, a product is bound by reading the weight
+_LARGE = 2**20  # numbers in a weight from which on its reading is what counts
+_MEASURED = 2**25  # numbers in the weight that is measured, which no cache holds
 _WIDTH = 2048  # inputs of that weight where any will do
-_CLEARLY = 1.15  # gain that is no accident
-_CLIFF = 2.0  # gain that says that the other way has no fast kernel for many rows
+_CLEARLY = 1.1  # gain that is no accident
+_CLIFF = 3.0  # gain that says that the other way has no fast kernel for many rows
 _NO_KERNEL = 5.0  # gain that says so for a few, whatever other work there was meanwhile
 
 # What XLA needs at least for its fastest kernels; bfloat16 has one for four rows since jax 0.11.
 _LEAST_ROWS = {"float32": 1, "int8": 2}
 _LEAST_ROWS_HALF = 4 if jax.__version_info__ >= (0, 11) else 2
+_REGISTER = 16  # rows that XLA takes at once where a weight in half precision is the left operand: more cost no more
 
 
-def _at_least(rows: jax.Array) -> jax.Array:
-    """Rows [M, D] of the dtype of a product, with rows of zeros after them where it is far faster with more."""
+def at_least(rows: jax.Array) -> jax.Array:
+    """Rows [..., M, D] of the dtype of a product, with rows of zeros after them where it is far faster with more."""
     if jax.default_backend() != "cpu":
         return rows
-    missing = _LEAST_ROWS.get(rows.dtype.name, _LEAST_ROWS_HALF) - rows.shape[0]
-    return jnp.pad(rows, ((0, missing), (0, 0))) if missing > 0 else rows
+    return _filled(rows, _LEAST_ROWS.get(rows.dtype.name, _LEAST_ROWS_HALF))
+
+
+def _filled(rows: jax.Array, least: int) -> jax.Array:
+    """Rows [..., M, D] with rows of zeros after them up to at least so many."""
+    missing = least - rows.shape[-2]
+    return jnp.pad(rows, [(0, 0)] * (rows.ndim - 2) + [(0, missing), (0, 0)]) if missing > 0 else rows
 
 
 def product(rows: jax.Array, weight: jax.Array) -> jax.Array:
     """Rows [M, D] times a weight [F, D] of the same dtype, summed in float32: [M, F]."""
-    num_rows = rows.shape[0]
+    num_rows = len(rows)
     if num_rows == 1 and looped(weight):
         return one_row.product(rows[0], weight)[None]
-    order = _weight_first if weight_first(weight, num_rows) else _dot
-    return order(_at_least(rows), weight)[:num_rows]
+    order = _weight_first if weight_first(weight, num_rows) else _rows_first
+    return order(rows, weight)
+
+
+def _rows_first(rows: jax.Array, weight: jax.Array) -> jax.Array:
+    return _dot(at_least(rows), weight)[: len(rows)]
+
+
+def _weight_first(rows: jax.Array, weight: jax.Array) -> jax.Array:
+    """The same as `_rows_first`; XLA would turn it round again if it saw what becomes of the product."""
+    least = max(_REGISTER, power_of_two(len(rows))) if rows.dtype.itemsize == 2 and len(rows) <= _FEW_ROWS else 1
+    return lax.optimization_barrier(_dot(weight, _filled(rows, least))).T[: len(rows)]
 
 
 def _dot(a: jax.Array, b: jax.Array) -> jax.Array:
@@ -65,13 +82,13 @@ def unsigned_product(rows: jax.Array, weight: jax.Array) -> jax.Array:
     transposes the right one: few rows take 1.1 to 4 times as long so, many between 0.8 and 2 times
     (benchmarks/results/products.md).
     """
-    y = lax.optimization_barrier(_dot_unsigned_p.bind(weight, _at_least(rows))).T  # or XLA would turn it round
+    y = lax.optimization_barrier(_dot_unsigned_p.bind(weight, at_least(rows))).T  # or XLA would turn it round
     return y[: len(rows)] - 128 * jnp.sum(rows, axis=1, keepdims=True, dtype=jnp.int32)
 
 
 def signed_product(rows: jax.Array, weight: jax.Array) -> jax.Array:
     """Rows i8 [M, D] times a weight of whole numbers i8 [F, D]: i32 [M, F]."""
-    return _dot(_at_least(rows), weight)[: len(rows)]
+    return _dot(at_least(rows), weight)[: len(rows)]
 
 
 @functools.cache
@@ -108,11 +125,6 @@ def _lower_dot_unsigned(context: mlir.LoweringRuleContext, a: ir.Value, b: ir.Va
 
 
 mlir.register_lowering(_dot_unsigned_p, _lower_dot_unsigned)
-
-
-def _weight_first(rows: jax.Array, weight: jax.Array) -> jax.Array:
-    """The same as `_dot`; XLA would turn it round again if it saw what becomes of the product."""
-    return lax.optimization_barrier(_dot(weight, rows)).T
 
 
 def weight_first(weight: Any, num_rows: int) -> bool:
@@ -152,9 +164,9 @@ def _seconds(dtype: np.dtype, width: int) -> list[float]:
     """What few rows times a weight of this width take with it on the right, on the left, and one row in a loop."""
 
     def calls() -> list[measured.Call]:
-        weight, rows = jnp.zeros((_MEASURED // width, width), dtype), _at_least(jnp.zeros((2, width), dtype))
+        weight, rows = jnp.zeros((_MEASURED // width, width), dtype), jnp.zeros((_REGISTER, width), dtype)
         loop = [(one_row.product, rows[0], weight)] if _has_loop(dtype, width) else []
-        return [(_dot, rows, weight), (_weight_first, rows, weight), *loop]
+        return [(_rows_first, rows, weight), (_weight_first, rows, weight), *loop]
 
     with jax.ensure_compile_time_eval():  # the answer may be needed while a network is traced
         count = 3 if _has_loop(dtype, width) else 2

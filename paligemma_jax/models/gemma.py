@@ -20,7 +20,7 @@ from paligemma_jax.models.attention import (
 )
 from paligemma_jax.models.layers import Embedder, Linear, RMSNorm, run_layer, soft_cap
 
-KeyValues = tuple[jax.Array, jax.Array]  # keys and values of one layer, each [B, S, K, H]
+KeyValues = tuple[jax.Array, jax.Array]  # keys and values of one layer, each [B, K, S, H]
 
 
 def take_columns(x: jax.Array, columns: jax.Array | None) -> jax.Array:
@@ -51,8 +51,8 @@ class Attention(nn.Module):
 
         q = heads("q_proj", take_columns(x, wanted), cfg.num_heads)
         q = rope(q, tuple(take_columns(part, wanted) for part in turn))
-        k = rope(heads("k_proj", x, cfg.num_kv_heads), turn)
-        v = heads("v_proj", x, cfg.num_kv_heads)
+        k = jnp.swapaxes(rope(heads("k_proj", x, cfg.num_kv_heads), turn), 1, 2)
+        v = jnp.swapaxes(heads("v_proj", x, cfg.num_kv_heads), 1, 2)
         if cache is not None:
             k, v = write_cache(cache[0], k, positions), write_cache(cache[1], v, positions)
         scale, cap = cfg.query_scalar**-0.5, cfg.attn_softcap
@@ -130,12 +130,12 @@ class Gemma(nn.Module):
     ) -> tuple[jax.Array, tuple[KeyValues, ...]]:
         """Run the layers over embeddings x [B, T, D] at `positions` [B, T].
 
-        Without a cache the tokens see each other, and the result holds their keys and values [B, T, K, H] per layer.
+        Without a cache the tokens see each other, and the result holds their keys and values [B, K, T, H] per layer.
         With one they are written into it at their positions and see all of it up to `length` [B]; the result holds the
         new cache. Returns hidden states [B, T, D] after the final norm, and the keys and values; with `wanted` [B, n]
         the hidden states [B, n, D] of those columns, the only ones that the last layer works out.
         """
-        num_keys = x.shape[1] if cache is None else cache[0][0].shape[1]
+        num_keys = x.shape[1] if cache is None else cache[0][0].shape[2]
         masks, turn = self._masks(positions, num_keys, prefix_length, length), self._rotation(positions)
         key_values = []
         for i, layer in enumerate(self.layers):

@@ -187,3 +187,15 @@ def test_decoding_keeps_no_second_copy_of_the_embedding_table(gemma2, random_par
     )
     compiled = decode.lower(params, state, rule, config=config, num_steps=2).compile()
     assert compiled.memory_analysis().temp_size_in_bytes < params["language_model"]["embed_tokens"]["weight"].nbytes
+
+
+@pytest.mark.parametrize("num_rows", [1, 2])
+def test_a_step_copies_no_cache(config, params, make_inputs, num_rows):
+    inputs = make_inputs(config, PROMPTS, range(num_rows))
+    keys, rule = row_keys(0, ["a", "b"][:num_rows]), GREEDY.rule()
+    num_slots = inputs.tokens.shape[1] + 64
+    start = functools.partial(prefill, config=config, num_slots=num_slots)
+    state = jax.eval_shape(start, params, inputs, keys, rule)
+    text = decode.lower(params, state, rule, config=config, num_steps=2).compile().as_text()
+    shape = ",".join(str(size) for size in state.cache[0][0].shape)
+    assert shape in text and not re.search(rf"copy[\w.]* = \w+\[{shape}\]", text)

@@ -11,7 +11,7 @@ from paligemma_jax.models.layers import linear
 
 
 @pytest.mark.parametrize("dtype, tolerance", [("float32", 1e-5), ("bfloat16", 1e-2)])
-@pytest.mark.parametrize("rows", [1, 2, 3, 5, 17])
+@pytest.mark.parametrize("rows", [1, 2, 3, 5, 17, 65])
 @pytest.mark.parametrize("first", [True, False])
 def test_both_orders_give_the_product(monkeypatch, dtype, tolerance, rows, first):
     monkeypatch.setattr(cpu, "weight_first", lambda weight, rows: first)
