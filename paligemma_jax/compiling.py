@@ -16,13 +16,18 @@ _OPTIONS = {"cpu": {"xla_cpu_prefer_vector_width": 512}}
 
 def compiled(function: Any, *args: Any, **static: Any) -> jax.stages.Compiled:
     """A function of `jax.jit` compiled for some arguments, which may be shapes; call it with the arrays alone."""
-    program = function.lower(*args, **static).compile(_OPTIONS.get(jax.default_backend()))
+    lowered = function.lower(*args, **static)
+    _release()
+    program = lowered.compile(_OPTIONS.get(jax.default_backend()))
     _release()
     return program
 
 
 def _release() -> None:
-    """Give the system back what compiling took and freed: glibc would keep 100 MB and more of it."""
+    """Give the system back what was taken and freed: by compiling, or by a program, glibc would keep 100 MB and more.
+
+    Compiling is when a process is largest.
+    """
     if (trim := _trim()) is not None:
         trim(0)
 

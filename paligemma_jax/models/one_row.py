@@ -16,10 +16,11 @@ import jax.numpy as jnp
 from jax import lax
 
 WORTH = 1 << 20  # numbers in a weight from which on a loop of its own gains more than it costs to compile
-_UNIT = 64  # inputs that are folded at once: XLA fuses no more than 15 parts of one array into a loop
+_UNIT = 64  # inputs that widths and groups must be whole multiples of
 _LANES = 16  # float32 sums that fit in one register; with more, a row would be walked over several times
-# The longest block, in numbers and in bytes with two of them: XLA compiles longer ones slowly, or not into a loop.
-_MOST, _MOST_PACKED = 1152, 640
+_FOLD = 15 * _LANES  # inputs that are folded at once: XLA fuses no more than 15 parts of one array into a loop
+# The longest block, in numbers, of rows of two and of more blocks, and in bytes with two numbers.
+_MOST, _MOST_OF_LONG, _MOST_PACKED = 1152, 768, 640
 
 
 def fits(width: int) -> bool:
@@ -37,15 +38,15 @@ def product(row: jax.Array, weight: jax.Array) -> jax.Array:
     """Row [D] times a weight [F, D]: float32 [F]."""
     row, weight = lax.optimization_barrier((row, weight))  # together, or a loop around would widen the weight ahead
     num_outputs, width = weight.shape
-    block = _block(width, _UNIT, _MOST)
+    block = _block(width, _UNIT, _MOST if width <= 2 * _MOST else _MOST_OF_LONG)
     weight = weight.reshape(num_outputs, -1, block)
     row = row.astype(jnp.float32).reshape(-1, block)
 
     def part(k: int) -> jax.Array:
-        inputs = slice(k, k + _UNIT)
+        inputs = slice(k, min(k + _FOLD, block))
         return _folded(_outputs_inside(weight[:, :, inputs]).astype(jnp.float32) * row[:, None, inputs])
 
-    return _sum_of_lanes(_sum(part(k) for k in range(0, block, _UNIT)))
+    return _sum_of_lanes(_sum(part(k) for k in range(0, block, _FOLD)))
 
 
 def packed_product(row: jax.Array, values: jax.Array, multiplier: jax.Array) -> jax.Array:
