@@ -190,7 +190,7 @@ def main() -> int:
     parser.add_argument("--name", help="what the tables call it; by default its variant, or its directory")
     parser.add_argument("--dtype", default="float32", choices=("bfloat16", "float16", "float32"))
     parser.add_argument("--scenes", default=32, type=int)
-    parser.add_argument("--guesses", default=[4], type=int, nargs="+", help="how many; several are compared")
+    parser.add_argument("--guesses", default=[7], type=int, nargs="+", help="how many; several are compared")
     parser.add_argument("--max_new_tokens", default=128, type=int)
     parser.add_argument("--temperature", default=0.0, type=float)
     parser.add_argument("--repeats", default=3, type=int, help="rounds that are timed")

@@ -32,7 +32,7 @@ from paligemma_jax.processing.tokenizer import LOC_TOKENS, SEG_TOKENS, Tokenizer
 from paligemma_jax.tasks.classes import class_names
 from paligemma_jax.tasks.detection import NUM_CODES
 
-_NUM_GUESSES = 4  # k: on CPU more cost as much as they save (benchmarks/speculation.py)
+_NUM_GUESSES = 7  # k: a pass of eight tokens costs what one of four does on CPU (benchmarks/results/speculation.md)
 _CONTEXT = 24  # tokens back that places are compared: a box, a mask and what stands before them
 _HEAVY = 2**29  # weights of a decoder that a pass spends its time reading
 _BOX = "<loc0512>" * 4
