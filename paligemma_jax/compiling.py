@@ -24,10 +24,8 @@ def compiled(function: Any, *args: Any, **static: Any) -> jax.stages.Compiled:
 
 
 def _release() -> None:
-    """Give the system back what was taken and freed: by compiling, or by a program, glibc would keep 100 MB and more.
-
-    Compiling is when a process is largest.
-    """
+    """Give the system back what programs and compiling have freed, before and after a compile, when a process is
+    largest: glibc would keep 100 MB and more."""
     if (trim := _trim()) is not None:
         trim(0)
 

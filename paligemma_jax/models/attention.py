@@ -1,6 +1,6 @@
 """Attention: the one mask, rotary positions and the weighted sum.
 
-Axes: B batch, T queries, S keys, N query heads, K key-value heads, G = N / K, H head dim.
+Axes: B batch, T queries, S keys, N query heads, K key-value heads, G = N / K, H head dim, M = G T rows of a head.
 """
 
 import jax
@@ -54,9 +54,9 @@ def rotation(positions: jax.Array, head_dim: int, theta: float) -> Rotation:
     return lax.optimization_barrier((jnp.sin(angle), jnp.cos(angle)))  # or every layer would work them out again
 
 
-def rope(x: jax.Array, turn: Rotation) -> jax.Array:
+def rope(x: jax.Array, sin_cos: Rotation) -> jax.Array:
     """Rotate the halves of each head [B, T, N, H] by its position, in float32."""
-    sin, cos = turn
+    sin, cos = sin_cos
     first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
     return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
 
@@ -83,7 +83,7 @@ def attend(
         return jnp.moveaxis(x.reshape(x.shape[0], count, -1, *x.shape[2:]), 1, 0)
 
     queries = (in_turns(q), None if mask is None else in_turns(mask))
-    out = lax.map(lambda turn: _attend(turn[0], k, v, scale, turn[1], softcap), queries)
+    out = lax.map(lambda part: _attend(part[0], k, v, scale, part[1], softcap), queries)
     return jnp.moveaxis(out, 0, 1).reshape(q.shape)
 
 
@@ -123,7 +123,10 @@ def attention_weights(
 
 
 def _per_head(rows: jax.Array, x: jax.Array, contract: int) -> jax.Array:
-    """Rows [B, K, M, *] times keys or values x [B, K, S, H], whose axis `contract` is summed over in float32."""
+    """Rows times keys or values x [B, K, S, H], whose axis `contract` is summed over in float32.
+
+    Rows [B, K, M, H] give [B, K, M, S] with axis 3, rows [B, K, M, S] give [B, K, M, H] with axis 2.
+    """
     dimensions = (((3,), (contract,)), ((0, 1), (0, 1)))
     y = lax.dot_general(cpu.at_least(rows), x, dimensions, preferred_element_type=jnp.float32)
     return y[:, :, : rows.shape[2]]
@@ -134,7 +137,9 @@ def write_cache(cache: jax.Array, new: jax.Array, positions: jax.Array) -> jax.A
 
     Positions beyond the cache are dropped.
     """
-    if positions.size == 1:  # XLA makes a read and a write of a single place, and copies the cache between them
+    if (
+        positions.size == 1 and jax.default_backend() == "cpu"
+    ):  # XLA makes a read and a write of a single place, and copies the cache between them
         positions = jnp.pad(positions, ((0, 0), (0, 1)), constant_values=cache.shape[2])
         new = jnp.pad(new, ((0, 0), (0, 0), (0, 1), (0, 0)))
     rows = lax.broadcasted_iota(jnp.int32, positions.shape, 0)

@@ -22,8 +22,10 @@ from paligemma_jax import measured
 from paligemma_jax.buckets import power_of_two
 from paligemma_jax.models import one_row
 
-_FEW_ROWS = 64  # at most so many, a product is bound by reading the weight
-_LARGE = 2**20  # numbers in a weight from which on its reading is what counts
+_FEW_ROWS = 64  # at most so many, reading the weight is most of a product
+_LARGE = 2**20  # numbers in a weight from which on that matters
+_VERY_LARGE = 2**23  # numbers in a weight from which on many rows may be slow
+_FEWEST = 4  # rows up to which the right operand's kernels take as long as for one
 _MEASURED = 2**25  # numbers in the weight that is measured, which no cache holds
 _WIDTH = 2048  # inputs of that weight where any will do
 _CLEARLY = 1.1  # gain that is no accident
@@ -33,7 +35,7 @@ _NO_KERNEL = 5.0  # gain that says so for a few, whatever other work there was m
 # What XLA needs at least for its fastest kernels; bfloat16 has one for four rows since jax 0.11.
 _LEAST_ROWS = {"float32": 1, "int8": 2}
 _LEAST_ROWS_HALF = 4 if jax.__version_info__ >= (0, 11) else 2
-_REGISTER = 16  # rows that XLA takes at once where a weight in half precision is the left operand: more cost no more
+_AT_ONCE = 16  # rows that XLA takes together where a weight in half precision is the left operand: fewer cost no less
 
 
 def at_least(rows: jax.Array) -> jax.Array:
@@ -59,13 +61,17 @@ def product(rows: jax.Array, weight: jax.Array) -> jax.Array:
 
 
 def _rows_first(rows: jax.Array, weight: jax.Array) -> jax.Array:
+    """`product` with the rows as the left operand."""
     return _dot(at_least(rows), weight)[: len(rows)]
 
 
 def _weight_first(rows: jax.Array, weight: jax.Array) -> jax.Array:
-    """The same as `_rows_first`; XLA would turn it round again if it saw what becomes of the product."""
-    least = max(_REGISTER, power_of_two(len(rows))) if rows.dtype.itemsize == 2 and len(rows) <= _FEW_ROWS else 1
-    return lax.optimization_barrier(_dot(weight, _filled(rows, least))).T[: len(rows)]
+    """The same with the weight as the left one; XLA would turn it round again if it saw what becomes of it."""
+    if rows.dtype.itemsize == 2 and len(rows) <= _FEW_ROWS:
+        filled = _filled(rows, max(_AT_ONCE, power_of_two(len(rows))))
+    else:
+        filled = rows
+    return lax.optimization_barrier(_dot(weight, filled)).T[: len(rows)]
 
 
 def _dot(a: jax.Array, b: jax.Array) -> jax.Array:
@@ -133,18 +139,19 @@ def weight_first(weight: Any, num_rows: int) -> bool:
     The wrong order takes 2 to 4 times as long in float32, up to 6 in bfloat16 (benchmarks/results/products.md). Which
     one that is differs between processors, versions of XLA and widths.
     """
-    if jax.default_backend() != "cpu" or weight.size < _LARGE:
+    few = num_rows <= _FEW_ROWS
+    if jax.default_backend() != "cpu" or weight.size < (_LARGE if few else _VERY_LARGE):
         return False
-    right, left = _seconds(jnp.dtype(weight.dtype), weight.shape[1])[:2]
-    return right > left * (_CLEARLY if num_rows <= _FEW_ROWS else _CLIFF)
+    right_few, right, left = _times(jnp.dtype(weight.dtype), weight.shape[1])[:3]
+    return (right_few if num_rows <= _FEWEST else right) > left * (_CLEARLY if few else _CLIFF)
 
 
 def looped(weight: Any) -> bool:
     """Whether a single row times a weight [F, D], an array or its shape, is fastest as `one_row.product`."""
-    if jax.default_backend() != "cpu" or weight.size < one_row.WORTH or not _has_loop(weight.dtype, weight.shape[1]):
+    if jax.default_backend() != "cpu" or weight.size < _LARGE or not _has_loop(weight.dtype, weight.shape[1]):
         return False
-    right, left, loop = _seconds(jnp.dtype(weight.dtype), weight.shape[1])
-    return min(right, left) > loop * _CLEARLY
+    right_few, _, left, loop = _times(jnp.dtype(weight.dtype), weight.shape[1])
+    return min(right_few, left) > loop * _CLEARLY
 
 
 def _has_loop(dtype: np.dtype, width: int) -> bool:
@@ -160,14 +167,16 @@ def measure(params: Any) -> None:
 
 
 @functools.cache
-def _seconds(dtype: np.dtype, width: int) -> list[float]:
-    """What few rows times a weight of this width take with it on the right, on the left, and one row in a loop."""
+def _times(dtype: np.dtype, width: int) -> list[float]:
+    """Seconds for a weight of this width on the right of `_FEWEST` and of `_AT_ONCE` rows, on the left of so many, and
+    for one row in a loop, if there is one."""
 
     def calls() -> list[measured.Call]:
-        weight, rows = jnp.zeros((_MEASURED // width, width), dtype), jnp.zeros((_REGISTER, width), dtype)
+        weight, rows = jnp.zeros((_MEASURED // width, width), dtype), jnp.zeros((_AT_ONCE, width), dtype)
         loop = [(one_row.product, rows[0], weight)] if _has_loop(dtype, width) else []
-        return [(_rows_first, rows, weight), (_weight_first, rows, weight), *loop]
+        right = [(_rows_first, rows[:_FEWEST], weight), (_rows_first, rows, weight)]
+        return [*right, (_weight_first, rows, weight), *loop]
 
     with jax.ensure_compile_time_eval():  # the answer may be needed while a network is traced
-        count = 3 if _has_loop(dtype, width) else 2
+        count = 4 if _has_loop(dtype, width) else 3
         return measured.remembered(f"{dtype.name} weights of {width} inputs", count, calls)

@@ -38,7 +38,7 @@ class Attention(nn.Module):
         self,
         x: jax.Array,
         positions: jax.Array,
-        turn: Rotation,
+        sin_cos: Rotation,
         mask: jax.Array,
         cache: KeyValues | None,
         wanted: jax.Array | None,
@@ -50,8 +50,8 @@ class Attention(nn.Module):
             return Linear(count * cfg.head_dim, name=name)(x).reshape(*x.shape[:2], count, cfg.head_dim)
 
         q = heads("q_proj", take_columns(x, wanted), cfg.num_heads)
-        q = rope(q, tuple(take_columns(part, wanted) for part in turn))
-        k = jnp.swapaxes(rope(heads("k_proj", x, cfg.num_kv_heads), turn), 1, 2)
+        q = rope(q, tuple(take_columns(part, wanted) for part in sin_cos))
+        k = jnp.swapaxes(rope(heads("k_proj", x, cfg.num_kv_heads), sin_cos), 1, 2)
         v = jnp.swapaxes(heads("v_proj", x, cfg.num_kv_heads), 1, 2)
         if cache is not None:
             k, v = write_cache(cache[0], k, positions), write_cache(cache[1], v, positions)
@@ -89,7 +89,7 @@ class DecoderLayer(nn.Module):
         self,
         x: jax.Array,
         positions: jax.Array,
-        turn: Rotation,
+        sin_cos: Rotation,
         mask: jax.Array,
         cache: KeyValues | None,
         wanted: jax.Array | None = None,
@@ -100,7 +100,7 @@ class DecoderLayer(nn.Module):
 
         y = norm("pre_attention_norm", x)
         attention = Attention(self.config, name="self_attn")
-        y, key_values, weights = attention(y, positions, turn, mask, cache, wanted, watched)
+        y, key_values, weights = attention(y, positions, sin_cos, mask, cache, wanted, watched)
         x = take_columns(x, wanted) + (norm("post_attention_norm", y) if self.config.version == 2 else y)
         y = GatedMlp(self.config.mlp_dim, name="mlp")(norm("pre_ffw_norm", x))
         return x + (norm("post_ffw_norm", y) if self.config.version == 2 else y), key_values, weights
@@ -136,11 +136,11 @@ class Gemma(nn.Module):
         the hidden states [B, n, D] of those columns, the only ones that the last layer works out.
         """
         num_keys = x.shape[1] if cache is None else cache[0][0].shape[2]
-        masks, turn = self._masks(positions, num_keys, prefix_length, length), self._rotation(positions)
+        masks, sin_cos = self._masks(positions, num_keys, prefix_length, length), self._rotation(positions)
         key_values = []
         for i, layer in enumerate(self.layers):
             columns = wanted if i == self.config.num_layers - 1 else None
-            x, kv, _ = run_layer(layer, x, positions, turn, masks[i], None if cache is None else cache[i], columns)
+            x, kv, _ = run_layer(layer, x, positions, sin_cos, masks[i], None if cache is None else cache[i], columns)
             key_values.append(kv)
         return self.norm(x), tuple(key_values)
 
@@ -158,10 +158,10 @@ class Gemma(nn.Module):
         the final norm; and what each head of the columns `watched` [B, n] makes of every position, float32
         [L, B, N, n, T].
         """
-        masks, turn = self._masks(positions, x.shape[1], prefix_length, length), self._rotation(positions)
+        masks, sin_cos = self._masks(positions, x.shape[1], prefix_length, length), self._rotation(positions)
         hidden, attention = [x], []
         for layer, mask in zip(self.layers, masks, strict=True):
-            x, _, weights = run_layer(layer, x, positions, turn, mask, None, None, watched)
+            x, _, weights = run_layer(layer, x, positions, sin_cos, mask, None, None, watched)
             hidden.append(x)
             attention.append(weights)
         return jnp.stack(hidden), jnp.stack(attention)

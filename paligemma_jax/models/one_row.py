@@ -15,11 +15,11 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-WORTH = 1 << 20  # numbers in a weight from which on a loop of its own gains more than it costs to compile
-_UNIT = 64  # inputs that widths and groups must be whole multiples of
+_UNIT = 64  # inputs that widths and groups are whole multiples of, and of two numbers each are folded at once
 _LANES = 16  # float32 sums that fit in one register; with more, a row would be walked over several times
 _FOLD = 15 * _LANES  # inputs that are folded at once: XLA fuses no more than 15 parts of one array into a loop
-# The longest block, in numbers, of rows of two and of more blocks, and in bytes with two numbers.
+# The longest blocks: XLA compiles longer ones slowly, or not into a loop. Rows of more than twice _MOST numbers are
+# faster in shorter ones; packed blocks are counted in bytes of two numbers.
 _MOST, _MOST_OF_LONG, _MOST_PACKED = 1152, 768, 640
 
 

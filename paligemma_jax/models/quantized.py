@@ -24,6 +24,7 @@ _MOST_8 = 127
 _MOST_4 = 7
 _MOST_MULTIPLIER = _MOST_8 // _MOST_4
 _GROUP = 128  # inputs that share a multiplier, fewer where half the width is no multiple of it
+_WORTH = 1 << 20  # 4-bit weights from which on a loop of their own gains more than it costs to compile
 _TILE = 1 << 22  # 4-bit weights that are unpacked at once, so that they stay in a cache
 
 
@@ -195,7 +196,7 @@ def product(x: jax.Array, weight: Quantized) -> jax.Array:
 
 def _looped(weight: Quantized) -> bool:
     """Whether a single row times a weight in 4 bits has a loop of its own on CPU, which is far faster."""
-    return weight.size >= one_row.WORTH and one_row.fits_packed(weight.shape[1], weight.multiplier.shape[1])
+    return weight.size >= _WORTH and one_row.fits_packed(weight.shape[1], weight.multiplier.shape[1])
 
 
 def _sum_of_products(x: jax.Array, weight: Quantized) -> jax.Array:

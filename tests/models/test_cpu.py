@@ -10,8 +10,8 @@ from paligemma_jax.models import cpu, one_row
 from paligemma_jax.models.layers import linear
 
 
-@pytest.mark.parametrize("dtype, tolerance", [("float32", 1e-5), ("bfloat16", 1e-2)])
-@pytest.mark.parametrize("rows", [1, 2, 3, 5, 17, 65])
+@pytest.mark.parametrize("dtype, tolerance", [("float32", 1e-5), ("float16", 1e-3), ("bfloat16", 1e-2)])
+@pytest.mark.parametrize("rows", [1, 2, 3, 5, 17, 64, 65])
 @pytest.mark.parametrize("first", [True, False])
 def test_both_orders_give_the_product(monkeypatch, dtype, tolerance, rows, first):
     monkeypatch.setattr(cpu, "weight_first", lambda weight, rows: first)
@@ -29,7 +29,7 @@ def test_gradients_pass_through_both_orders(monkeypatch):
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
-@pytest.mark.parametrize("shape", [(40, 128), (24, 384), (16, 2304)])
+@pytest.mark.parametrize("shape", [(40, 128), (24, 384), (16, 2304), (8, 2368), (8, 4096)])
 def test_a_single_row_in_a_loop_gives_the_product(dtype, shape):
     x, weight = (jax.random.normal(jax.random.key(i), size, dtype) for i, size in enumerate([shape[1:], shape]))
     expected = np.asarray(weight, np.float64) @ np.asarray(x, np.float64)
@@ -39,11 +39,11 @@ def test_a_single_row_in_a_loop_gives_the_product(dtype, shape):
 
 
 def test_a_single_row_takes_the_loop_where_it_is_fast(monkeypatch):
-    monkeypatch.setattr(one_row, "WORTH", 0)
+    monkeypatch.setattr(cpu, "_LARGE", 0)
     x, weight = jax.random.normal(jax.random.key(0), (1, 128), "bfloat16"), jnp.ones((24, 128), "bfloat16")
     expected = np.broadcast_to(np.asarray(x, np.float64).sum(), (1, 24))
-    for seconds, loops in (([1.0, 1.0, 0.5], True), ([1.0, 1.0, 0.95], False), ([0.4, 1.0, 0.5], False)):
-        monkeypatch.setattr(cpu, "_seconds", lambda dtype, width, seconds=seconds: seconds)
+    for seconds, loops in (([1.0, 1.0, 1.0, 0.5], True), ([1.0, 1.0, 1.0, 0.95], False), ([0.4, 1.0, 1.0, 0.5], False)):
+        monkeypatch.setattr(cpu, "_times", lambda dtype, width, seconds=seconds: seconds)
         assert cpu.looped(weight) == loops
         np.testing.assert_allclose(linear(x, weight), expected, atol=1e-3)
     assert not cpu.looped(jnp.ones((24, 100), "bfloat16")) and not cpu.looped(jnp.ones((24, 128)))
@@ -57,7 +57,7 @@ def test_gradients_pass_through_the_loop():
 
 def test_only_large_weights_are_measured_each_width_once(monkeypatch):
     asked = []
-    monkeypatch.setattr(cpu, "_seconds", lambda dtype, width: asked.append((dtype.name, width)) or [1.0, 1.0, 1.0])
+    monkeypatch.setattr(cpu, "_times", lambda dtype, width: asked.append((dtype.name, width)) or [1.0] * 4)
     small, large = (jax.ShapeDtypeStruct((rows, 2048), jnp.bfloat16) for rows in (4, 8192))
     assert not cpu.weight_first(small, 1) and not cpu.weight_first(large, 1)
     cpu.measure({"norm": jax.ShapeDtypeStruct((2**24,), jnp.bfloat16), "small": small, "large": large})
@@ -65,21 +65,37 @@ def test_only_large_weights_are_measured_each_width_once(monkeypatch):
     assert asked == [("bfloat16", 2048)] * 3
 
 
-@pytest.mark.parametrize("gain, few, many", [(1.05, False, False), (1.5, True, False), (6.0, True, True)])
-def test_the_order_follows_a_clear_gain_and_with_many_rows_a_cliff(monkeypatch, gain, few, many):
-    monkeypatch.setattr(cpu, "_seconds", lambda dtype, width: [gain, 1.0, 1.0])
-    weight = jax.ShapeDtypeStruct((2048, 16384), jnp.bfloat16)
-    assert [cpu.weight_first(weight, rows) for rows in (1, 16, 272)] == [few, few, many]
+@pytest.mark.parametrize(
+    "times, chosen",
+    [
+        ([1.05, 1.05, 1.0], [False, False, False]),
+        ([1.05, 1.5, 1.0], [False, True, False]),
+        ([1.5, 2.5, 1.0], [True, True, False]),
+        ([6.0, 6.0, 1.0], [True, True, True]),
+    ],
+)
+def test_the_order_follows_a_clear_gain_and_with_many_rows_a_cliff(monkeypatch, times, chosen):
+    monkeypatch.setattr(cpu, "_times", lambda dtype, width: times)
+    weight, smaller = (jax.ShapeDtypeStruct((rows, 16384), jnp.bfloat16) for rows in (2048, 128))
+    assert [cpu.weight_first(weight, rows) for rows in (1, 16, 272)] == chosen
+    assert cpu.weight_first(smaller, 64) == chosen[1] and not cpu.weight_first(smaller, 65)
+
+
+@pytest.mark.parametrize("dtype, rows, filled", [("bfloat16", 1, 16), ("float16", 17, 32), ("bfloat16", 65, 65)])
+def test_few_rows_in_half_precision_are_filled_up(dtype, rows, filled):
+    arrays = (jax.ShapeDtypeStruct((count, 24), dtype) for count in (rows, 40))
+    text = jax.jit(cpu._weight_first).lower(*arrays).as_text()
+    assert f"tensor<40x{filled}xf32>" in text
 
 
 def test_measuring_works_while_a_network_is_traced(monkeypatch):
     monkeypatch.setattr(cpu, "_MEASURED", 64 * 128)
     monkeypatch.setattr(cpu, "_LARGE", 0)
-    cpu._seconds.cache_clear()
+    cpu._times.cache_clear()
     x, weight = jnp.ones((2, 128), "bfloat16"), jnp.ones((8, 128), "bfloat16")
     np.testing.assert_array_equal(jax.jit(linear)(x, weight), np.full((2, 8), 128.0))
-    assert cpu._seconds.cache_info().currsize == 1
-    cpu._seconds.cache_clear()
+    assert cpu._times.cache_info().currsize == 1
+    cpu._times.cache_clear()
 
 
 @pytest.mark.parametrize(

@@ -173,5 +173,5 @@ def test_pickles_are_not_opened(refused, tmp_path):
 
 
 def test_other_configs_say_what_is_missing(main):
-    status, _, err = main("--config.run=inspect")
+    status, _, err = main("--config.run=inspect", "--config.compilation_cache=false")
     assert status == 1 and "which run=inspect needs: take --config=configs/inspect.py" in err
