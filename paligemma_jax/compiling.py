@@ -24,8 +24,10 @@ def compiled(function: Any, *args: Any, **static: Any) -> jax.stages.Compiled:
 
 
 def _release() -> None:
-    """Give the system back what programs and compiling have freed, before and after a compile, when a process is
-    largest: glibc would keep 100 MB and more."""
+    """Give the system back what programs and compiling have freed: glibc would keep 100 MB and more.
+
+    A process is largest while it compiles.
+    """
     if (trim := _trim()) is not None:
         trim(0)
 

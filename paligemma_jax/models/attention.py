@@ -137,9 +137,7 @@ def write_cache(cache: jax.Array, new: jax.Array, positions: jax.Array) -> jax.A
 
     Positions beyond the cache are dropped.
     """
-    if (
-        positions.size == 1 and jax.default_backend() == "cpu"
-    ):  # XLA makes a read and a write of a single place, and copies the cache between them
+    if positions.size == 1 and jax.default_backend() == "cpu":  # of a single place XLA would copy the whole cache
         positions = jnp.pad(positions, ((0, 0), (0, 1)), constant_values=cache.shape[2])
         new = jnp.pad(new, ((0, 0), (0, 0), (0, 1), (0, 0)))
     rows = lax.broadcasted_iota(jnp.int32, positions.shape, 0)
