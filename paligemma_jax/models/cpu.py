@@ -25,7 +25,7 @@ from paligemma_jax.models import one_row
 _FEW_ROWS = 64  # at most so many, reading the weight is most of a product
 _LARGE = 2**20  # numbers in a weight from which on that matters
 _VERY_LARGE = 2**23  # numbers in a weight from which on many rows may be slow
-_FEWEST = 4  # rows up to which the right operand's kernels take as long as for one
+_FEWEST = 4  # rows up to which the time of so many decides, above it that of `_AT_ONCE`
 _MEASURED = 2**25  # numbers in the weight that is measured, which no cache holds
 _WIDTH = 2048  # inputs of that weight where any will do
 _CLEARLY = 1.1  # gain that is no accident
@@ -35,7 +35,7 @@ _NO_KERNEL = 5.0  # gain that says so for a few, whatever other work there was m
 # What XLA needs at least for its fastest kernels; bfloat16 has one for four rows since jax 0.11.
 _LEAST_ROWS = {"float32": 1, "int8": 2}
 _LEAST_ROWS_HALF = 4 if jax.__version_info__ >= (0, 11) else 2
-_AT_ONCE = 16  # rows that XLA takes together where a weight in half precision is the left operand: fewer cost no less
+_AT_ONCE = 16  # rows that XLA takes together where a weight in half precision is the left operand: fewer hardly cost less
 
 
 def at_least(rows: jax.Array) -> jax.Array:
