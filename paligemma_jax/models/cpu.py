@@ -35,7 +35,7 @@ _NO_KERNEL = 5.0  # gain that says so for a few, whatever other work there was m
 # What XLA needs at least for its fastest kernels; bfloat16 has one for four rows since jax 0.11.
 _LEAST_ROWS = {"float32": 1, "int8": 2}
 _LEAST_ROWS_HALF = 4 if jax.__version_info__ >= (0, 11) else 2
-_AT_ONCE = 16  # rows that XLA takes together where a weight in half precision is the left operand: fewer hardly cost less
+_AT_ONCE = 16  # rows that XLA takes together where a half-precision weight is the left operand: fewer hardly cost less
 
 
 def at_least(rows: jax.Array) -> jax.Array:
