@@ -26,9 +26,10 @@ _FEW_ROWS = 64  # at most so many, reading the weight is most of a product
 _LARGE = 2**20  # numbers in a weight from which on that matters
 _VERY_LARGE = 2**23  # numbers in a weight from which on many rows may be slow
 _FEWEST = 4  # rows up to which the time of so many decides, above it that of `_AT_ONCE`
-_MEASURED = 2**25  # numbers in the weight that is measured, which no cache holds
+_MEASURED = 2**26  # bytes of the weight that is measured, which no cache holds
 _WIDTH = 2048  # inputs of that weight where any will do
 _CLEARLY = 1.1  # gain that is no accident
+_WORTH_ITS_LENGTH = 1.25  # gain that a longer program must have: it takes memory, and time to load
 _CLIFF = 3.0  # gain that says that the other way has no fast kernel for many rows
 _NO_KERNEL = 5.0  # gain that says so for a few, whatever other work there was meanwhile
 
@@ -54,8 +55,8 @@ def _filled(rows: jax.Array, least: int) -> jax.Array:
 def product(rows: jax.Array, weight: jax.Array) -> jax.Array:
     """Rows [M, D] times a weight [F, D] of the same dtype, summed in float32: [M, F]."""
     num_rows = len(rows)
-    if num_rows == 1 and looped(weight):
-        return one_row.product(rows[0], weight)[None]
+    if num_rows == 1 and (form := loop(weight)):
+        return one_row.product(rows[0], weight, form)[None]
     order = _weight_first if weight_first(weight, num_rows) else _rows_first
     return order(rows, weight)
 
@@ -105,7 +106,7 @@ def unsigned_is_fast() -> bool:
     """
 
     def calls() -> list[measured.Call]:
-        rows, shape = jnp.zeros((4, _WIDTH), jnp.int8), (_MEASURED // _WIDTH, _WIDTH)
+        rows, shape = jnp.zeros((4, _WIDTH), jnp.int8), (_measured(_WIDTH), _WIDTH)
         signed, unsigned = (jnp.zeros(shape, dtype) for dtype in (jnp.int8, jnp.uint8))
         return [(signed_product, rows, signed), (unsigned_product, rows, unsigned)]
 
@@ -146,37 +147,63 @@ def weight_first(weight: Any, num_rows: int) -> bool:
     return (right_few if num_rows <= _FEWEST else right) > left * (_CLEARLY if few else _CLIFF)
 
 
-def looped(weight: Any) -> bool:
-    """Whether a single row times a weight [F, D], an array or its shape, is fastest as `one_row.product`."""
+def loop(weight: Any) -> one_row.Form | None:
+    """The loop that is the fastest way for a single row times a weight [F, D], an array or its shape, if one is."""
     if jax.default_backend() != "cpu" or weight.size < _LARGE or not _has_loop(weight.dtype, weight.shape[1]):
-        return False
-    right_few, _, left, loop = _times(jnp.dtype(weight.dtype), weight.shape[1])
-    return min(right_few, left) > loop * _CLEARLY
+        return None
+    right_few, _, left, *loops = _times(jnp.dtype(weight.dtype), weight.shape[1])
+    fastest = min(loops)
+    if min(right_few, left) <= fastest * _CLEARLY:
+        return None
+    return one_row.forms(weight.shape[1])[loops.index(fastest)]
+
+
+def packed_loop(values: Any, multiplier: Any) -> one_row.Form | None:
+    """The fastest loop for a single row times a weight in 4 bits, see `one_row.packed_product`, if it has one."""
+    (num_outputs, half), num_groups = values.shape, multiplier.shape[1]
+    if jax.default_backend() != "cpu" or 2 * half * num_outputs < _LARGE:
+        return None
+    if not one_row.fits_packed(2 * half, num_groups):
+        return None
+    short, long = _packed_times(2 * half, num_groups)
+    return one_row.PACKED_FORMS[short > long * _WORTH_ITS_LENGTH]
 
 
 def _has_loop(dtype: np.dtype, width: int) -> bool:
-    return dtype in (jnp.bfloat16, jnp.float16) and one_row.fits(width)
+    return dtype in (jnp.bfloat16, jnp.float16, jnp.int8) and one_row.fits(width)
 
 
-def measure(params: Any) -> None:
-    """Measure what will be asked about some parameters: now, because nothing else runs."""
-    for leaf in jax.tree.leaves(params):
-        if leaf.ndim == 2 and jnp.issubdtype(leaf.dtype, jnp.floating):
-            weight_first(leaf, 1)
-            looped(leaf)
+def _measured(row_bytes: int) -> int:
+    """Outputs of the weight that is measured, a round number as those of networks are."""
+    return max(1, _MEASURED // row_bytes // 64) * 64
 
 
 @functools.cache
 def _times(dtype: np.dtype, width: int) -> list[float]:
     """Seconds for a weight of this width on the right of `_FEWEST` and of `_AT_ONCE` rows, on the left of so many, and
-    for one row in a loop, if there is one."""
+    for one row in each form of a loop, if there are any."""
+    forms = one_row.forms(width) if _has_loop(dtype, width) else ()
 
     def calls() -> list[measured.Call]:
-        weight, rows = jnp.zeros((_MEASURED // width, width), dtype), jnp.zeros((_AT_ONCE, width), dtype)
-        loop = [(one_row.product, rows[0], weight)] if _has_loop(dtype, width) else []
+        weight, rows = jnp.zeros((_measured(width * dtype.itemsize), width), dtype), jnp.zeros((_AT_ONCE, width), dtype)
         right = [(_rows_first, rows[:_FEWEST], weight), (_rows_first, rows, weight)]
-        return [*right, (_weight_first, rows, weight), *loop]
+        loops = [(functools.partial(one_row.product, form=form), rows[0], weight) for form in forms]
+        return [*right, (_weight_first, rows, weight), *loops]
 
     with jax.ensure_compile_time_eval():  # the answer may be needed while a network is traced
-        count = 4 if _has_loop(dtype, width) else 3
-        return measured.remembered(f"{dtype.name} weights of {width} inputs", count, calls)
+        return measured.remembered(f"{dtype.name} weights of {width} inputs", 3 + len(forms), calls)
+
+
+@functools.cache
+def _packed_times(width: int, num_groups: int) -> list[float]:
+    """Seconds for one row times a weight in 4 bits in each form of a loop."""
+
+    def calls() -> list[measured.Call]:
+        num_outputs = _measured(width // 2)
+        values = jnp.zeros((num_outputs, width // 2), jnp.uint8)
+        arrays = (jnp.zeros(width), values, jnp.zeros((num_outputs, num_groups), jnp.int8))
+        return [(functools.partial(one_row.packed_product, form=form), *arrays) for form in one_row.PACKED_FORMS]
+
+    with jax.ensure_compile_time_eval():
+        name = f"4 bits of {width} inputs in {num_groups} groups"
+        return measured.remembered(name, len(one_row.PACKED_FORMS), calls)

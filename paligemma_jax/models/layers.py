@@ -28,6 +28,16 @@ def linear(x: jax.Array, weight: jax.Array | Quantized) -> jax.Array:
     return y.reshape(*x.shape[:-1], weight.shape[0])
 
 
+def measure(params: Any) -> None:
+    """Measure what `linear` will ask about some parameters, which may be shapes: now, because nothing else runs."""
+    for leaf in jax.tree.leaves(params, is_leaf=lambda x: isinstance(x, Quantized)):
+        if isinstance(leaf, Quantized):
+            quantized.loop(leaf)
+        elif leaf.ndim == 2 and jnp.issubdtype(leaf.dtype, jnp.floating):
+            cpu.weight_first(leaf, 1)
+            cpu.loop(leaf)
+
+
 def along_last(vector: jax.Array, x: jax.Array) -> jax.Array:
     """A vector [D] as float32 with the rank of x [..., D], so that every broadcast is written out."""
     return vector.astype(jnp.float32).reshape((1,) * (x.ndim - 1) + vector.shape)

@@ -24,7 +24,6 @@ _MOST_8 = 127
 _MOST_4 = 7
 _MOST_MULTIPLIER = _MOST_8 // _MOST_4
 _GROUP = 128  # inputs that share a multiplier, fewer where half the width is no multiple of it
-_WORTH = 1 << 20  # 4-bit weights from which on a loop of their own gains more than it costs to compile
 _TILE = 1 << 22  # 4-bit weights that are unpacked at once, so that they stay in a cache
 
 
@@ -173,7 +172,7 @@ def rows_of(weight: jax.Array | Quantized, index: jax.Array) -> jax.Array:
 def product(x: jax.Array, weight: Quantized) -> jax.Array:
     """Activations [M, D] times a weight: float32 [M, F].
 
-    Each row is rounded to 8 bits with a scale of its own; sums are exact, or float32 for a single row in 4 bits. A
+    Each row is rounded to 8 bits with a scale of its own; sums are exact, or float32 for a single row in a loop. A
     weight that does not round is multiplied as numbers of its dtype, which has room for all of its whole ones.
     """
     if not weight.rounds:
@@ -183,10 +182,10 @@ def product(x: jax.Array, weight: Quantized) -> jax.Array:
     x = x.astype(jnp.float32)
     scale = jnp.maximum(jnp.max(jnp.abs(x), axis=1, keepdims=True), 1e-30) / _MOST_8
     rounded = jnp.round(x / scale).astype(jnp.int8)
-    if weight.multiplier is None or jax.default_backend() != "cpu":
+    if len(x) == 1 and (form := loop(weight)):
+        y = _looped(rounded[0].astype(jnp.float32), weight, form)[None]
+    elif weight.multiplier is None or jax.default_backend() != "cpu":
         y = _sum_of_products(rounded, weight)
-    elif len(x) == 1 and _looped(weight):
-        y = one_row.packed_product(rounded[0].astype(jnp.float32), weight.values, weight.multiplier)[None]
     else:
         # The loop starts with numbers made from x, or XLA would make room for the results of all layers at once.
         start = jnp.broadcast_to((0.0 * scale).astype(jnp.int32), (x.shape[0], weight.shape[0]))
@@ -194,9 +193,18 @@ def product(x: jax.Array, weight: Quantized) -> jax.Array:
     return y.astype(jnp.float32) * scale * weight.scale[None]
 
 
-def _looped(weight: Quantized) -> bool:
-    """Whether a single row times a weight in 4 bits has a loop of its own on CPU, which is far faster."""
-    return weight.size >= _WORTH and one_row.fits_packed(weight.shape[1], weight.multiplier.shape[1])
+def loop(weight: Quantized) -> one_row.Form | None:
+    """The loop that is the fastest way for a single row times a weight, which may be a shape, if one is."""
+    if weight.multiplier is None:
+        return cpu.loop(weight.values)
+    return cpu.packed_loop(weight.values, weight.multiplier)
+
+
+def _looped(row: jax.Array, weight: Quantized, form: one_row.Form) -> jax.Array:
+    """Whole-number product of a row f32 [D], summed in float32: [F]."""
+    if weight.multiplier is None:
+        return one_row.product(row, weight.values, form)
+    return one_row.packed_product(row, weight.values, weight.multiplier, form)
 
 
 def _sum_of_products(x: jax.Array, weight: Quantized) -> jax.Array:

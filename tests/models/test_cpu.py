@@ -1,13 +1,15 @@
 """How a product is spelt is a matter of speed only."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from paligemma_jax import measured
-from paligemma_jax.models import cpu, one_row
-from paligemma_jax.models.layers import linear
+from paligemma_jax.models import cpu, one_row, quantized
+from paligemma_jax.models.layers import linear, measure
 
 
 @pytest.mark.parametrize("dtype, tolerance", [("float32", 1e-5), ("float16", 1e-3), ("bfloat16", 1e-2)])
@@ -29,40 +31,57 @@ def test_gradients_pass_through_both_orders(monkeypatch):
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
-@pytest.mark.parametrize("shape", [(40, 128), (24, 384), (16, 2304), (8, 2368), (8, 4096)])
+@pytest.mark.parametrize("shape", [(40, 128), (24, 384), (16, 2304), (9, 2368), (64, 4096)])
 def test_a_single_row_in_a_loop_gives_the_product(dtype, shape):
     x, weight = (jax.random.normal(jax.random.key(i), size, dtype) for i, size in enumerate([shape[1:], shape]))
     expected = np.asarray(weight, np.float64) @ np.asarray(x, np.float64)
     assert one_row.fits(shape[1])
-    for function in (jax.jit(one_row.product), one_row.product):
-        np.testing.assert_allclose(function(x, weight), expected, atol=1e-5 * shape[1])
+    for form in (*one_row.forms(shape[1]), one_row.Form(16, 128, 3)):
+        product = functools.partial(one_row.product, form=form)
+        for function in (jax.jit(product), product):
+            np.testing.assert_allclose(function(x, weight), expected, atol=1e-5 * shape[1])
 
 
 def test_a_single_row_takes_the_loop_where_it_is_fast(monkeypatch):
     monkeypatch.setattr(cpu, "_LARGE", 0)
     x, weight = jax.random.normal(jax.random.key(0), (1, 128), "bfloat16"), jnp.ones((24, 128), "bfloat16")
     expected = np.broadcast_to(np.asarray(x, np.float64).sum(), (1, 24))
-    for seconds, loops in (([1.0, 1.0, 1.0, 0.5], True), ([1.0, 1.0, 1.0, 0.95], False), ([0.4, 1.0, 1.0, 0.5], False)):
-        monkeypatch.setattr(cpu, "_times", lambda dtype, width, seconds=seconds: seconds)
-        assert cpu.looped(weight) == loops
+    first, second = one_row.forms(128)
+    for times, form in (
+        ([1.0, 1.0, 1.0, 0.5, 0.6], first),
+        ([1.0, 1.0, 1.0, 0.6, 0.5], second),
+        ([1.0, 1.0, 1.0, 0.95, 0.96], None),
+        ([0.4, 1.0, 1.0, 0.5, 0.5], None),
+    ):
+        monkeypatch.setattr(cpu, "_times", lambda dtype, width, times=times: times)
+        assert cpu.loop(weight) == form
         np.testing.assert_allclose(linear(x, weight), expected, atol=1e-3)
-    assert not cpu.looped(jnp.ones((24, 100), "bfloat16")) and not cpu.looped(jnp.ones((24, 128)))
+    assert not cpu.loop(jnp.ones((24, 100), "bfloat16")) and not cpu.loop(jnp.ones((24, 128)))
+
+
+@pytest.mark.parametrize("times, chosen", [([1.0, 0.9], 0), ([1.0, 0.7], 1), ([1.0, 1.1], 0)])
+def test_a_longer_program_must_be_worth_it(monkeypatch, times, chosen):
+    monkeypatch.setattr(cpu, "_packed_times", lambda width, num_groups: times)
+    values, multiplier = (jax.ShapeDtypeStruct((8192, count), "uint8") for count in (1024, 16))
+    assert cpu.packed_loop(values, multiplier) == one_row.PACKED_FORMS[chosen]
 
 
 def test_gradients_pass_through_the_loop():
     x, weight = jnp.ones(128), jax.random.normal(jax.random.key(0), (6, 128))
-    found = jax.grad(lambda x: jnp.square(one_row.product(x, weight)).sum())(x)
+    found = jax.grad(lambda x: jnp.square(one_row.product(x, weight, one_row.forms(128)[1])).sum())(x)
     np.testing.assert_allclose(found, 2 * (weight @ x) @ weight, rtol=1e-4, atol=1e-4)
 
 
 def test_only_large_weights_are_measured_each_width_once(monkeypatch):
     asked = []
-    monkeypatch.setattr(cpu, "_times", lambda dtype, width: asked.append((dtype.name, width)) or [1.0] * 4)
+    monkeypatch.setattr(cpu, "_times", lambda dtype, width: asked.append((dtype.name, width)) or [1.0] * 5)
+    monkeypatch.setattr(cpu, "_packed_times", lambda width, groups: asked.append((width, groups)) or [1.0] * 2)
+    monkeypatch.setattr(quantized, "values_dtype", lambda: np.dtype("int8"))
     small, large = (jax.ShapeDtypeStruct((rows, 2048), jnp.bfloat16) for rows in (4, 8192))
     assert not cpu.weight_first(small, 1) and not cpu.weight_first(large, 1)
-    cpu.measure({"norm": jax.ShapeDtypeStruct((2**24,), jnp.bfloat16), "small": small, "large": large})
-    cpu.measure({"quantized": jax.ShapeDtypeStruct((8192, 2048), jnp.int8)})
-    assert asked == [("bfloat16", 2048)] * 3
+    measure({"norm": jax.ShapeDtypeStruct((2**24,), jnp.bfloat16), "small": small, "large": large})
+    measure([quantized.abstract(large, bits) for bits in (8, 4)])
+    assert asked == [("bfloat16", 2048)] * 3 + [("int8", 2048), (2048, 16)]
 
 
 @pytest.mark.parametrize(
@@ -89,7 +108,7 @@ def test_few_rows_in_half_precision_are_filled_up(dtype, rows, filled):
 
 
 def test_measuring_works_while_a_network_is_traced(monkeypatch):
-    monkeypatch.setattr(cpu, "_MEASURED", 64 * 128)
+    monkeypatch.setattr(cpu, "_MEASURED", 2 * 64 * 128)
     monkeypatch.setattr(cpu, "_LARGE", 0)
     cpu._times.cache_clear()
     x, weight = jnp.ones((2, 128), "bfloat16"), jnp.ones((8, 128), "bfloat16")
