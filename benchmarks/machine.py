@@ -22,6 +22,7 @@ from paligemma_jax.errors import UserError
 from paligemma_jax.files import read_json, write_json, write_text
 
 _PACKAGES = ("jax", "jaxlib", "torch", "transformers")
+_INSTRUCTIONS = {"avx2": "AVX2", "avx512f": "AVX-512", "avx512_vnni": "VNNI", "avx512_bf16": "BF16"}
 _RUNS = 10  # of what gives a ceiling, one after the other without a pause
 
 
@@ -129,9 +130,13 @@ def _seconds(function: Callable[..., jax.Array], x: jax.Array, *rest: jax.Array)
 
 
 def _cpu_model() -> str:
+    """The processor's name, which may say little, and what its speed here depends on."""
     path = Path("/proc/cpuinfo")
-    lines = path.read_text().splitlines() if path.exists() else []
-    return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.processor())
+    facts = dict(line.split(":", 1) for line in path.read_text().splitlines() if ":" in line) if path.exists() else {}
+    facts = {name.strip(): value.strip() for name, value in facts.items()}
+    flags = facts.get("flags", "").split()
+    kinds = [name for flag, name in _INSTRUCTIONS.items() if flag in flags]
+    return facts.get("model name", platform.processor()) + (f" ({', '.join(kinds)})" if kinds else "")
 
 
 def _version(package: str) -> str | None:

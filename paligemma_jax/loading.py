@@ -10,7 +10,7 @@ import jax
 
 from paligemma_jax import checkpoints
 from paligemma_jax.errors import CheckpointError, ConfigError
-from paligemma_jax.models.layers import measure
+from paligemma_jax.models import layers
 from paligemma_jax.pipeline import MASK_VAE_NAME, MASK_VAE_VARIABLE, PaliGemma
 from paligemma_jax.processing.image import ImageSettings
 from paligemma_jax.processing.processor import Processor
@@ -50,7 +50,7 @@ def load(
     processor = Processor(config, tokenizer, ImageSettings.from_dir(directory, config.vision.image_size))
     masks = _find_mask_vae(directory, mask_vae)
     model = PaliGemma(config, checkpoints.abstract(contents, dtype, quantization), processor, masks, directory)
-    measure(model.params["language_model"])
+    layers.measure(model.params["language_model"])
     with ThreadPoolExecutor(1) as pool:
         prepared = pool.submit(prepare, model) if prepare else None
         _, params = checkpoints.load(contents, dtype, quantization=quantization)

@@ -26,7 +26,7 @@ _FEW_ROWS = 64  # at most so many, reading the weight is most of a product
 _LARGE = 2**20  # numbers in a weight from which on that matters
 _VERY_LARGE = 2**23  # numbers in a weight from which on many rows may be slow
 _FEWEST = 4  # rows up to which the time of so many decides, above it that of `_AT_ONCE`
-_MEASURED = 2**26  # bytes of the weight that is measured, which no cache holds
+_MEASURED = 2**26  # bytes of the weight that is measured, which hardly any cache holds
 _WIDTH = 2048  # inputs of that weight where any will do
 _CLEARLY = 1.1  # gain that is no accident
 _WORTH_ITS_LENGTH = 1.25  # gain that a longer program must have: it takes memory, and time to load
@@ -106,7 +106,7 @@ def unsigned_is_fast() -> bool:
     """
 
     def calls() -> list[measured.Call]:
-        rows, shape = jnp.zeros((4, _WIDTH), jnp.int8), (_measured(_WIDTH), _WIDTH)
+        rows, shape = jnp.zeros((4, _WIDTH), jnp.int8), (_num_measured(_WIDTH), _WIDTH)
         signed, unsigned = (jnp.zeros(shape, dtype) for dtype in (jnp.int8, jnp.uint8))
         return [(signed_product, rows, signed), (unsigned_product, rows, unsigned)]
 
@@ -151,11 +151,14 @@ def loop(weight: Any) -> one_row.Form | None:
     """The loop that is the fastest way for a single row times a weight [F, D], an array or its shape, if one is."""
     if jax.default_backend() != "cpu" or weight.size < _LARGE or not _has_loop(weight.dtype, weight.shape[1]):
         return None
-    right_few, _, left, *loops = _times(jnp.dtype(weight.dtype), weight.shape[1])
+    width = weight.shape[1]
+    if weight.dtype == jnp.int8:
+        other, *loops = _signed_times(width)
+    else:
+        right_few, _, left, *loops = _times(jnp.dtype(weight.dtype), width)
+        other = min(right_few, left)
     fastest = min(loops)
-    if min(right_few, left) <= fastest * _CLEARLY:
-        return None
-    return one_row.forms(weight.shape[1])[loops.index(fastest)]
+    return one_row.forms(width)[loops.index(fastest)] if other > fastest * _CLEARLY else None
 
 
 def packed_loop(values: Any, multiplier: Any) -> one_row.Form | None:
@@ -173,7 +176,7 @@ def _has_loop(dtype: np.dtype, width: int) -> bool:
     return dtype in (jnp.bfloat16, jnp.float16, jnp.int8) and one_row.fits(width)
 
 
-def _measured(row_bytes: int) -> int:
+def _num_measured(row_bytes: int) -> int:
     """Outputs of the weight that is measured, a round number as those of networks are."""
     return max(1, _MEASURED // row_bytes // 64) * 64
 
@@ -185,13 +188,30 @@ def _times(dtype: np.dtype, width: int) -> list[float]:
     forms = one_row.forms(width) if _has_loop(dtype, width) else ()
 
     def calls() -> list[measured.Call]:
-        weight, rows = jnp.zeros((_measured(width * dtype.itemsize), width), dtype), jnp.zeros((_AT_ONCE, width), dtype)
+        weight = jnp.zeros((_num_measured(width * dtype.itemsize), width), dtype)
+        rows = jnp.zeros((_AT_ONCE, width), dtype)
         right = [(_rows_first, rows[:_FEWEST], weight), (_rows_first, rows, weight)]
-        loops = [(functools.partial(one_row.product, form=form), rows[0], weight) for form in forms]
-        return [*right, (_weight_first, rows, weight), *loops]
+        return [*right, (_weight_first, rows, weight), *_loops(forms, rows[0], weight)]
 
     with jax.ensure_compile_time_eval():  # the answer may be needed while a network is traced
         return measured.remembered(f"{dtype.name} weights of {width} inputs", 3 + len(forms), calls)
+
+
+@functools.cache
+def _signed_times(width: int) -> list[float]:
+    """Seconds for one row of 8 bits times a weight of such ones as `signed_product`, and in each form of a loop."""
+    forms = one_row.forms(width)
+
+    def calls() -> list[measured.Call]:
+        weight, row = jnp.zeros((_num_measured(width), width), jnp.int8), jnp.zeros((1, width), jnp.int8)
+        return [(signed_product, row, weight), *_loops(forms, row[0], weight)]
+
+    with jax.ensure_compile_time_eval():
+        return measured.remembered(f"one row times int8 weights of {width} inputs", 1 + len(forms), calls)
+
+
+def _loops(forms: tuple[one_row.Form, ...], row: jax.Array, weight: jax.Array) -> list[measured.Call]:
+    return [(functools.partial(one_row.product, form=form), row, weight) for form in forms]
 
 
 @functools.cache
@@ -199,7 +219,7 @@ def _packed_times(width: int, num_groups: int) -> list[float]:
     """Seconds for one row times a weight in 4 bits in each form of a loop."""
 
     def calls() -> list[measured.Call]:
-        num_outputs = _measured(width // 2)
+        num_outputs = _num_measured(width // 2)
         values = jnp.zeros((num_outputs, width // 2), jnp.uint8)
         arrays = (jnp.zeros(width), values, jnp.zeros((num_outputs, num_groups), jnp.int8))
         return [(functools.partial(one_row.packed_product, form=form), *arrays) for form in one_row.PACKED_FORMS]

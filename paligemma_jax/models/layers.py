@@ -31,7 +31,7 @@ def linear(x: jax.Array, weight: jax.Array | Quantized) -> jax.Array:
 def measure(params: Any) -> None:
     """Measure what `linear` will ask about some parameters, which may be shapes: now, because nothing else runs."""
     for leaf in jax.tree.leaves(params, is_leaf=lambda x: isinstance(x, Quantized)):
-        if isinstance(leaf, Quantized):
+        if isinstance(leaf, Quantized) and leaf.rounds:
             quantized.loop(leaf)
         elif leaf.ndim == 2 and jnp.issubdtype(leaf.dtype, jnp.floating):
             cpu.weight_first(leaf, 1)

@@ -26,8 +26,9 @@ class Form(NamedTuple):
 
     lanes: sums that are kept side by side. Where they fill one register, a row is walked over once.
     longest: of the blocks. XLA compiles one of over 72 times the lanes slowly, or not into a loop.
-    tile: outputs, or None for all, for which a block of inputs is done before the next one. All keep the block of the
-      row in the nearest cache; few keep the weight's pages at hand where its rows are long.
+    tile: outputs, or None for all, for which a block of inputs is done before the next one; of a number of outputs that
+      it does not divide, their greatest common divisor. All keep the block of the row in the nearest cache; few keep
+      the weight's pages at hand where its rows are long.
     """
 
     lanes: int
@@ -35,9 +36,9 @@ class Form(NamedTuple):
     tile: int | None
 
 
-# Of weights in 4 bits, their blocks counted in bytes: the second one is the longer program.
+# Of weights in 4 bits, their blocks counted in bytes: the second one may be the longer program.
 PACKED_FORMS = (Form(32, 640, 16), Form(32, 1152, None))
-_PACKED_UNIT = 128  # numbers in 4 bits that are folded at once
+_PACKED_UNIT = 128  # numbers of each half that are folded at once
 
 
 def fits(width: int) -> bool:
@@ -47,13 +48,14 @@ def fits(width: int) -> bool:
 
 def forms(width: int) -> tuple[Form, ...]:
     """The forms that may be the fastest for rows of so many inputs."""
-    return Form(16, 1152 if width <= 2304 else 768, None), Form(32, 2304, 32)
+    few_lanes = Form(16, 1152 if width <= 2 * 1152 else 768, None)  # with all outputs, shorter blocks suit long rows
+    return few_lanes, Form(32, 2304, 32)
 
 
 def fits_packed(width: int, num_groups: int) -> bool:
     """The same of a weight in 4 bits, whose groups of inputs must not be odd or long ones."""
     group = width // num_groups
-    return group % _UNIT == 0 and group <= PACKED_FORMS[0].longest
+    return group % _UNIT == 0 and group <= min(form.longest for form in PACKED_FORMS)
 
 
 def product(row: jax.Array, weight: jax.Array, form: Form) -> jax.Array:
@@ -91,10 +93,10 @@ def packed_product(row: jax.Array, values: jax.Array, multiplier: jax.Array, for
         inputs = slice(k, k + unit)
         signed = values[:, :, inputs] ^ jnp.uint8(0x88)  # two's complement in place of plus 8
         sums = []
-        # Both halves as 16 times the number, which needs no bits moved but of one of them.
-        for numbers, row, multiplier in zip((signed << 4, signed & jnp.uint8(0xF0)), rows, multipliers, strict=True):
-            numbers = lax.bitcast_convert_type(numbers, jnp.int8).astype(jnp.float32)
-            sums.append(_folded(numbers * row[None, :, inputs], form.lanes) * multiplier[:, :, k // group, None])
+        # Each number times 16, in the upper four bits: only the low half has to be shifted.
+        for shifted, half, factors in zip((signed << 4, signed & jnp.uint8(0xF0)), rows, multipliers, strict=True):
+            numbers = lax.bitcast_convert_type(shifted, jnp.int8).astype(jnp.float32)
+            sums.append(_folded(numbers * half[None, :, inputs], form.lanes) * factors[:, :, k // group, None])
         return sums[0] + sums[1]
 
     return _sum_of_lanes(_sum(part(k) for k in range(0, block, unit)), form)

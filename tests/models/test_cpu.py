@@ -47,6 +47,8 @@ def test_a_single_row_takes_the_loop_where_it_is_fast(monkeypatch):
     x, weight = jax.random.normal(jax.random.key(0), (1, 128), "bfloat16"), jnp.ones((24, 128), "bfloat16")
     expected = np.broadcast_to(np.asarray(x, np.float64).sum(), (1, 24))
     first, second = one_row.forms(128)
+    taken, product = [], one_row.product
+    monkeypatch.setattr(one_row, "product", lambda row, weight, form: taken.append(form) or product(row, weight, form))
     for times, form in (
         ([1.0, 1.0, 1.0, 0.5, 0.6], first),
         ([1.0, 1.0, 1.0, 0.6, 0.5], second),
@@ -56,14 +58,33 @@ def test_a_single_row_takes_the_loop_where_it_is_fast(monkeypatch):
         monkeypatch.setattr(cpu, "_times", lambda dtype, width, times=times: times)
         assert cpu.loop(weight) == form
         np.testing.assert_allclose(linear(x, weight), expected, atol=1e-3)
+    assert taken == [first, second]
     assert not cpu.loop(jnp.ones((24, 100), "bfloat16")) and not cpu.loop(jnp.ones((24, 128)))
+
+
+def test_weights_of_8_bits_have_a_loop_if_they_are_signed(monkeypatch):
+    monkeypatch.setattr(cpu, "_signed_times", lambda width: [1.0, 0.6, 0.5])
+    signed, unsigned = (jax.ShapeDtypeStruct((8192, 2048), dtype) for dtype in ("int8", "uint8"))
+    assert cpu.loop(signed) == one_row.forms(2048)[1] and cpu.loop(unsigned) is None
+    monkeypatch.setattr(cpu, "_signed_times", lambda width: [1.0, 0.95, 0.92])
+    assert cpu.loop(signed) is None
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    monkeypatch.setattr(cpu, "_signed_times", lambda width: [1.0, 0.6, 0.5])
+    assert cpu.loop(signed) is None
 
 
 @pytest.mark.parametrize("times, chosen", [([1.0, 0.9], 0), ([1.0, 0.7], 1), ([1.0, 1.1], 0)])
 def test_a_longer_program_must_be_worth_it(monkeypatch, times, chosen):
     monkeypatch.setattr(cpu, "_packed_times", lambda width, num_groups: times)
-    values, multiplier = (jax.ShapeDtypeStruct((8192, count), "uint8") for count in (1024, 16))
-    assert cpu.packed_loop(values, multiplier) == one_row.PACKED_FORMS[chosen]
+
+    def loop(num_outputs: int, num_groups: int) -> one_row.Form | None:
+        values = jax.ShapeDtypeStruct((num_outputs, 1024), "uint8")
+        return cpu.packed_loop(values, jax.ShapeDtypeStruct((num_outputs, num_groups), "int8"))
+
+    assert loop(8192, 16) == one_row.PACKED_FORMS[chosen]
+    assert loop(8, 16) is None and loop(8192, 256) is None
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    assert loop(8192, 16) is None
 
 
 def test_gradients_pass_through_the_loop():
@@ -72,9 +93,10 @@ def test_gradients_pass_through_the_loop():
     np.testing.assert_allclose(found, 2 * (weight @ x) @ weight, rtol=1e-4, atol=1e-4)
 
 
-def test_only_large_weights_are_measured_each_width_once(monkeypatch):
+def test_only_large_weights_are_measured(monkeypatch):
     asked = []
     monkeypatch.setattr(cpu, "_times", lambda dtype, width: asked.append((dtype.name, width)) or [1.0] * 5)
+    monkeypatch.setattr(cpu, "_signed_times", lambda width: asked.append(("int8", width)) or [1.0] * 3)
     monkeypatch.setattr(cpu, "_packed_times", lambda width, groups: asked.append((width, groups)) or [1.0] * 2)
     monkeypatch.setattr(quantized, "values_dtype", lambda: np.dtype("int8"))
     small, large = (jax.ShapeDtypeStruct((rows, 2048), jnp.bfloat16) for rows in (4, 8192))
