@@ -132,8 +132,8 @@ def _seconds(function: Callable[..., jax.Array], x: jax.Array, *rest: jax.Array)
 def _cpu_model() -> str:
     """The processor's name, which may say little, and what its speed here depends on."""
     path = Path("/proc/cpuinfo")
-    facts = dict(line.split(":", 1) for line in path.read_text().splitlines() if ":" in line) if path.exists() else {}
-    facts = {name.strip(): value.strip() for name, value in facts.items()}
+    lines = path.read_text().splitlines() if path.exists() else []
+    facts = {name.strip(): value.strip() for name, _, value in (line.partition(":") for line in lines)}
     flags = facts.get("flags", "").split()
     kinds = [name for flag, name in _INSTRUCTIONS.items() if flag in flags]
     return facts.get("model name", platform.processor()) + (f" ({', '.join(kinds)})" if kinds else "")

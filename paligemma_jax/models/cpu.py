@@ -163,12 +163,11 @@ def loop(weight: Any) -> one_row.Form | None:
 
 def packed_loop(values: Any, multiplier: Any) -> one_row.Form | None:
     """The fastest loop for a single row times a weight in 4 bits, see `one_row.packed_product`, if it has one."""
-    (num_outputs, half), num_groups = values.shape, multiplier.shape[1]
-    if jax.default_backend() != "cpu" or 2 * half * num_outputs < _LARGE:
+    width, num_groups = 2 * values.shape[1], multiplier.shape[1]
+    large = width * values.shape[0] >= _LARGE
+    if jax.default_backend() != "cpu" or not large or not one_row.fits_packed(width, num_groups):
         return None
-    if not one_row.fits_packed(2 * half, num_groups):
-        return None
-    short, long = _packed_times(2 * half, num_groups)
+    short, long = _packed_times(width, num_groups)
     return one_row.PACKED_FORMS[short > long * _WORTH_ITS_LENGTH]
 
 

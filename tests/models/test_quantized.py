@@ -72,12 +72,12 @@ def test_a_single_row_in_a_loop_is_the_same_product(monkeypatch, bits, forms, na
     for form in forms:
         monkeypatch.setattr(quantized, "loop", lambda weight, form=form: form)
         found = jax.jit(functools.partial(quantized.product))(x, few)  # a function of its own, or it is not traced anew
-        np.testing.assert_allclose(found, exact, rtol=1e-5, atol=2e-4)
+        np.testing.assert_allclose(found, exact, rtol=1e-5, atol=1e-4)
     assert taken == list(forms)
 
 
 @pytest.mark.parametrize("bits", [8, 4])
-@pytest.mark.parametrize("dtype, tolerance", [("float32", 1e-5), ("bfloat16", 1e-2)])  # sums of AVX2 are off by 1e-6
+@pytest.mark.parametrize("dtype, tolerance", [("float32", 2e-6), ("bfloat16", 1e-2)])
 def test_activations_stay_as_they_are_where_they_are_not_rounded(weight, bits, dtype, tolerance):
     few = quantized.quantize(weight.astype(dtype), bits, rounds=False)
     x = jax.random.normal(jax.random.key(0), (3, weight.shape[1])) * jnp.array([[1.0], [1e3], [1e-3]])
