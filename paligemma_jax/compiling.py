@@ -9,9 +9,19 @@ from typing import Any
 
 import jax
 
-# By platform. XLA on CPU prefers 256-bit registers for its own loops; those of `models/one_row.py` and much of the rest
-# are faster in 512 bits where there are such, and no slower elsewhere.
-_OPTIONS = {"cpu": {"xla_cpu_prefer_vector_width": 512}}
+# By platform. XLA on CPU prefers 256-bit registers for its own loops, which are faster in 512 bits where there are such
+# and no slower elsewhere. It adds floats up one after the other unless it is told that their order does not matter; it
+# goes on heeding what is infinite or no number.
+_OPTIONS = {
+    "cpu": {
+        "xla_cpu_prefer_vector_width": 512,
+        "xla_cpu_enable_fast_math": True,
+        "xla_cpu_fast_math_honor_division": True,
+        "xla_cpu_fast_math_honor_functions": True,
+        "xla_cpu_fast_math_honor_infs": True,
+        "xla_cpu_fast_math_honor_nans": True,
+    }
+}
 
 
 def compiled(function: Any, *args: Any, **static: Any) -> jax.stages.Compiled:

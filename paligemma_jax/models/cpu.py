@@ -7,6 +7,7 @@ Axes: M rows, F outputs, D inputs.
 """
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -20,16 +21,14 @@ from jax.interpreters import mlir
 
 from paligemma_jax import measured
 from paligemma_jax.buckets import power_of_two
-from paligemma_jax.models import one_row
+from paligemma_jax.models import few_rows
 
 _FEW_ROWS = 64  # at most so many, reading the weight is most of a product
 _LARGE = 2**20  # numbers in a weight from which on that matters
 _VERY_LARGE = 2**23  # numbers in a weight from which on many rows may be slow
-_FEWEST = 4  # rows up to which the time of so many decides, above it that of `_AT_ONCE`
 _MEASURED = 2**26  # bytes of the weight that is measured, which hardly any cache holds
 _WIDTH = 2048  # inputs of that weight where any will do
 _CLEARLY = 1.1  # gain that is no accident
-_WORTH_ITS_LENGTH = 1.25  # gain that a longer program must have: it takes memory, and time to load
 _CLIFF = 3.0  # gain that says that the other way has no fast kernel for many rows
 _NO_KERNEL = 5.0  # gain that says so for a few, whatever other work there was meanwhile
 
@@ -55,10 +54,28 @@ def _filled(rows: jax.Array, least: int) -> jax.Array:
 def product(rows: jax.Array, weight: jax.Array) -> jax.Array:
     """Rows [M, D] times a weight [F, D] of the same dtype, summed in float32: [M, F]."""
     num_rows = len(rows)
-    if num_rows == 1 and (form := loop(weight)):
-        return one_row.product(rows[0], weight, form)[None]
+    if sums_win(weight, num_rows):
+        return few_rows.product(rows, weight)
     order = _weight_first if weight_first(weight, num_rows) else _rows_first
     return order(rows, weight)
+
+
+def whole_product(rows: jax.Array, weight: jax.Array) -> jax.Array:
+    """Rows i8 [M, D] times a weight of whole numbers, i8 or plus 128 as u8 [F, D]: i32 [M, F] of the numbers alone."""
+    multiply = few_rows.whole_product if sums_win(weight, len(rows)) else _kernel(weight.dtype)
+    return _without_offset(multiply(rows, weight), rows, weight)
+
+
+def whole_product_by_kernel(rows: jax.Array, weight: jax.Array) -> jax.Array:
+    """The same by XLA's own kernel, however many rows there are."""
+    return _without_offset(_kernel(weight.dtype)(rows, weight), rows, weight)
+
+
+def _without_offset(product: jax.Array, rows: jax.Array, weight: jax.Array) -> jax.Array:
+    """Take off what the 128 in unsigned numbers have added."""
+    if weight.dtype != jnp.uint8:
+        return product
+    return product - 128 * jnp.sum(rows, axis=1, keepdims=True, dtype=jnp.int32)
 
 
 def _rows_first(rows: jax.Array, weight: jax.Array) -> jax.Array:
@@ -82,20 +99,20 @@ def _dot(a: jax.Array, b: jax.Array) -> jax.Array:
 
 
 @jax.jit
-def unsigned_product(rows: jax.Array, weight: jax.Array) -> jax.Array:
-    """Rows i8 [M, D] times a weight of whole numbers plus 128, u8 [F, D]: what the numbers alone give, i32 [M, F].
+def _unsigned_first(rows: jax.Array, weight: jax.Array) -> jax.Array:
+    """Rows i8 [M, D] times a weight u8 [F, D]: i32 [M, F].
 
     Where `unsigned_is_fast`, XLA takes the weight as it lies. Of two signed operands it first shifts the left one or
     transposes the right one: few rows take 1.1 to 4 times as long so, many between 0.8 and 2 times
     (benchmarks/results/products.md).
     """
     y = lax.optimization_barrier(_dot_unsigned_p.bind(weight, at_least(rows))).T  # or XLA would turn it round
-    return y[: len(rows)] - 128 * jnp.sum(rows, axis=1, keepdims=True, dtype=jnp.int32)
+    return y[: len(rows)]
 
 
-def signed_product(rows: jax.Array, weight: jax.Array) -> jax.Array:
-    """Rows i8 [M, D] times a weight of whole numbers i8 [F, D]: i32 [M, F]."""
-    return _dot(at_least(rows), weight)[: len(rows)]
+def _kernel(dtype: np.dtype) -> Callable[[jax.Array, jax.Array], jax.Array]:
+    """XLA's own product of rows i8 with a weight of whole numbers."""
+    return _unsigned_first if dtype == jnp.uint8 else _rows_first
 
 
 @functools.cache
@@ -106,9 +123,9 @@ def unsigned_is_fast() -> bool:
     """
 
     def calls() -> list[measured.Call]:
-        rows, shape = jnp.zeros((4, _WIDTH), jnp.int8), (_num_measured(_WIDTH), _WIDTH)
+        rows, shape = jnp.zeros((4, _WIDTH), jnp.int8), (num_measured(_WIDTH), _WIDTH)
         signed, unsigned = (jnp.zeros(shape, dtype) for dtype in (jnp.int8, jnp.uint8))
-        return [(signed_product, rows, signed), (unsigned_product, rows, unsigned)]
+        return [(_kernel(weight.dtype), rows, weight) for weight in (signed, unsigned)]
 
     with jax.ensure_compile_time_eval():
         signed, unsigned = measured.remembered("unsigned weights", 2, calls)
@@ -144,85 +161,71 @@ def weight_first(weight: Any, num_rows: int) -> bool:
     if jax.default_backend() != "cpu" or weight.size < (_LARGE if few else _VERY_LARGE):
         return False
     right_few, right, left = _times(jnp.dtype(weight.dtype), weight.shape[1])[:3]
-    return (right_few if num_rows <= _FEWEST else right) > left * (_CLEARLY if few else _CLIFF)
+    return (right_few if num_rows <= few_rows.MOST else right) > left * (_CLEARLY if few else _CLIFF)
 
 
-def loop(weight: Any) -> one_row.Form | None:
-    """The loop that is the fastest way for a single row times a weight [F, D], an array or its shape, if one is."""
-    if jax.default_backend() != "cpu" or weight.size < _LARGE or not _has_loop(weight.dtype, weight.shape[1]):
-        return None
-    width = weight.shape[1]
-    if weight.dtype == jnp.int8:
-        other, *loops = _signed_times(width)
-    else:
-        right_few, _, left, *loops = _times(jnp.dtype(weight.dtype), width)
-        other = min(right_few, left)
-    fastest = min(loops)
-    return one_row.forms(width)[loops.index(fastest)] if other > fastest * _CLEARLY else None
+def sums_win(weight: Any, num_rows: int) -> bool:
+    """Whether rows times a weight [F, D], an array or its shape, are fastest as the sums of `few_rows`."""
+    num_outputs, width = weight.shape
+    if not few(weight, num_rows) or not few_rows.fits(num_outputs) or not _has_sums(weight.dtype):
+        return False
+    if jnp.issubdtype(weight.dtype, jnp.integer):
+        return clearly_less(_whole_times(jnp.dtype(weight.dtype), width), num_rows)
+    right_few, _, left, *sums = _times(jnp.dtype(weight.dtype), width)
+    other = min(right_few, left)
+    return clearly_less([other, other, *sums], num_rows)
 
 
-def packed_loop(values: Any, multiplier: Any) -> one_row.Form | None:
-    """The fastest loop for a single row times a weight in 4 bits, see `one_row.packed_product`, if it has one."""
-    width, num_groups = 2 * values.shape[1], multiplier.shape[1]
-    large = width * values.shape[0] >= _LARGE
-    if jax.default_backend() != "cpu" or not large or not one_row.fits_packed(width, num_groups):
-        return None
-    short, long = _packed_times(width, num_groups)
-    return one_row.PACKED_FORMS[short > long * _WORTH_ITS_LENGTH]
+def few(weight: Any, num_rows: int) -> bool:
+    """Whether rows are so few, on a CPU, and a weight is so large, that reading it is most of their product."""
+    return jax.default_backend() == "cpu" and num_rows <= few_rows.MOST and weight.size >= _LARGE
 
 
-def _has_loop(dtype: np.dtype, width: int) -> bool:
-    return dtype in (jnp.bfloat16, jnp.float16, jnp.int8) and one_row.fits(width)
+def clearly_less(times: list[float], num_rows: int) -> bool:
+    """Whether sums win for some rows: times are those of another way for one row and for most, and those of sums."""
+    other_one, other_most, one, most = times
+    return other_one > one * _CLEARLY if num_rows == 1 else other_most > most * _CLEARLY
 
 
-def _num_measured(row_bytes: int) -> int:
+def _has_sums(dtype: np.dtype) -> bool:
+    """A single row in float32 is fast in XLA's own kernel."""
+    return dtype != jnp.float32
+
+
+def num_measured(row_bytes: int) -> int:
     """Outputs of the weight that is measured, a round number as those of networks are."""
     return max(1, _MEASURED // row_bytes // 64) * 64
 
 
 @functools.cache
 def _times(dtype: np.dtype, width: int) -> list[float]:
-    """Seconds for a weight of this width on the right of `_FEWEST` and of `_AT_ONCE` rows, on the left of so many, and
-    for one row in each form of a loop, if there are any."""
-    forms = one_row.forms(width) if _has_loop(dtype, width) else ()
+    """Seconds for a weight of this width on the right of `few_rows.MOST` rows and of `_AT_ONCE`, on the left of so
+    many, and as sums for one row and for `few_rows.MOST`, if it has them."""
+    with_sums = _has_sums(dtype)
 
     def calls() -> list[measured.Call]:
-        weight = jnp.zeros((_num_measured(width * dtype.itemsize), width), dtype)
+        weight = jnp.zeros((num_measured(width * dtype.itemsize), width), dtype)
         rows = jnp.zeros((_AT_ONCE, width), dtype)
-        right = [(_rows_first, rows[:_FEWEST], weight), (_rows_first, rows, weight)]
-        return [*right, (_weight_first, rows, weight), *_loops(forms, rows[0], weight)]
+        most = rows[: few_rows.MOST]
+        right = [(_rows_first, most, weight), (_rows_first, rows, weight)]
+        sums = [(few_rows.product, few, weight) for few in (rows[:1], most) if with_sums]
+        return [*right, (_weight_first, rows, weight), *sums]
 
     with jax.ensure_compile_time_eval():  # the answer may be needed while a network is traced
-        return measured.remembered(f"{dtype.name} weights of {width} inputs", 3 + len(forms), calls)
+        return measured.remembered(f"{dtype.name} weights of {width} inputs", 3 + 2 * with_sums, calls)
 
 
 @functools.cache
-def _signed_times(width: int) -> list[float]:
-    """Seconds for one row of 8 bits times a weight of such ones as `signed_product`, and in each form of a loop."""
-    forms = one_row.forms(width)
+def _whole_times(dtype: np.dtype, width: int) -> list[float]:
+    """Seconds for one row of 8 bits and for `few_rows.MOST` times a weight of such ones in XLA's kernel and as sums."""
 
     def calls() -> list[measured.Call]:
-        weight, row = jnp.zeros((_num_measured(width), width), jnp.int8), jnp.zeros((1, width), jnp.int8)
-        return [(signed_product, row, weight), *_loops(forms, row[0], weight)]
+        weight, most = jnp.zeros((num_measured(width), width), dtype), jnp.zeros((few_rows.MOST, width), jnp.int8)
+        return [
+            (multiply, rows, weight)
+            for multiply in (_kernel(dtype), few_rows.whole_product)
+            for rows in (most[:1], most)
+        ]
 
     with jax.ensure_compile_time_eval():
-        return measured.remembered(f"one row times int8 weights of {width} inputs", 1 + len(forms), calls)
-
-
-def _loops(forms: tuple[one_row.Form, ...], row: jax.Array, weight: jax.Array) -> list[measured.Call]:
-    return [(functools.partial(one_row.product, form=form), row, weight) for form in forms]
-
-
-@functools.cache
-def _packed_times(width: int, num_groups: int) -> list[float]:
-    """Seconds for one row times a weight in 4 bits in each form of a loop."""
-
-    def calls() -> list[measured.Call]:
-        num_outputs = _num_measured(width // 2)
-        values = jnp.zeros((num_outputs, width // 2), jnp.uint8)
-        arrays = (jnp.zeros(width), values, jnp.zeros((num_outputs, num_groups), jnp.int8))
-        return [(functools.partial(one_row.packed_product, form=form), *arrays) for form in one_row.PACKED_FORMS]
-
-    with jax.ensure_compile_time_eval():
-        name = f"4 bits of {width} inputs in {num_groups} groups"
-        return measured.remembered(name, len(one_row.PACKED_FORMS), calls)
+        return measured.remembered(f"8 bits times {dtype.name} weights of {width} inputs", 4, calls)

@@ -16,7 +16,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from paligemma_jax.models import cpu, one_row
+from paligemma_jax import measured
+from paligemma_jax.models import cpu, few_rows
 
 BITS = {"int8": 8, "int4": 4}
 
@@ -172,8 +173,8 @@ def rows_of(weight: jax.Array | Quantized, index: jax.Array) -> jax.Array:
 def product(x: jax.Array, weight: Quantized) -> jax.Array:
     """Activations [M, D] times a weight: float32 [M, F].
 
-    Each row is rounded to 8 bits with a scale of its own; sums are exact, or float32 for a single row in a loop. A
-    weight that does not round is multiplied as numbers of its dtype, which has room for all of its whole ones.
+    Each row is rounded to 8 bits with a scale of its own; sums are exact. A weight that does not round is multiplied as
+    numbers of its dtype, which has room for all of its whole ones.
     """
     if not weight.rounds:
         x, values = lax.optimization_barrier((x, weight.values))  # or all weights of a network would be widened at once
@@ -182,9 +183,11 @@ def product(x: jax.Array, weight: Quantized) -> jax.Array:
     x = x.astype(jnp.float32)
     scale = jnp.maximum(jnp.max(jnp.abs(x), axis=1, keepdims=True), 1e-30) / _MOST_8
     rounded = jnp.round(x / scale).astype(jnp.int8)
-    if len(x) == 1 and (form := loop(weight)):
-        y = _looped(rounded[0].astype(jnp.float32), weight, form)[None]
-    elif weight.multiplier is None or jax.default_backend() != "cpu":
+    if weight.multiplier is None:
+        y = cpu.whole_product(rounded, as_values(weight.values, values_dtype()))
+    elif sums_win(weight, len(x)):
+        y = few_rows.packed_product(rounded, weight.values, weight.multiplier)
+    elif jax.default_backend() != "cpu":
         y = _sum_of_products(rounded, weight)
     else:
         # The loop starts with numbers made from x, or XLA would make room for the results of all layers at once.
@@ -193,26 +196,44 @@ def product(x: jax.Array, weight: Quantized) -> jax.Array:
     return y.astype(jnp.float32) * scale * weight.scale[None]
 
 
-def loop(weight: Quantized) -> one_row.Form | None:
-    """The loop that is the fastest way for a single row times a weight, which may be a shape, if one is."""
+def sums_win(weight: Quantized, num_rows: int) -> bool:
+    """Whether rows times a weight, which may be a shape, are fastest as the sums of `few_rows`."""
     if weight.multiplier is None:
-        return cpu.loop(weight.values)
-    return cpu.packed_loop(weight.values, weight.multiplier)
+        return cpu.sums_win(weight.values, num_rows)
+    num_groups = weight.multiplier.shape[1]
+    width = weight.shape[1]
+    if not cpu.few(weight, num_rows) or not few_rows.fits_groups(width // num_groups):
+        return False
+    return cpu.clearly_less(_packed_times(width, num_groups), num_rows)
 
 
-def _looped(row: jax.Array, weight: Quantized, form: one_row.Form) -> jax.Array:
-    """Whole-number product of a row f32 [D], summed in float32: [F]."""
-    if weight.multiplier is None:
-        return one_row.product(row, weight.values, form)
-    return one_row.packed_product(row, weight.values, weight.multiplier, form)
+@functools.cache
+def _packed_times(width: int, num_groups: int) -> list[float]:
+    """Seconds for one row and for `few_rows.MOST` times a weight in 4 bits by tiles and as sums."""
+
+    def calls() -> list[measured.Call]:
+        num_outputs = cpu.num_measured(width)
+        values = jnp.zeros((num_outputs, width // 2), jnp.uint8)
+        weight = values, jnp.zeros((num_outputs, num_groups), jnp.int8)
+        most = jnp.zeros((few_rows.MOST, width), jnp.int8)
+        return [
+            (multiply, x, *weight) for multiply in (_by_tiles_alone, few_rows.packed_product) for x in (most[:1], most)
+        ]
+
+    with jax.ensure_compile_time_eval():
+        return measured.remembered(f"4 bits of {width} inputs in {num_groups} groups", 4, calls)
+
+
+def _by_tiles_alone(x: jax.Array, values: jax.Array, multiplier: jax.Array) -> jax.Array:
+    num_outputs = len(values)
+    weight = Quantized(values, jnp.ones(num_outputs), multiplier, jnp.dtype(jnp.float32))
+    return _by_tiles(x, weight, jnp.zeros((len(x), num_outputs), jnp.int32))
 
 
 def _sum_of_products(x: jax.Array, weight: Quantized) -> jax.Array:
-    """Whole-number product i32 [M, F] of x [M, D]."""
-    dtype = values_dtype()
-    multiply = cpu.unsigned_product if dtype == np.uint8 else cpu.signed_product
-    parts = _whole(weight, dtype)
-    return sum(multiply(*pair) for pair in zip(jnp.split(x, len(parts), axis=1), parts, strict=True))
+    """Whole-number product i32 [M, F] of x [M, D] and a weight in 4 bits."""
+    halves = zip(jnp.split(x, 2, axis=1), _whole(weight, values_dtype()), strict=True)
+    return sum(cpu.whole_product_by_kernel(*pair) for pair in halves)
 
 
 def _by_tiles(x: jax.Array, weight: Quantized, start: jax.Array) -> jax.Array:

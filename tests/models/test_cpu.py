@@ -1,14 +1,13 @@
 """How a product is spelt is a matter of speed only."""
 
-import functools
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from paligemma_jax import measured
-from paligemma_jax.models import cpu, one_row, quantized
+from paligemma_jax.compiling import compiled
+from paligemma_jax.models import cpu, few_rows, quantized
 from paligemma_jax.models.layers import linear, measure
 
 
@@ -31,73 +30,90 @@ def test_gradients_pass_through_both_orders(monkeypatch):
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
-@pytest.mark.parametrize("shape", [(40, 128), (24, 384), (16, 2304), (9, 2368), (64, 4096)])
-def test_a_single_row_in_a_loop_gives_the_product(dtype, shape):
-    x, weight = (jax.random.normal(jax.random.key(i), size, dtype) for i, size in enumerate([shape[1:], shape]))
-    expected = np.asarray(weight, np.float64) @ np.asarray(x, np.float64)
-    assert one_row.fits(shape[1])
-    for form in (*one_row.forms(shape[1]), one_row.Form(16, 128, 3)):
-        product = functools.partial(one_row.product, form=form)
-        for function in (jax.jit(product), product):
-            np.testing.assert_allclose(function(x, weight), expected, atol=1e-5 * shape[1])
+@pytest.mark.parametrize("num_rows", range(1, few_rows.MOST + 1))
+@pytest.mark.parametrize("shape", [(40, 128), (24, 383), (16, 2304), (8, 2368), (64, 4096)])
+def test_few_rows_as_sums_give_the_product(dtype, num_rows, shape):
+    sizes = (num_rows, shape[1]), shape
+    x, weight = (jax.random.normal(jax.random.key(i), size, dtype) for i, size in enumerate(sizes))
+    expected = np.asarray(x, np.float64) @ np.asarray(weight, np.float64).T
+    assert few_rows.fits(shape[0])
+    for function in (
+        jax.jit(few_rows.product),
+        few_rows.product,
+        lambda *args: compiled(jax.jit(few_rows.product), *args)(*args),
+    ):
+        np.testing.assert_allclose(function(x, weight), expected, atol=1e-5 * shape[1])
 
 
-def test_a_single_row_takes_the_loop_where_it_is_fast(monkeypatch):
+@pytest.mark.parametrize("num_rows", range(1, few_rows.MOST + 1))
+@pytest.mark.parametrize("dtype", ["int8", "uint8"])
+def test_sums_of_whole_numbers_are_exact_at_the_ends_of_their_range(num_rows, dtype):
+    rng, ends = np.random.default_rng(0), np.iinfo(dtype)
+    rows = rng.choice([-128, -127, 0, 127], (num_rows, 16384))
+    weight = rng.choice([ends.min, ends.max], (8, 16384))
+    found = few_rows.whole_product(jnp.asarray(rows, jnp.int8), jnp.asarray(weight, dtype))
+    np.testing.assert_array_equal(found, rows @ weight.T)
+    rows[:], weight[:] = -128, ends.max
+    found = few_rows.whole_product(jnp.asarray(rows, jnp.int8), jnp.asarray(weight, dtype))
+    np.testing.assert_array_equal(found, rows @ weight.T)
+
+
+def test_sums_are_one_loop_over_the_weight():
+    """Or they would be far slower than a kernel: XLA splits a reduction of a single array, and widens one it may."""
+    row, weight = (jax.ShapeDtypeStruct(shape, "bfloat16") for shape in ((1, 2048), (4096, 2048)))
+    text = compiled(jax.jit(few_rows.product), row, weight).as_text()
+    entry = text[text.index("ENTRY") :]
+    assert "reduce-window" not in text and "f32[4096,2048]" not in entry and "f32[1024,2048]" not in entry
+
+
+def test_few_rows_are_sums_where_these_are_fast(monkeypatch):
     monkeypatch.setattr(cpu, "_LARGE", 0)
-    x, weight = jax.random.normal(jax.random.key(0), (1, 128), "bfloat16"), jnp.ones((24, 128), "bfloat16")
-    expected = np.broadcast_to(np.asarray(x, np.float64).sum(), (1, 24))
-    first, second = one_row.forms(128)
-    taken, product = [], one_row.product
-    monkeypatch.setattr(one_row, "product", lambda row, weight, form: taken.append(form) or product(row, weight, form))
-    for times, form in (
-        ([1.0, 1.0, 1.0, 0.5, 0.6], first),
-        ([1.0, 1.0, 1.0, 0.6, 0.5], second),
-        ([1.0, 1.0, 1.0, 0.95, 0.96], None),
-        ([0.4, 1.0, 1.0, 0.5, 0.5], None),
+    rows, weight = jax.random.normal(jax.random.key(0), (5, 128), "bfloat16"), jnp.ones((24, 128), "bfloat16")
+    expected = np.broadcast_to(np.asarray(rows, np.float64).sum(axis=1, keepdims=True), (5, 24))
+    taken, product = [], few_rows.product
+    monkeypatch.setattr(few_rows, "product", lambda rows, weight: taken.append(len(rows)) or product(rows, weight))
+    for times, counts in (
+        ([1.0, 1.0, 1.0, 0.5, 0.6], [1, 2, 4]),
+        ([1.0, 1.0, 1.0, 0.5, 0.95], [1]),
+        ([1.0, 1.0, 1.0, 0.95, 0.5], [2, 4]),
+        ([0.4, 1.0, 1.0, 0.5, 0.5], []),
     ):
         monkeypatch.setattr(cpu, "_times", lambda dtype, width, times=times: times)
-        assert cpu.loop(weight) == form
-        np.testing.assert_allclose(linear(x, weight), expected, atol=1e-3)
-    assert taken == [first, second]
-    assert not cpu.loop(jnp.ones((24, 100), "bfloat16")) and not cpu.loop(jnp.ones((24, 128)))
+        for count in (1, 2, 4, 5):
+            np.testing.assert_allclose(linear(rows[:count], weight), expected[:count], atol=1e-3)
+        assert taken == counts
+        taken.clear()
+    assert not cpu.sums_win(jnp.ones((22, 128), "bfloat16"), 1) and not cpu.sums_win(jnp.ones((24, 128)), 1)
 
 
-def test_weights_of_8_bits_have_a_loop_if_they_are_signed(monkeypatch):
-    monkeypatch.setattr(cpu, "_signed_times", lambda width: [1.0, 0.6, 0.5])
-    signed, unsigned = (jax.ShapeDtypeStruct((8192, 2048), dtype) for dtype in ("int8", "uint8"))
-    assert cpu.loop(signed) == one_row.forms(2048)[1] and cpu.loop(unsigned) is None
-    monkeypatch.setattr(cpu, "_signed_times", lambda width: [1.0, 0.95, 0.92])
-    assert cpu.loop(signed) is None
+@pytest.mark.parametrize("dtype", ["int8", "uint8"])
+def test_sums_of_8_bits_are_taken_by_their_own_times(monkeypatch, dtype):
+    weight = jax.ShapeDtypeStruct((8192, 2048), dtype)
+    for times, wins in (([1.0, 1.0, 0.5, 0.6], [1, 4]), ([1.0, 1.0, 0.95, 0.6], [4]), ([0.5, 1.0, 0.6, 0.95], [])):
+        monkeypatch.setattr(cpu, "_whole_times", lambda dtype, width, times=times: times)
+        assert [count for count in (1, 4, 5) if cpu.sums_win(weight, count)] == wins
+    monkeypatch.setattr(cpu, "_whole_times", lambda dtype, width: [1.0, 1.0, 0.5, 0.5])
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
-    monkeypatch.setattr(cpu, "_signed_times", lambda width: [1.0, 0.6, 0.5])
-    assert cpu.loop(signed) is None
+    assert not cpu.sums_win(weight, 1)
 
 
-@pytest.mark.parametrize("times, chosen", [([1.0, 0.9], 0), ([1.0, 0.7], 1), ([1.0, 1.1], 0)])
-def test_a_longer_program_must_be_worth_it(monkeypatch, times, chosen):
-    monkeypatch.setattr(cpu, "_packed_times", lambda width, num_groups: times)
+def test_gradients_pass_through_the_sums():
+    x, weight = jnp.ones((2, 128)), jax.random.normal(jax.random.key(0), (8, 128))
 
-    def loop(num_outputs: int, num_groups: int) -> one_row.Form | None:
-        values = jax.ShapeDtypeStruct((num_outputs, 1024), "uint8")
-        return cpu.packed_loop(values, jax.ShapeDtypeStruct((num_outputs, num_groups), "int8"))
+    def loss(x: jax.Array, weight: jax.Array) -> jax.Array:
+        return jnp.square(few_rows.product(x, weight)).sum()
 
-    assert loop(8192, 16) == one_row.PACKED_FORMS[chosen]
-    assert loop(8, 16) is None and loop(8192, 256) is None
-    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
-    assert loop(8192, 16) is None
-
-
-def test_gradients_pass_through_the_loop():
-    x, weight = jnp.ones(128), jax.random.normal(jax.random.key(0), (6, 128))
-    found = jax.grad(lambda x: jnp.square(one_row.product(x, weight, one_row.forms(128)[1])).sum())(x)
-    np.testing.assert_allclose(found, 2 * (weight @ x) @ weight, rtol=1e-4, atol=1e-4)
+    to_x, to_weight = jax.grad(loss, argnums=(0, 1))(x, weight)
+    y = 2 * x @ weight.T
+    np.testing.assert_allclose(to_x, y @ weight, rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(to_weight, y.T @ x, rtol=1e-4, atol=1e-4)
 
 
 def test_only_large_weights_are_measured(monkeypatch):
     asked = []
     monkeypatch.setattr(cpu, "_times", lambda dtype, width: asked.append((dtype.name, width)) or [1.0] * 5)
-    monkeypatch.setattr(cpu, "_signed_times", lambda width: asked.append(("int8", width)) or [1.0] * 3)
-    monkeypatch.setattr(cpu, "_packed_times", lambda width, groups: asked.append((width, groups)) or [1.0] * 2)
+    monkeypatch.setattr(cpu, "_whole_times", lambda dtype, width: asked.append((dtype.name, width)) or [1.0] * 4)
+    monkeypatch.setattr(quantized, "_packed_times", lambda width, groups: asked.append((width, groups)) or [1.0] * 4)
     monkeypatch.setattr(quantized, "values_dtype", lambda: np.dtype("int8"))
     small, large = (jax.ShapeDtypeStruct((rows, 2048), jnp.bfloat16) for rows in (4, 8192))
     assert not cpu.weight_first(small, 1) and not cpu.weight_first(large, 1)

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from paligemma_jax.models import cpu, one_row, quantized
+from paligemma_jax.models import cpu, few_rows, quantized
 from paligemma_jax.models.layers import linear
 
 WIDTHS = {"groups of 128": 256, "groups of 8": 48}
@@ -57,23 +57,22 @@ def test_product_is_that_of_rounded_activations(weight, bits, num_rows):
     np.testing.assert_allclose(found, expected, rtol=2e-5, atol=2e-5 * np.abs(expected).max(axis=0).max())
 
 
-@pytest.mark.parametrize(
-    "bits, forms, name", [(8, one_row.forms(4096), "product"), (4, one_row.PACKED_FORMS, "packed_product")]
-)
+@pytest.mark.parametrize("bits, name", [(8, "whole_product"), (4, "packed_product")])
 @pytest.mark.parametrize("width", [128, 768, 2048, 2304, 4608])
-def test_a_single_row_in_a_loop_is_the_same_product(monkeypatch, bits, forms, name, width):
-    monkeypatch.setattr(quantized, "values_dtype", lambda: np.dtype("int8"))
+@pytest.mark.parametrize("num_rows", range(1, few_rows.MOST + 1))
+def test_few_rows_as_sums_are_the_same_product(monkeypatch, bits, name, width, num_rows):
     few = quantized.quantize(jax.random.normal(jax.random.key(0), (48, width)), bits)
-    x = jax.random.normal(jax.random.key(1), (1, width))
-    monkeypatch.setattr(quantized, "loop", lambda weight: None)
-    exact = quantized.product(x, few)
-    taken, spelt = [], getattr(one_row, name)
-    monkeypatch.setattr(one_row, name, lambda *args: taken.append(args[-1]) or spelt(*args))
-    for form in forms:
-        monkeypatch.setattr(quantized, "loop", lambda weight, form=form: form)
-        found = jax.jit(functools.partial(quantized.product))(x, few)  # a function of its own, or it is not traced anew
-        np.testing.assert_allclose(found, exact, rtol=1e-5, atol=1e-4)
-    assert taken == list(forms)
+    x = jax.random.normal(jax.random.key(1), (num_rows, width))
+    products, taken, spelt = [], [], getattr(few_rows, name)
+    monkeypatch.setattr(few_rows, name, lambda *args: taken.append(len(args[0])) or spelt(*args))
+    for win in (False, True):
+        for module in (cpu, quantized):
+            monkeypatch.setattr(module, "sums_win", lambda weight, num_rows, win=win: win)
+        products.append(
+            jax.jit(functools.partial(quantized.product))(x, few)
+        )  # a new function, or it is not traced anew
+    np.testing.assert_array_equal(*products)
+    assert taken == [num_rows]
 
 
 @pytest.mark.parametrize("bits", [8, 4])
@@ -106,8 +105,9 @@ def test_a_large_weight_in_tiles_is_the_same_product(monkeypatch):
 def test_whole_products_are_exact_at_the_ends_of_their_range(num_rows):
     rng = np.random.default_rng(0)
     rows, numbers = (rng.choice([-128, -127, -1, 0, 1, 127], (count, 64)) for count in (num_rows, 24))
-    found = cpu.unsigned_product(jnp.asarray(rows, jnp.int8), jnp.asarray(numbers + 128, jnp.uint8))
-    np.testing.assert_array_equal(found, rows @ numbers.T)
+    rows_8 = jnp.asarray(rows, jnp.int8)
+    for weight in (jnp.asarray(numbers + 128, jnp.uint8), jnp.asarray(numbers, jnp.int8)):
+        np.testing.assert_array_equal(cpu.whole_product(rows_8, weight), rows @ numbers.T)
 
 
 def test_signed_values_give_the_same_product_and_rows_on_any_processor(weight, monkeypatch):

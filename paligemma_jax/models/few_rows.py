@@ -1,0 +1,88 @@
+"""Products of few rows with a large weight, spelt so that XLA on CPU compiles them into one loop over the weight.
+
+XLA's own kernels want many rows, and whole bytes for numbers. Sums of several arrays in one reduction are left to LLVM
+instead, which reads the weight once, in the order of its memory, and takes it apart in registers: all that a step of
+decoding should cost. A reduction of one array would not do: XLA splits it. Nor would one of floats whose order of
+additions matters: `compiling` says that it does not.
+
+Axes: M rows, F outputs, D inputs, G groups of inputs.
+"""
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+MOST = 4  # rows; more are slower than XLA's kernels, which are made for them
+_PARTS = 4  # of the weight that are gone over side by side for a single row; each reads the row once for all
+_FEWEST_PARTS = 2
+_OFFSET = 8  # of numbers in 4 bits
+_SHORTEST = 32  # group whose sum costs little more than its products
+
+
+def fits(num_outputs: int) -> bool:
+    """Whether a weight of so many outputs can be cut into parts."""
+    return num_outputs % _PARTS == 0
+
+
+def fits_groups(group: int) -> bool:
+    """Whether groups of so many inputs, of a weight in 4 bits, are worth a loop of their own."""
+    return group % _SHORTEST == 0
+
+
+@jax.custom_vjp
+def product(rows: jax.Array, weight: jax.Array) -> jax.Array:
+    """Rows [M, D] times a weight [F, D], M at most `MOST` and F as in `fits`: float32 [M, F]."""
+    return _product(rows, weight, jnp.float32)
+
+
+def whole_product(rows: jax.Array, weight: jax.Array) -> jax.Array:
+    """The same of rows i8 and a weight of whole numbers, i8 or u8: i32 [M, F]."""
+    return _product(rows, weight, jnp.int32)
+
+
+def _product_and_operands(rows: jax.Array, weight: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+    return product(rows, weight), (rows, weight)
+
+
+def _gradients(operands: tuple[jax.Array, jax.Array], cotangent: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """A reduction of several arrays has no derivative in JAX."""
+    rows, weight = operands
+    to_rows = jnp.matmul(cotangent, weight, preferred_element_type=jnp.float32)
+    to_weight = jnp.matmul(cotangent.T, rows, preferred_element_type=jnp.float32)
+    return to_rows.astype(rows.dtype), to_weight.astype(weight.dtype)
+
+
+product.defvjp(_product_and_operands, _gradients)
+
+
+def packed_product(rows: jax.Array, values: jax.Array, multiplier: jax.Array) -> jax.Array:
+    """Rows i8 [M, D] times the whole numbers of a weight in 4 bits: i32 [M, F].
+
+    `values` u8 [F, D / 2] and `multiplier` i8 [F, G] are as in `quantized.Quantized`.
+    """
+    rows, values, multiplier = lax.optimization_barrier((rows, values, multiplier))
+    num_outputs, num_groups = multiplier.shape
+    # In 16 bits, which LLVM multiplies in pairs; the offset is taken off the sums, where there are fewer of them.
+    grouped = values.astype(jnp.uint16).reshape(num_outputs, num_groups // 2, -1)
+    halves = [half.astype(jnp.int32) for half in (grouped & 15, grouped >> 4)]
+    rows = lax.optimization_barrier(rows.astype(jnp.int16)).astype(jnp.int32)
+    rows = rows.reshape(len(rows), 2, num_groups // 2, -1)
+    sums = _sums([half * of_half[None] for row in rows for half, of_half in zip(halves, row, strict=True)])
+    offsets = _OFFSET * jnp.sum(rows, axis=-1, dtype=jnp.int32).reshape(len(sums), -1)
+    multipliers = len(rows) * jnp.split(multiplier.astype(jnp.int32), 2, axis=1)
+    weighted = [(sum_ - offset[None]) * factor for sum_, offset, factor in zip(sums, offsets, multipliers, strict=True)]
+    low_and_high = jnp.stack(_sums(weighted)).reshape(len(rows), 2, num_outputs)
+    return low_and_high[:, 0] + low_and_high[:, 1]
+
+
+def _product(rows: jax.Array, weight: jax.Array, dtype: jnp.dtype) -> jax.Array:
+    rows, weight = lax.optimization_barrier((rows, weight))  # together, or a loop around would widen the weight ahead
+    parts = jnp.split(weight.astype(dtype), max(_FEWEST_PARTS, _PARTS // len(rows)))
+    outputs = _sums([part * row[None] for row in rows.astype(dtype) for part in parts])
+    return jnp.concatenate(outputs).reshape(len(rows), -1)
+
+
+def _sums(terms: list[jax.Array]) -> list[jax.Array]:
+    """The sum of each of several arrays over its last axis, in one loop."""
+    zeros = [jnp.zeros((), term.dtype) for term in terms]
+    return lax.reduce(terms, zeros, lambda x, y: jax.tree.map(jnp.add, x, y), (terms[0].ndim - 1,))
