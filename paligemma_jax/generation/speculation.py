@@ -28,6 +28,7 @@ from paligemma_jax.generation import engine
 from paligemma_jax.generation.clock import Clock
 from paligemma_jax.generation.grammar import Place
 from paligemma_jax.generation.sampling import Odds, Rule, choose, move
+from paligemma_jax.models import cpu
 from paligemma_jax.processing.tokenizer import LOC_TOKENS, SEG_TOKENS, Tokenizer
 from paligemma_jax.tasks.classes import class_names
 from paligemma_jax.tasks.detection import NUM_CODES
@@ -35,6 +36,7 @@ from paligemma_jax.tasks.detection import NUM_CODES
 _NUM_GUESSES = 7  # k: a pass of eight tokens costs what one of four does on CPU (benchmarks/results/speculation.md)
 _CONTEXT = 24  # tokens back that places are compared: a box, a mask and what stands before them
 _HEAVY = 2**29  # weights of a decoder that a pass spends its time reading
+_TOKENS_PER_PASS = 1.6  # at least so many are gained where boxes and masks follow each other (the same table)
 _BOX = "<loc0512>" * 4
 _OBJECTS = {"detect": _BOX, "segment": _BOX + "<seg064>" * NUM_CODES}  # what stands before a label, by task
 
@@ -94,11 +96,17 @@ def hints(tokenizer: Tokenizer, prompts: Sequence[str]) -> Hints:
 
 
 def wins(params: engine.Params, hints: Hints) -> bool:
-    """Whether to speculate by default: on CPU, for one answer with boxes, of a large 16-bit model."""
+    """Whether to speculate by default: for one answer with boxes of a large 16-bit model, on a CPU with cheap passes.
+
+    How cheap they are follows from what was measured of products with its weights.
+    """
     if jax.default_backend() != "cpu" or len(hints.text) > 1 or not hints.outlined:
         return False
     weights = jax.tree.leaves(params["language_model"])
-    return all(x.dtype.itemsize == 2 for x in weights) and sum(x.size for x in weights) >= _HEAVY
+    if any(x.dtype.itemsize != 2 for x in weights) or sum(x.size for x in weights) < _HEAVY:
+        return False
+    one, several = (sum(cpu.seconds(x, rows) for x in weights if x.ndim == 2) for rows in (1, 1 + _NUM_GUESSES))
+    return several < _TOKENS_PER_PASS * one
 
 
 def guess(text: jax.Array, length: jax.Array, leftover: jax.Array, kinds: Kinds) -> jax.Array:

@@ -60,18 +60,23 @@ def packed_product(rows: jax.Array, values: jax.Array, multiplier: jax.Array) ->
 
     `values` u8 [F, D / 2] and `multiplier` i8 [F, G] are as in `quantized.Quantized`.
     """
-    rows, values, multiplier = lax.optimization_barrier((rows, values, multiplier))
-    num_outputs, num_groups = multiplier.shape
-    # In 16 bits, which LLVM multiplies in pairs; the offset is taken off the sums, where there are fewer of them.
+    num_rows, num_outputs, num_groups = len(rows), *multiplier.shape
+    # In 16 bits, which LLVM multiplies in pairs. What depends on the rows alone stays out of the barrier, so that it is
+    # worked out once for all weights of these rows.
+    rows = rows.astype(jnp.int16)
+    parts = rows.astype(jnp.int32).reshape(num_rows * 2, num_groups // 2, -1, _SHORTEST)
+    offsets = _OFFSET * jnp.sum(parts, axis=(2, 3), dtype=jnp.int32)
+    rows, offsets, values, multiplier = lax.optimization_barrier((rows, offsets, values, multiplier))
     grouped = values.astype(jnp.uint16).reshape(num_outputs, num_groups // 2, -1)
     halves = [half.astype(jnp.int32) for half in (grouped & 15, grouped >> 4)]
-    rows = lax.optimization_barrier(rows.astype(jnp.int16)).astype(jnp.int32)
-    rows = rows.reshape(len(rows), 2, num_groups // 2, -1)
+    rows = rows.astype(jnp.int32).reshape(num_rows, 2, num_groups // 2, -1)
     sums = _sums([half * of_half[None] for row in rows for half, of_half in zip(halves, row, strict=True)])
-    offsets = _OFFSET * jnp.sum(rows, axis=-1, dtype=jnp.int32).reshape(len(sums), -1)
-    multipliers = len(rows) * jnp.split(multiplier.astype(jnp.int32), 2, axis=1)
-    weighted = [(sum_ - offset[None]) * factor for sum_, offset, factor in zip(sums, offsets, multipliers, strict=True)]
-    low_and_high = jnp.stack(_sums(weighted)).reshape(len(rows), 2, num_outputs)
+    multipliers = num_rows * jnp.split(multiplier.astype(jnp.int32), 2, axis=1)
+    weighted = [
+        (group_sums - offset[None]) * factor
+        for group_sums, offset, factor in zip(sums, offsets, multipliers, strict=True)
+    ]
+    low_and_high = jnp.stack(_sums(weighted)).reshape(num_rows, 2, num_outputs)
     return low_and_high[:, 0] + low_and_high[:, 1]
 
 

@@ -190,8 +190,8 @@ def product(x: jax.Array, weight: Quantized) -> jax.Array:
     elif jax.default_backend() != "cpu":
         y = _sum_of_products(rounded, weight)
     else:
-        # The loop starts with numbers made from x, or XLA would make room for the results of all layers at once.
-        start = jnp.broadcast_to((0.0 * scale).astype(jnp.int32), (x.shape[0], weight.shape[0]))
+        # The loop starts with zeros made from x, or XLA would make room for the results of all layers at once.
+        start = jnp.broadcast_to((scale < 0).astype(jnp.int32), (x.shape[0], weight.shape[0]))
         y = _by_tiles(rounded, weight, start)
     return y.astype(jnp.float32) * scale * weight.scale[None]
 

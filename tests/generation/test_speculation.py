@@ -12,6 +12,7 @@ import paligemma_jax as pj
 from paligemma_jax.generation import engine
 from paligemma_jax.generation.sampling import Sampling, row_keys
 from paligemma_jax.generation.speculation import Hints, decode, generate, guess, hints, outline, wins
+from paligemma_jax.models import cpu
 from paligemma_jax.processing.image import ImageSettings
 from paligemma_jax.processing.processor import Processor
 from paligemma_jax.tasks.detection import parse
@@ -188,16 +189,19 @@ def test_hints_are_an_outline_and_the_prompt(gemma2, tokenizer):
     assert not hints(tokenizer, prompts[1:]).outlined
 
 
-def test_it_wins_for_one_outlined_row_of_a_large_16_bit_model():
+def test_it_wins_for_one_outlined_row_of_a_large_16_bit_model_where_passes_are_cheap(monkeypatch):
     def weights(size, dtype="bfloat16"):
-        return {"language_model": {"norm": jnp.ones(2, "bfloat16"), "weight": jax.ShapeDtypeStruct((size,), dtype)}}
+        weight = jax.ShapeDtypeStruct((size // 2048, 2048), dtype)
+        return {"language_model": {"norm": jnp.ones(2, "bfloat16"), "weight": weight}}
 
     one, two = (Hints(np.zeros((count, 32), np.int32), KINDS, outlined=True) for count in (1, 2))
-    assert wins(weights(2**29), one)
-    assert not wins(weights(2**29), two)
-    assert not wins(weights(2**29), dataclasses.replace(one, outlined=False))
-    assert not wins(weights(2**28), one)
-    assert not wins(weights(2**30, "int8"), one)
+    for times, cheap in (([3.0, 3.0, 1.5, 1.0, 2.0], True), ([1.0, 3.0, 1.7, 2.0, 2.0], False)):
+        monkeypatch.setattr(cpu, "_times", lambda dtype, width, times=times: times)
+        assert wins(weights(2**29), one) == cheap
+        assert not wins(weights(2**29), two)
+        assert not wins(weights(2**29), dataclasses.replace(one, outlined=False))
+        assert not wins(weights(2**28), one)
+        assert not wins(weights(2**30, "int8"), one)
 
 
 def test_decoding_keeps_no_second_copy_of_the_embedding_table(gemma2, random_params, make_inputs, clock, monkeypatch):

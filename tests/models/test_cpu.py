@@ -97,6 +97,21 @@ def test_sums_of_8_bits_are_taken_by_their_own_times(monkeypatch, dtype):
     assert not cpu.sums_win(weight, 1)
 
 
+def test_seconds_are_of_the_fastest_way_and_grow_with_the_weight(monkeypatch):
+    monkeypatch.setattr(
+        cpu, "_times", lambda dtype, width: [4.0, 8.0, 6.0, 1.0, 3.0] if dtype == "bfloat16" else [4.0, 8.0, 6.0]
+    )
+    rows = cpu.num_measured(2 * 2048)
+    half, single = (jax.ShapeDtypeStruct((rows, 2048), dtype) for dtype in ("bfloat16", "float32"))
+    assert [cpu.seconds(half, count) for count in (1, 4, 8, 16)] == [1.0, 3.0, 6.0, 6.0]
+    assert [cpu.seconds(single, count) for count in (1, 4, 8)] == [
+        8.0,
+        8.0,
+        12.0,
+    ]  # as many outputs are twice the bytes
+    assert cpu.seconds(jax.ShapeDtypeStruct((3 * rows, 2048), "bfloat16"), 1) == 3.0
+
+
 def test_gradients_pass_through_the_sums():
     x, weight = jnp.ones((2, 128)), jax.random.normal(jax.random.key(0), (8, 128))
 

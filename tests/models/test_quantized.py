@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from paligemma_jax.compiling import compiled
 from paligemma_jax.models import cpu, few_rows, quantized
 from paligemma_jax.models.layers import linear
 
@@ -99,6 +100,21 @@ def test_a_large_weight_in_tiles_is_the_same_product(monkeypatch):
     at_once = quantized.product(x, few)
     monkeypatch.setattr(quantized, "_TILE", 64 * 128)
     np.testing.assert_array_equal(quantized.product(x, few), at_once)
+
+
+def test_tiles_of_several_weights_share_their_room(monkeypatch):
+    """XLA would make room for the results of all before the first is needed, if the loops began with plain zeros."""
+    monkeypatch.setattr(quantized, "_TILE", 64 * 128)
+    few, count = quantized.quantize(jax.random.normal(jax.random.key(0), (1024, 128)), 4), 6
+    back = jax.ShapeDtypeStruct((128, 1024), "float32")
+
+    def network(x: jax.Array, few: list[quantized.Quantized], back: jax.Array) -> jax.Array:
+        for weight in few:
+            x = jnp.tanh(quantized.product(x, weight) @ back.T)
+        return x
+
+    program = compiled(jax.jit(network), jax.ShapeDtypeStruct((64, 128), "float32"), [few] * count, back)
+    assert program.memory_analysis().temp_size_in_bytes < 4 * 64 * 1024 * 4 < count * 64 * 1024 * 4
 
 
 @pytest.mark.parametrize("num_rows", [1, 2, 40])
