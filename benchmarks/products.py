@@ -2,10 +2,10 @@
 
     python benchmarks/products.py
 
-These costs decide how `paligemma_jax/models/cpu.py`, `one_row.py` and `quantized.py` multiply. Several copies of the
+These costs decide how `paligemma_jax/models/cpu.py`, `few_rows.py` and `quantized.py` multiply. Several copies of the
 weight take turns, so that none stays in a cache. Prints a Markdown table: medians in ms of one product; "our" ones are
-what the network's layers do, which give XLA more rows than there are where that is faster. A single row is not
-multiplied in fewer bits as it is: that takes a hundred times as long.
+what the network's layers do: sums where these are faster, or more rows than there are. XLA's own product of one row in
+fewer bits than 32 is left out: it takes a hundred times as long.
 """
 
 import argparse

@@ -36,7 +36,7 @@ from paligemma_jax.tasks.detection import NUM_CODES
 _NUM_GUESSES = 7  # k: a pass of eight tokens costs what one of four does on CPU (benchmarks/results/speculation.md)
 _CONTEXT = 24  # tokens back that places are compared: a box, a mask and what stands before them
 _HEAVY = 2**29  # weights of a decoder that a pass spends its time reading
-_TOKENS_PER_PASS = 1.6  # at least so many are gained where boxes and masks follow each other (the same table)
+_DEAREST = 1.3  # pass in products of plain steps: it has other costs too, and gains 1.6 tokens or more (the same table)
 _BOX = "<loc0512>" * 4
 _OBJECTS = {"detect": _BOX, "segment": _BOX + "<seg064>" * NUM_CODES}  # what stands before a label, by task
 
@@ -106,7 +106,7 @@ def wins(params: engine.Params, hints: Hints) -> bool:
     if any(x.dtype.itemsize != 2 for x in weights) or sum(x.size for x in weights) < _HEAVY:
         return False
     one, several = (sum(cpu.seconds(x, rows) for x in weights if x.ndim == 2) for rows in (1, 1 + _NUM_GUESSES))
-    return several < _TOKENS_PER_PASS * one
+    return several < _DEAREST * one
 
 
 def guess(text: jax.Array, length: jax.Array, leftover: jax.Array, kinds: Kinds) -> jax.Array:

@@ -35,7 +35,7 @@ _NO_KERNEL = 5.0  # gain that says so for a few, whatever other work there was m
 # What XLA needs at least for its fastest kernels; bfloat16 has one for four rows since jax 0.11.
 _LEAST_ROWS = {"float32": 1, "int8": 2}
 _LEAST_ROWS_HALF = 4 if jax.__version_info__ >= (0, 11) else 2
-AT_ONCE = 16  # rows that XLA takes together where a half-precision weight is the left operand: fewer hardly cost less
+_AT_ONCE = 16  # rows that XLA takes together where a half-precision weight is the left operand: fewer hardly cost less
 
 
 def at_least(rows: jax.Array) -> jax.Array:
@@ -86,7 +86,7 @@ def _rows_first(rows: jax.Array, weight: jax.Array) -> jax.Array:
 def _weight_first(rows: jax.Array, weight: jax.Array) -> jax.Array:
     """The same with the weight as the left one; XLA would turn it round again if it saw what becomes of it."""
     if rows.dtype.itemsize == 2 and len(rows) <= _FEW_ROWS:
-        filled = _filled(rows, max(AT_ONCE, power_of_two(len(rows))))
+        filled = _filled(rows, max(_AT_ONCE, power_of_two(len(rows))))
     else:
         filled = rows
     return lax.optimization_barrier(_dot(weight, filled)).T[: len(rows)]
@@ -165,9 +165,12 @@ def weight_first(weight: Any, num_rows: int) -> bool:
 
 
 def sums_win(weight: Any, num_rows: int) -> bool:
-    """Whether rows times a weight [F, D], an array or its shape, are fastest as the sums of `few_rows`."""
+    """Whether rows times a weight [F, D], an array or its shape, are fastest as the sums of `few_rows`.
+
+    That is so in programs of `compiling.compiled`; elsewhere floats are added up one after the other.
+    """
     num_outputs, width = weight.shape
-    if not few(weight, num_rows) or not few_rows.fits(num_outputs) or not _has_sums(weight.dtype):
+    if not mostly_reads(weight, num_rows) or not few_rows.fits(num_outputs) or not _has_sums(weight.dtype):
         return False
     if jnp.issubdtype(weight.dtype, jnp.integer):
         return clearly_less(_whole_times(jnp.dtype(weight.dtype), width), num_rows)
@@ -176,9 +179,9 @@ def sums_win(weight: Any, num_rows: int) -> bool:
     return clearly_less([other, other, *sums], num_rows)
 
 
-def few(weight: Any, num_rows: int) -> bool:
-    """Whether rows are so few, on a CPU, and a weight is so large, that reading it is most of their product."""
-    return jax.default_backend() == "cpu" and num_rows <= few_rows.MOST and weight.size >= _LARGE
+def mostly_reads(weight: Any, num_rows: int) -> bool:
+    """Whether `few_rows` takes so many rows, on a CPU, and a weight is so large that reading it is most of the work."""
+    return jax.default_backend() == "cpu" and 0 < num_rows <= few_rows.MOST and weight.size >= _LARGE
 
 
 def clearly_less(times: list[float], num_rows: int) -> bool:
@@ -188,7 +191,7 @@ def clearly_less(times: list[float], num_rows: int) -> bool:
 
 
 def seconds(weight: Any, num_rows: int) -> float:
-    """About how long at most `AT_ONCE` rows times a weight [F, D] of floats take, an array or its shape."""
+    """About how long at most `_AT_ONCE` rows times a weight [F, D] of 16-bit floats take, an array or its shape."""
     width = weight.shape[1]
     right_few, right, left, *sums = _times(jnp.dtype(weight.dtype), width)
     if num_rows == 1:
@@ -201,8 +204,7 @@ def seconds(weight: Any, num_rows: int) -> float:
 
 
 def _has_sums(dtype: np.dtype) -> bool:
-    """A single row in float32 is fast in XLA's own kernel."""
-    return dtype != jnp.float32
+    return dtype != jnp.float32  # whose single row is fast in XLA's own kernel
 
 
 def num_measured(row_bytes: int) -> int:
@@ -212,16 +214,16 @@ def num_measured(row_bytes: int) -> int:
 
 @functools.cache
 def _times(dtype: np.dtype, width: int) -> list[float]:
-    """Seconds for a weight of this width on the right of `few_rows.MOST` rows and of `AT_ONCE`, on the left of so
+    """Seconds for a weight of this width on the right of `few_rows.MOST` rows and of `_AT_ONCE`, on the left of so
     many, and as sums for one row and for `few_rows.MOST`, if it has them."""
     with_sums = _has_sums(dtype)
 
     def calls() -> list[measured.Call]:
         weight = jnp.zeros((num_measured(width * dtype.itemsize), width), dtype)
-        rows = jnp.zeros((AT_ONCE, width), dtype)
+        rows = jnp.zeros((_AT_ONCE, width), dtype)
         most = rows[: few_rows.MOST]
         right = [(_rows_first, most, weight), (_rows_first, rows, weight)]
-        sums = [(few_rows.product, few, weight) for few in (rows[:1], most) if with_sums]
+        sums = [(few_rows.product, x, weight) for x in (rows[:1], most) if with_sums]
         return [*right, (_weight_first, rows, weight), *sums]
 
     with jax.ensure_compile_time_eval():  # the answer may be needed while a network is traced

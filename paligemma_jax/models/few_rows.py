@@ -16,7 +16,7 @@ MOST = 4  # rows; more are slower than XLA's kernels, which are made for them
 _PARTS = 4  # of the weight that are gone over side by side for a single row; each reads the row once for all
 _FEWEST_PARTS = 2
 _OFFSET = 8  # of numbers in 4 bits
-_SHORTEST = 32  # group whose sum costs little more than its products
+_VECTOR = 32  # inputs that groups are whole multiples of, or their sums would cost more than their products
 
 
 def fits(num_outputs: int) -> bool:
@@ -26,7 +26,7 @@ def fits(num_outputs: int) -> bool:
 
 def fits_groups(group: int) -> bool:
     """Whether groups of so many inputs, of a weight in 4 bits, are worth a loop of their own."""
-    return group % _SHORTEST == 0
+    return group % _VECTOR == 0
 
 
 @jax.custom_vjp
@@ -35,17 +35,12 @@ def product(rows: jax.Array, weight: jax.Array) -> jax.Array:
     return _product(rows, weight, jnp.float32)
 
 
-def whole_product(rows: jax.Array, weight: jax.Array) -> jax.Array:
-    """The same of rows i8 and a weight of whole numbers, i8 or u8: i32 [M, F]."""
-    return _product(rows, weight, jnp.int32)
-
-
 def _product_and_operands(rows: jax.Array, weight: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
     return product(rows, weight), (rows, weight)
 
 
 def _gradients(operands: tuple[jax.Array, jax.Array], cotangent: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """A reduction of several arrays has no derivative in JAX."""
+    """JAX would derive a reduction of several arrays by halving them again and again."""
     rows, weight = operands
     to_rows = jnp.matmul(cotangent, weight, preferred_element_type=jnp.float32)
     to_weight = jnp.matmul(cotangent.T, rows, preferred_element_type=jnp.float32)
@@ -53,6 +48,11 @@ def _gradients(operands: tuple[jax.Array, jax.Array], cotangent: jax.Array) -> t
 
 
 product.defvjp(_product_and_operands, _gradients)
+
+
+def whole_product(rows: jax.Array, weight: jax.Array) -> jax.Array:
+    """The same of rows i8 and a weight of whole numbers, i8 or u8: i32 [M, F]."""
+    return _product(rows, weight, jnp.int32)
 
 
 def packed_product(rows: jax.Array, values: jax.Array, multiplier: jax.Array) -> jax.Array:
@@ -64,14 +64,14 @@ def packed_product(rows: jax.Array, values: jax.Array, multiplier: jax.Array) ->
     # In 16 bits, which LLVM multiplies in pairs. What depends on the rows alone stays out of the barrier, so that it is
     # worked out once for all weights of these rows.
     rows = rows.astype(jnp.int16)
-    parts = rows.astype(jnp.int32).reshape(num_rows * 2, num_groups // 2, -1, _SHORTEST)
+    parts = rows.astype(jnp.int32).reshape(num_rows * 2, num_groups // 2, -1, _VECTOR)  # XLA splits sums of longer axes
     offsets = _OFFSET * jnp.sum(parts, axis=(2, 3), dtype=jnp.int32)
     rows, offsets, values, multiplier = lax.optimization_barrier((rows, offsets, values, multiplier))
     grouped = values.astype(jnp.uint16).reshape(num_outputs, num_groups // 2, -1)
     halves = [half.astype(jnp.int32) for half in (grouped & 15, grouped >> 4)]
     rows = rows.astype(jnp.int32).reshape(num_rows, 2, num_groups // 2, -1)
     sums = _sums([half * of_half[None] for row in rows for half, of_half in zip(halves, row, strict=True)])
-    multipliers = num_rows * jnp.split(multiplier.astype(jnp.int32), 2, axis=1)
+    multipliers = [half for _ in range(num_rows) for half in jnp.split(multiplier.astype(jnp.int32), 2, axis=1)]
     weighted = [
         (group_sums - offset[None]) * factor
         for group_sums, offset, factor in zip(sums, offsets, multipliers, strict=True)

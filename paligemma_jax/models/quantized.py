@@ -2,7 +2,7 @@
 
 A weight [F, D] is `scale[f] * multiplier[f, g] * number[f, d]`. In 8 bits there are no multipliers. In 4 bits each
 group of inputs has a small whole one, so that what is multiplied is 8 bits wide in both cases: one product serves them,
-but for a single row. Where a weight does not round, activations stay as they are.
+but for few rows on CPU. Where a weight does not round, activations stay as they are.
 
 Axes: M rows, F outputs, D inputs, G groups of inputs.
 """
@@ -202,7 +202,7 @@ def sums_win(weight: Quantized, num_rows: int) -> bool:
         return cpu.sums_win(weight.values, num_rows)
     num_groups = weight.multiplier.shape[1]
     width = weight.shape[1]
-    if not cpu.few(weight, num_rows) or not few_rows.fits_groups(width // num_groups):
+    if not cpu.mostly_reads(weight, num_rows) or not few_rows.fits_groups(width // num_groups):
         return False
     return cpu.clearly_less(_packed_times(width, num_groups), num_rows)
 
@@ -212,7 +212,7 @@ def _packed_times(width: int, num_groups: int) -> list[float]:
     """Seconds for one row and for `few_rows.MOST` times a weight in 4 bits by tiles and as sums."""
 
     def calls() -> list[measured.Call]:
-        num_outputs = cpu.num_measured(width)
+        num_outputs = cpu.num_measured(width // 2)
         values = jnp.zeros((num_outputs, width // 2), jnp.uint8)
         weight = values, jnp.zeros((num_outputs, num_groups), jnp.int8)
         most = jnp.zeros((few_rows.MOST, width), jnp.int8)

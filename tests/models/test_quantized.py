@@ -69,11 +69,23 @@ def test_few_rows_as_sums_are_the_same_product(monkeypatch, bits, name, width, n
     for win in (False, True):
         for module in (cpu, quantized):
             monkeypatch.setattr(module, "sums_win", lambda weight, num_rows, win=win: win)
-        products.append(
-            jax.jit(functools.partial(quantized.product))(x, few)
-        )  # a new function, or it is not traced anew
+        # A function of its own, or it is not traced anew.
+        products.append(jax.jit(functools.partial(quantized.product))(x, few))
     np.testing.assert_array_equal(*products)
     assert taken == [num_rows]
+
+
+@pytest.mark.parametrize("group", [32, 128])
+@pytest.mark.parametrize("num_rows", [1, 4])
+def test_sums_of_4_bits_are_exact_at_the_ends_of_their_range(group, num_rows):
+    rng, width = np.random.default_rng(0), 16384
+    for rows, numbers in ((rng.choice([-127, 127], (num_rows, width)), rng.choice([-7, 7], (8, width))), (127, 7)):
+        rows, numbers = np.broadcast_to(rows, (num_rows, width)), np.broadcast_to(numbers, (8, width))
+        multiplier = np.full((8, width // group), 18)
+        low, high = np.split(numbers + 8, 2, axis=1)
+        packed = jnp.asarray(low | high << 4, jnp.uint8), jnp.asarray(multiplier, jnp.int8)
+        found = few_rows.packed_product(jnp.asarray(rows, jnp.int8), *packed)
+        np.testing.assert_array_equal(found, 18 * (rows @ numbers.T))
 
 
 @pytest.mark.parametrize("bits", [8, 4])
