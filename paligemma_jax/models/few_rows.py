@@ -52,7 +52,7 @@ product.defvjp(_product_and_operands, _gradients)
 
 def whole_product(rows: jax.Array, weight: jax.Array) -> jax.Array:
     """The same of rows i8 and a weight of whole numbers, i8 or u8: i32 [M, F]."""
-    return _product(rows, weight, jnp.int32)
+    return _product(_worked_out(rows), weight, jnp.int32)
 
 
 def packed_product(rows: jax.Array, values: jax.Array, multiplier: jax.Array) -> jax.Array:
@@ -63,7 +63,7 @@ def packed_product(rows: jax.Array, values: jax.Array, multiplier: jax.Array) ->
     num_rows, num_outputs, num_groups = len(rows), *multiplier.shape
     # In 16 bits, which LLVM multiplies in pairs. What depends on the rows alone stays out of the barrier, so that it is
     # worked out once for all weights of these rows.
-    rows = rows.astype(jnp.int16)
+    rows = _worked_out(rows)
     parts = rows.astype(jnp.int32).reshape(num_rows * 2, num_groups // 2, -1, _VECTOR)  # XLA splits sums of longer axes
     offsets = _OFFSET * jnp.sum(parts, axis=(2, 3), dtype=jnp.int32)
     rows, offsets, values, multiplier = lax.optimization_barrier((rows, offsets, values, multiplier))
@@ -85,6 +85,12 @@ def _product(rows: jax.Array, weight: jax.Array, dtype: jnp.dtype) -> jax.Array:
     parts = jnp.split(weight.astype(dtype), max(_FEWEST_PARTS, _PARTS // len(rows)))
     outputs = _sums([part * row[None] for row in rows.astype(dtype) for part in parts])
     return jnp.concatenate(outputs).reshape(len(rows), -1)
+
+
+def _worked_out(rows: jax.Array) -> jax.Array:
+    """Rows i8 as i16, but no part of the loop: jax 0.10 would round them for each output, were they no reduction."""
+    lower = lax.broadcasted_iota(jnp.int16, (2, *rows.shape), 0)
+    return jnp.max(rows.astype(jnp.int16)[None] - lower, axis=0)
 
 
 def _sums(terms: list[jax.Array]) -> list[jax.Array]:
