@@ -116,16 +116,15 @@ class Ours:
 
     def logits(self, tokens: np.ndarray | None, count: int) -> tuple[np.ndarray, np.ndarray]:
         """The first of each row from prefill, the others step by step as decoding does it."""
-        from paligemma_jax.compiling import compiled
-
         jax, engine, model = self._jax, self._engine, self._model
+        clock = engine.Clock({})
         batch = model.processor(self._pictures[: len(self._prompts)], self._prompts)
-        soft_tokens = engine.embed_pictures(model.params, model.config, batch.pixels, engine.Clock({}))
+        soft_tokens = engine.embed_pictures(model.params, model.config, batch.pixels, clock)
         inputs = engine.prepare(batch, soft_tokens, range(len(self._prompts)))
         num_slots = engine.kv_cache.num_slots(batch.tokens.shape[1], count)
-        first = jax.jit(engine.first_logits, static_argnums=(1, 3))
-        now, cache = compiled(first, model.params, model.config, inputs, num_slots)(model.params, inputs)
-        following = None
+        first = jax.jit(lambda params, inputs: engine.first_logits(params, model.config, inputs, num_slots))
+        following = jax.jit(lambda params, *args: engine.apply(params, model.config, "decode", *args))
+        now, cache = clock.call(first, model.params, inputs)
         logits, chosen = [], []
         while True:
             logits.append(np.asarray(now).reshape(len(batch.tokens), -1))
@@ -135,10 +134,7 @@ class Ours:
                 break
             positions = inputs.prefix_length[:, None] + np.int32(len(chosen) - 1)
             arguments = (chosen[-1][:, None], positions, inputs.prefix_length, cache)
-            if following is None:
-                apply = jax.jit(engine.apply, static_argnums=(1, 2))
-                following = compiled(apply, model.params, model.config, "decode", *arguments)
-            now, cache = following(model.params, *arguments)
+            now, cache = clock.call(following, model.params, *arguments)
         return np.stack(logits, axis=1), np.stack(chosen, axis=1)
 
 

@@ -8,6 +8,7 @@ import platform
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import jax
 
@@ -19,7 +20,7 @@ _TURNS = 5
 _SPELLING = 8  # of products: raise it when one is spelt anew, and what is known of the last one is forgotten
 _FILE = "products.json"  # in the directory of the compilation cache: seconds, by the name of what was measured
 
-Call = tuple[Callable[..., jax.Array], *tuple[jax.Array, ...]]  # a function and its operands
+Call = tuple[Callable[..., jax.Array], *tuple[Any, ...]]  # a function and its operands, arrays or trees of them
 
 
 def remembered(name: str, count: int, calls: Callable[[], list[Call]]) -> list[float]:

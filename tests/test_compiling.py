@@ -20,16 +20,22 @@ class _Recorder:
         return self
 
 
-@pytest.mark.parametrize("platform", ["cpu", "gpu"])
-def test_options_are_those_of_the_platform(monkeypatch, platform):
+_ON_CPU = {
+    "xla_cpu_prefer_vector_width": 512,
+    "xla_cpu_enable_fast_math": True,
+    "xla_cpu_fast_math_honor_division": True,
+    "xla_cpu_fast_math_honor_functions": True,
+    "xla_cpu_fast_math_honor_infs": True,
+    "xla_cpu_fast_math_honor_nans": True,
+}
+
+
+@pytest.mark.parametrize("platform, options", [("cpu", _ON_CPU), ("gpu", None)])
+def test_options_are_those_of_the_platform(monkeypatch, platform, options):
     monkeypatch.setattr(jax, "default_backend", lambda: platform)
     function = _Recorder()
     assert compiled(function, 1, size=2) is function
-    assert function.arguments == ((1,), {"size": 2})
-    if platform == "cpu":
-        assert all(name.startswith("xla_cpu_") for name in function.options)
-    else:
-        assert function.options is None
+    assert function.options == options and function.arguments == ((1,), {"size": 2})
 
 
 @pytest.mark.parametrize(

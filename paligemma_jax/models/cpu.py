@@ -191,15 +191,13 @@ def clearly_less(times: list[float], num_rows: int) -> bool:
 
 
 def seconds(weight: Any, num_rows: int) -> float:
-    """About how long at most `_AT_ONCE` rows times a weight [F, D] of 16-bit floats take, an array or its shape."""
+    """About how long rows times a weight [F, D] of 16-bit floats take, an array or its shape.
+
+    Of one row, or of more than `few_rows.MOST` and at most `_AT_ONCE`.
+    """
     width = weight.shape[1]
-    right_few, right, left, *sums = _times(jnp.dtype(weight.dtype), width)
-    if num_rows == 1:
-        least = min(right_few, left, *sums[:1])
-    elif num_rows <= few_rows.MOST:
-        least = min(right_few, left, *sums[1:])
-    else:
-        least = min(right, left)
+    right_few, right, left, sums, _ = _times(jnp.dtype(weight.dtype), width)
+    least = min(right_few, left, sums) if num_rows == 1 else min(right, left)
     return least * weight.size / (width * num_measured(width * weight.dtype.itemsize))
 
 

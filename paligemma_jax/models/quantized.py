@@ -214,20 +214,14 @@ def _packed_times(width: int, num_groups: int) -> list[float]:
     def calls() -> list[measured.Call]:
         num_outputs = cpu.num_measured(width // 2)
         values = jnp.zeros((num_outputs, width // 2), jnp.uint8)
-        weight = values, jnp.zeros((num_outputs, num_groups), jnp.int8)
+        multiplier = jnp.zeros((num_outputs, num_groups), jnp.int8)
+        weight = Quantized(values, jnp.ones(num_outputs), multiplier, jnp.dtype(jnp.float32))
         most = jnp.zeros((few_rows.MOST, width), jnp.int8)
-        return [
-            (multiply, x, *weight) for multiply in (_by_tiles_alone, few_rows.packed_product) for x in (most[:1], most)
-        ]
+        tiles = [(_by_tiles, x, weight, jnp.zeros((len(x), num_outputs), jnp.int32)) for x in (most[:1], most)]
+        return [*tiles, *((few_rows.packed_product, x, values, multiplier) for x in (most[:1], most))]
 
     with jax.ensure_compile_time_eval():
         return measured.remembered(f"4 bits of {width} inputs in {num_groups} groups", 4, calls)
-
-
-def _by_tiles_alone(x: jax.Array, values: jax.Array, multiplier: jax.Array) -> jax.Array:
-    num_outputs = len(values)
-    weight = Quantized(values, jnp.ones(num_outputs), multiplier, jnp.dtype(jnp.float32))
-    return _by_tiles(x, weight, jnp.zeros((len(x), num_outputs), jnp.int32))
 
 
 def _sum_of_products(x: jax.Array, weight: Quantized) -> jax.Array:
