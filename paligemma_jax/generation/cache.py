@@ -7,17 +7,21 @@ import jax
 import jax.numpy as jnp
 
 from paligemma_jax.buckets import power_of_two
-from paligemma_jax.models.gemma import KeyValues
+from paligemma_jax.models.attention import KeyValues
 
-Cache = tuple[KeyValues, ...]  # one pair per layer, each [B, K, S, H]
+Cache = tuple[KeyValues, ...]  # one pair per layer
 
 
 def from_prefill(key_values: Cache, num_slots: int) -> Cache:
-    """Keys and values [B, K, T, H] of whole prompts, padded to S = `num_slots`.
+    """Keys [B, K, T, H] and values [B, K, H, T] of whole prompts, padded to S = `num_slots`.
 
     Slots from a row's own length on hold padding; the mask hides them until a new token takes their place.
     """
-    return jax.tree.map(lambda x: jnp.pad(x, [(0, 0), (0, 0), (0, num_slots - x.shape[2]), (0, 0)]), key_values)
+
+    def padded(x: jax.Array, axis: int) -> jax.Array:
+        return jnp.pad(x, [(0, (num_slots - x.shape[axis]) * (i == axis)) for i in range(x.ndim)])
+
+    return tuple((padded(keys, 2), padded(values, 3)) for keys, values in key_values)
 
 
 def take_rows(cache: Cache, rows: jax.Array) -> Cache:

@@ -7,9 +7,11 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from paligemma_jax.models import cpu
+from paligemma_jax.models import cpu, few_rows
 from paligemma_jax.models.layers import soft_cap
 
+# Keys [B, K, S, H] and values [B, K, H, S] of one layer: the axis that is summed over is the last.
+KeyValues = tuple[jax.Array, jax.Array]
 Rotation = tuple[jax.Array, jax.Array]  # sines and cosines of the angles, each f32 [B, T, 1, H / 2]
 
 _CACHED_SCORES = 1 << 22  # float32 scores that a cache of 16 MB holds
@@ -71,9 +73,9 @@ def attend(
 ) -> jax.Array:
     """Softmax attention with grouped heads.
 
-    q [B, T, N, H], k and v [B, K, S, H], mask [B, T, S] or None for all; `attention_weights` says how they are
-    weighed. The result [B, T, N, H] has the dtype of v. On CPU many queries take turns, so that their scores stay in a
-    cache.
+    q [B, T, N, H], k [B, K, S, H], v [B, K, H, S], mask [B, T, S] or None for all; `attention_weights` says how they
+    are weighed. The result [B, T, N, H] has the dtype of v. On CPU many queries take turns, so that their scores stay
+    in a cache.
     """
     count = _turns(q.shape, k.shape[2]) if jax.default_backend() == "cpu" else 1
     if count == 1:
@@ -99,7 +101,7 @@ def _attend(
     q: jax.Array, k: jax.Array, v: jax.Array, scale: float, mask: jax.Array | None, softcap: float | None
 ) -> jax.Array:
     weights = attention_weights(q, k, scale, mask, softcap).astype(v.dtype)
-    out = _per_head(weights.reshape(*k.shape[:2], -1, weights.shape[-1]), v, contract=2)
+    out = _per_head(weights.reshape(*k.shape[:2], -1, weights.shape[-1]), v)
     out = out.reshape(*weights.shape[:-1], -1).astype(v.dtype)
     return out.transpose(0, 3, 1, 2, 4).reshape(q.shape)
 
@@ -115,31 +117,35 @@ def attention_weights(
     _, num_kv_heads, num_keys, _ = k.shape
     groups = num_heads // num_kv_heads
     grouped = q.reshape(batch, num_queries, num_kv_heads, groups, head_dim).transpose(0, 2, 3, 1, 4)
-    scores = _per_head(grouped.reshape(batch, num_kv_heads, -1, head_dim), k, contract=3)
+    scores = _per_head(grouped.reshape(batch, num_kv_heads, -1, head_dim), k)
     scores = soft_cap(scores.reshape(batch, num_kv_heads, groups, num_queries, num_keys) * scale, softcap)
     if mask is not None:
         scores = jnp.where(mask[:, None, None], scores, _MASKED)
     return jax.nn.softmax(scores, axis=-1)
 
 
-def _per_head(rows: jax.Array, x: jax.Array, contract: int) -> jax.Array:
-    """Rows times keys or values x [B, K, S, H], whose axis `contract` is summed over in float32.
-
-    Rows [B, K, M, H] give [B, K, M, S] with axis 3, rows [B, K, M, S] give [B, K, M, H] with axis 2.
-    """
-    dimensions = (((3,), (contract,)), ((0, 1), (0, 1)))
+def _per_head(rows: jax.Array, x: jax.Array) -> jax.Array:
+    """Rows [B, K, M, D] times keys or values x [B, K, F, D] of their own head, summed in float32: [B, K, M, F]."""
+    if cpu.sums_win_per_head(rows, x):
+        return few_rows.product_per_head(rows, x)
+    dimensions = (((3,), (3,)), ((0, 1), (0, 1)))
     y = lax.dot_general(cpu.at_least(rows), x, dimensions, preferred_element_type=jnp.float32)
     return y[:, :, : rows.shape[2]]
 
 
-def write_cache(cache: jax.Array, new: jax.Array, positions: jax.Array) -> jax.Array:
-    """Put keys or values [B, K, T, H] into a cache [B, K, S, H] at each row's own positions [B, T].
+def write_cache(cache: KeyValues, new: KeyValues, positions: jax.Array) -> KeyValues:
+    """Put keys [B, K, T, H] and values [B, K, H, T] into a cache of S slots at each row's own positions [B, T].
 
     Positions beyond the cache are dropped.
     """
+    (k, v), (new_k, new_v) = cache, new
     if positions.size == 1 and jax.default_backend() == "cpu":  # of a single place XLA would copy the whole cache
-        positions = jnp.pad(positions, ((0, 0), (0, 1)), constant_values=cache.shape[2])
-        new = jnp.pad(new, ((0, 0), (0, 0), (0, 1), (0, 0)))
+        positions = jnp.pad(positions, ((0, 0), (0, 1)), constant_values=k.shape[2])
+        new_k = jnp.pad(new_k, ((0, 0), (0, 0), (0, 1), (0, 0)))
+        new_v = jnp.pad(new_v, ((0, 0), (0, 0), (0, 0), (0, 1)))
     rows = lax.broadcasted_iota(jnp.int32, positions.shape, 0)
-    places = cache.at[rows, :, positions]  # [B, T, K, H]
-    return places.set(jnp.swapaxes(new, 1, 2).astype(cache.dtype), mode="drop", unique_indices=True)
+
+    at_once = {"mode": "drop", "unique_indices": True}
+    k = k.at[rows, :, positions].set(jnp.swapaxes(new_k, 1, 2).astype(k.dtype), **at_once)  # of [B, T, K, H]
+    v = v.at[rows, :, :, positions].set(jnp.moveaxis(new_v, 3, 1).astype(v.dtype), **at_once)
+    return k, v

@@ -26,6 +26,8 @@ from paligemma_jax.models import few_rows
 _FEW_ROWS = 64  # at most so many, reading the weight is most of a product
 _LARGE = 2**20  # numbers in a weight from which on that matters
 _VERY_LARGE = 2**23  # numbers in a weight from which on many rows may be slow
+_TILE = 64  # outputs of a large product that are turned at once
+_LARGE_HEADS = 2**16  # numbers in keys or values from which on the loop is worth starting
 _MEASURED = 2**26  # bytes of the weight that is measured, which hardly any cache holds
 _WIDTH = 2048  # inputs of that weight where any will do
 _CLEARLY = 1.1  # gain that is no accident
@@ -75,7 +77,7 @@ def _without_offset(product: jax.Array, rows: jax.Array, weight: jax.Array) -> j
     """Take off what the 128 in unsigned numbers have added."""
     if weight.dtype != jnp.uint8:
         return product
-    return product - 128 * jnp.sum(rows, axis=1, keepdims=True, dtype=jnp.int32)
+    return product - 128 * few_rows.whole_sums(rows)
 
 
 def _rows_first(rows: jax.Array, weight: jax.Array) -> jax.Array:
@@ -84,12 +86,12 @@ def _rows_first(rows: jax.Array, weight: jax.Array) -> jax.Array:
 
 
 def _weight_first(rows: jax.Array, weight: jax.Array) -> jax.Array:
-    """The same with the weight as the left one; XLA would turn it round again if it saw what becomes of it."""
+    """The same with the weight as the left one."""
     if rows.dtype.itemsize == 2 and len(rows) <= _FEW_ROWS:
         filled = _filled(rows, max(_AT_ONCE, power_of_two(len(rows))))
     else:
         filled = rows
-    return lax.optimization_barrier(_dot(weight, filled)).T[: len(rows)]
+    return _turned(_dot(weight, filled))[: len(rows)]
 
 
 def _dot(a: jax.Array, b: jax.Array) -> jax.Array:
@@ -106,8 +108,18 @@ def _unsigned_first(rows: jax.Array, weight: jax.Array) -> jax.Array:
     transposes the right one: few rows take 1.1 to 4 times as long so, many between 0.8 and 2 times
     (benchmarks/results/products.md).
     """
-    y = lax.optimization_barrier(_dot_unsigned_p.bind(weight, at_least(rows))).T  # or XLA would turn it round
-    return y[: len(rows)]
+    return _turned(_dot_unsigned_p.bind(weight, at_least(rows)))[: len(rows)]
+
+
+def _turned(y: jax.Array) -> jax.Array:
+    """A product [F, M] as [M, F]."""
+    y = lax.optimization_barrier(y)  # XLA would exchange the operands if it saw what becomes of it
+    num_outputs, num_rows = y.shape
+    if num_outputs * num_rows < _LARGE or num_outputs % _TILE:
+        return y.T
+    # XLA would go through all of y for each row. Tiles that a cache holds are turned first, then put into order.
+    tiles = lax.optimization_barrier(jnp.swapaxes(y.reshape(-1, _TILE, num_rows), 1, 2))
+    return lax.optimization_barrier(jnp.swapaxes(tiles, 0, 1).reshape(num_rows, num_outputs))
 
 
 def _kernel(dtype: np.dtype) -> Callable[[jax.Array, jax.Array], jax.Array]:
@@ -177,6 +189,15 @@ def sums_win(weight: Any, num_rows: int) -> bool:
     right_few, _, left, *sums = _times(jnp.dtype(weight.dtype), width)
     other = min(right_few, left)
     return clearly_less([other, other, *sums], num_rows)
+
+
+def sums_win_per_head(rows: jax.Array, x: jax.Array) -> bool:
+    """Whether rows [B, K, M, D] times keys or values x [B, K, F, D] of their own head are faster as such sums.
+
+    XLA's kernels lay x out anew first, which takes longer than the sums of few rows.
+    """
+    few = 1 < rows.shape[2] <= few_rows.MOST
+    return jax.default_backend() == "cpu" and few and x.size >= _LARGE_HEADS and x.dtype.itemsize == 2
 
 
 def mostly_reads(weight: Any, num_rows: int) -> bool:

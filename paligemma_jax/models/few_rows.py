@@ -55,6 +55,13 @@ def whole_product(rows: jax.Array, weight: jax.Array) -> jax.Array:
     return _product(_worked_out(rows), weight, jnp.int32)
 
 
+def whole_sums(rows: jax.Array) -> jax.Array:
+    """The sum of each row of whole numbers i8 [M, D]: i32 [M, 1]."""
+    if rows.shape[1] % 2:
+        return jnp.sum(rows, axis=1, keepdims=True, dtype=jnp.int32)
+    return sum(_sums(jnp.split(rows.astype(jnp.int32), 2, axis=1)))[:, None]
+
+
 def packed_product(rows: jax.Array, values: jax.Array, multiplier: jax.Array) -> jax.Array:
     """Rows i8 [M, D] times the whole numbers of a weight in 4 bits: i32 [M, F].
 
@@ -78,6 +85,12 @@ def packed_product(rows: jax.Array, values: jax.Array, multiplier: jax.Array) ->
     ]
     low_and_high = jnp.stack(_sums(weighted)).reshape(num_rows, 2, num_outputs)
     return low_and_high[:, 0] + low_and_high[:, 1]
+
+
+def product_per_head(rows: jax.Array, x: jax.Array) -> jax.Array:
+    """Rows [..., M, D], M from 2 to `MOST`, times x [..., F, D]: float32 [..., M, F]."""
+    rows, x = (part.astype(jnp.float32) for part in lax.optimization_barrier((rows, x)))
+    return jnp.stack(_sums([x * rows[..., i, None, :] for i in range(rows.shape[-2])]), axis=-2)
 
 
 def _product(rows: jax.Array, weight: jax.Array, dtype: jnp.dtype) -> jax.Array:

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 
 from paligemma_jax.config import TextConfig
 from paligemma_jax.models.attention import (
+    KeyValues,
     Rotation,
     attend,
     attention_weights,
@@ -19,8 +20,6 @@ from paligemma_jax.models.attention import (
     write_cache,
 )
 from paligemma_jax.models.layers import Embedder, Linear, RMSNorm, run_layer, soft_cap
-
-KeyValues = tuple[jax.Array, jax.Array]  # keys and values of one layer, each [B, K, S, H]
 
 
 def take_columns(x: jax.Array, columns: jax.Array | None) -> jax.Array:
@@ -52,9 +51,9 @@ class Attention(nn.Module):
         q = heads("q_proj", take_columns(x, wanted), cfg.num_heads)
         q = rope(q, tuple(take_columns(part, wanted) for part in sin_cos))
         k = jnp.swapaxes(rope(heads("k_proj", x, cfg.num_kv_heads), sin_cos), 1, 2)
-        v = jnp.swapaxes(heads("v_proj", x, cfg.num_kv_heads), 1, 2)
+        v = jnp.moveaxis(heads("v_proj", x, cfg.num_kv_heads), 1, 3)
         if cache is not None:
-            k, v = write_cache(cache[0], k, positions), write_cache(cache[1], v, positions)
+            k, v = write_cache(cache, (k, v), positions)
         scale, cap = cfg.query_scalar**-0.5, cfg.attn_softcap
         out = attend(q, k, v, scale, take_columns(mask, wanted), cap)
         out = Linear(x.shape[-1], name="o_proj")(out.reshape(*out.shape[:2], -1))

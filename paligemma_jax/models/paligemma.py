@@ -9,7 +9,8 @@ import jax
 import jax.numpy as jnp
 
 from paligemma_jax.config import PaliGemmaConfig
-from paligemma_jax.models.gemma import Gemma, KeyValues
+from paligemma_jax.models.attention import KeyValues
+from paligemma_jax.models.gemma import Gemma
 from paligemma_jax.models.layers import Linear
 from paligemma_jax.models.siglip import SigLIP
 

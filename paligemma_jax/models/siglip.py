@@ -51,7 +51,7 @@ class SelfAttention(nn.Module):
         width = x.shape[-1]
         heads = (*x.shape[:2], self.num_heads, width // self.num_heads)
         q, k, v = (Linear(width, use_bias=True, name=f"{name}_proj")(x).reshape(heads) for name in "qkv")
-        out = attend(q, jnp.swapaxes(k, 1, 2), jnp.swapaxes(v, 1, 2), heads[-1] ** -0.5)
+        out = attend(q, jnp.swapaxes(k, 1, 2), jnp.moveaxis(v, 1, 3), heads[-1] ** -0.5)
         return Linear(width, use_bias=True, name="out_proj")(out.reshape(x.shape))
 
 

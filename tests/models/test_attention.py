@@ -81,45 +81,65 @@ def test_attend_is_softmax_of_capped_scores_per_head(num_kv_heads):
         scores = 2.0 * np.tanh(0.7 * (k[b, kv_head] @ q[b, t, n]) / 2.0)
         weights = np.exp(scores) * mask[b, t]
         expected[b, t, n] = weights / weights.sum() @ v[b, kv_head]
-    np.testing.assert_allclose(attend(q, k, v, 0.7, mask, softcap=2.0), expected, atol=1e-5)
+    np.testing.assert_allclose(attend(q, k, v.swapaxes(2, 3), 0.7, mask, softcap=2.0), expected, atol=1e-5)
 
 
 def test_a_lone_half_precision_query_gives_what_it_gives_among_others():
     q = jax.random.normal(jax.random.key(1), (2, 5, 6, 8), jnp.bfloat16)
     k, v = jax.random.normal(jax.random.key(2), (2, 2, 3, 7, 8), jnp.bfloat16)
+    v = jnp.swapaxes(v, 2, 3)
     np.testing.assert_allclose(attend(q[:, :1], k, v, 1.0), attend(q, k, v, 1.0)[:, :1], rtol=2e-2, atol=1e-2)
+
+
+@pytest.mark.parametrize("num_kv_heads", [1, 4])
+def test_a_query_over_a_long_cache_is_what_float32_makes_of_it(num_kv_heads):
+    """As sums or by XLA's kernel, whichever the numbers of heads and keys call for."""
+    q = jax.random.normal(jax.random.key(0), (2, 1, 8, 256), jnp.bfloat16)
+    k = jax.random.normal(jax.random.key(1), (2, num_kv_heads, 304, 256), jnp.bfloat16)
+    v = jax.random.normal(jax.random.key(2), (2, num_kv_heads, 256, 304), jnp.bfloat16)
+    mask = jax.random.bernoulli(jax.random.key(3), 0.5, (2, 1, 304))
+    expected = attend(*(x.astype(jnp.float32) for x in (q, k, v)), 0.05, mask, 50.0)
+    found = attend(q, k, v, 0.05, mask, 50.0)
+    assert found.dtype == jnp.bfloat16
+    np.testing.assert_allclose(found.astype(jnp.float32), expected, atol=6e-3)
 
 
 def test_half_precision_queries_are_not_rounded_again_by_the_scale():
     q = jax.random.normal(jax.random.key(2), (1, 6, 2, 72), jnp.bfloat16)
-    k, v = jax.random.normal(jax.random.key(3), (2, 1, 2, 6, 72), jnp.bfloat16)
+    k = jax.random.normal(jax.random.key(3), (1, 2, 6, 72), jnp.bfloat16)
     scale = 72**-0.5
     scores = np.einsum("btnh,bnsh->bnts", *(np.asarray(x, np.float64) for x in (q, k))) * scale
-    identity = jnp.broadcast_to(jnp.eye(6, 72), v.shape)  # the weights come out as they are
+    identity = jnp.broadcast_to(jnp.eye(72, 6), (1, 2, 72, 6))  # the weights come out as they are
     weights = attend(q, k, identity, scale)[..., :6]
     np.testing.assert_allclose(np.moveaxis(weights, 2, 1), jax.nn.softmax(scores, axis=-1), atol=1e-5)
 
 
 def test_a_row_that_sees_nothing_stays_finite():
-    q, k = jnp.ones((1, 2, 1, 4)), jnp.ones((1, 1, 2, 4))
-    assert jnp.isfinite(attend(q, k, k, 1.0, jnp.zeros((1, 2, 2), bool))).all()
+    q, k, v = jnp.ones((1, 2, 1, 4)), jnp.ones((1, 1, 2, 4)), jnp.ones((1, 1, 4, 2))
+    assert jnp.isfinite(attend(q, k, v, 1.0, jnp.zeros((1, 2, 2), bool))).all()
 
 
 def test_write_cache_takes_each_rows_positions_and_drops_what_is_beyond():
-    cache = write_cache(jnp.zeros((2, 1, 4, 1)), jnp.ones((2, 1, 1, 1)), jnp.array([[1], [4]]))
-    np.testing.assert_array_equal(cache[:, 0, :, 0], [[0, 1, 0, 0], [0, 0, 0, 0]])
+    cache, new = (jnp.zeros((2, 1, 4, 1)), jnp.zeros((2, 1, 1, 4))), (jnp.ones((2, 1, 1, 1)),) * 2
+    for written in write_cache(cache, new, jnp.array([[1], [4]])):
+        np.testing.assert_array_equal(written.reshape(2, 4), [[0, 1, 0, 0], [0, 0, 0, 0]])
 
 
 @pytest.mark.parametrize("positions", [[[2]], [[4]], [[9]], [[3, 4]], [[0], [3]], [[1, 2], [2, 3]]])
 def test_write_cache_is_an_assignment_per_row_and_position(positions):
     num_rows, num_new = np.shape(positions)
-    cache = np.random.default_rng(0).normal(size=(num_rows, 2, 4, 3)).astype(np.float32)
-    new = np.random.default_rng(1).normal(size=(num_rows, 2, num_new, 3)).astype(np.float32)
+    cache = np.random.default_rng(0).normal(size=(2, num_rows, 2, 4, 3)).astype(np.float32)
+    new = np.random.default_rng(1).normal(size=(2, num_rows, 2, num_new, 3)).astype(np.float32)
     expected = cache.copy()
     for row, t in np.ndindex(num_rows, num_new):
         if positions[row][t] < 4:
-            expected[row, :, positions[row][t]] = new[row, :, t]
-    np.testing.assert_array_equal(write_cache(jnp.array(cache), new, jnp.array(positions)), expected)
+            expected[:, row, :, positions[row][t]] = new[:, row, :, t]
+
+    def laid_out(pair: np.ndarray) -> tuple[jax.Array, jax.Array]:
+        return jnp.array(pair[0]), jnp.swapaxes(pair[1], 2, 3)
+
+    written = write_cache(laid_out(cache), laid_out(new), jnp.array(positions))
+    jax.tree.map(np.testing.assert_array_equal, written, laid_out(expected))
 
 
 @pytest.mark.parametrize("masked", [True, False])
@@ -127,7 +147,7 @@ def test_write_cache_is_an_assignment_per_row_and_position(positions):
     "num_queries, cached, count", [(96, 96 * 4 * 96, 2), (160, 1, 5), (97, 1, 1), (96, 1 << 22, 1)]
 )
 def test_queries_that_take_turns_see_the_same(monkeypatch, masked, num_queries, cached, count):
-    shapes = [(2, num_queries, 4, 8), (2, 2, 96, 8), (2, 2, 96, 8)]
+    shapes = [(2, num_queries, 4, 8), (2, 2, 96, 8), (2, 2, 8, 96)]
     q, k, v = (jax.random.normal(jax.random.key(i), shape) for i, shape in enumerate(shapes))
     mask = jax.random.bernoulli(jax.random.key(3), 0.5, (2, num_queries, 96)) if masked else None
     expected = attend(q, k, v, 0.3, mask, 5.0)

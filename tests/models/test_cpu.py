@@ -75,6 +75,42 @@ def test_sums_are_one_loop_over_the_weight(num_rows, dtype):
     assert program.memory_analysis().temp_size_in_bytes < 4096 * width / 2
 
 
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+@pytest.mark.parametrize("num_rows", range(2, few_rows.MOST + 1))
+def test_sums_per_head_give_the_product_in_one_loop(dtype, num_rows):
+    shapes = (3, 2, num_rows, 72), (3, 2, 304, 72)
+    rows, x = (jax.random.normal(jax.random.key(i), shape, dtype) for i, shape in enumerate(shapes))
+    expected = np.einsum("bkmd,bkfd->bkmf", *(np.asarray(part, np.float64) for part in (rows, x)))
+    program = compiled(jax.jit(few_rows.product_per_head), rows, x)
+    np.testing.assert_allclose(program(rows, x), expected, atol=1e-4)
+    assert "reduce-window" not in program.as_text()
+    assert program.memory_analysis().temp_size_in_bytes < 2 * x.nbytes
+
+
+def test_sums_per_head_are_of_few_rows_and_many_half_precision_numbers(monkeypatch):
+    def wins(num_rows: int, num_keys: int, dtype: str = "bfloat16") -> bool:
+        return cpu.sums_win_per_head(jnp.zeros((1, 4, num_rows, 256), dtype), jnp.zeros((1, 4, num_keys, 256), dtype))
+
+    assert [wins(count, 304) for count in (1, 2, 4, 5)] == [False, True, True, False]
+    assert not wins(2, 16) and not wins(2, 304, "float32")
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    assert not wins(2, 304)
+
+
+@pytest.mark.parametrize("width", [1, 7, 16384])
+def test_sums_of_whole_rows_are_exact(width):
+    rows = np.random.default_rng(0).choice([-128, -127, 0, 127], (3, width))
+    rows[0] = -128
+    np.testing.assert_array_equal(few_rows.whole_sums(jnp.asarray(rows, jnp.int8)), rows.sum(axis=1, keepdims=True))
+
+
+@pytest.mark.parametrize("num_outputs", [64, 4032, 4033])
+def test_columns_become_rows_whether_in_tiles_or_not(monkeypatch, num_outputs):
+    monkeypatch.setattr(cpu, "_LARGE", 2**12)
+    y = np.random.default_rng(0).normal(size=(num_outputs, 16)).astype(np.float32)
+    np.testing.assert_array_equal(compiled(jax.jit(cpu._turned), y)(y), y.T)
+
+
 def test_few_rows_are_sums_where_these_are_fast(monkeypatch):
     monkeypatch.setattr(cpu, "_LARGE", 0)
     rows, weight = jax.random.normal(jax.random.key(0), (5, 128), "bfloat16"), jnp.ones((24, 128), "bfloat16")
