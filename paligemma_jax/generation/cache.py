@@ -17,11 +17,11 @@ def from_prefill(key_values: Cache, num_slots: int) -> Cache:
 
     Slots from a row's own length on hold padding; the mask hides them until a new token takes their place.
     """
-
-    def padded(x: jax.Array, axis: int) -> jax.Array:
-        return jnp.pad(x, [(0, (num_slots - x.shape[axis]) * (i == axis)) for i in range(x.ndim)])
-
-    return tuple((padded(keys, 2), padded(values, 3)) for keys, values in key_values)
+    none, more = (0, 0), (0, num_slots - key_values[0][0].shape[2])
+    return tuple(
+        (jnp.pad(keys, (none, none, more, none)), jnp.pad(values, (none, none, none, more)))
+        for keys, values in key_values
+    )
 
 
 def take_rows(cache: Cache, rows: jax.Array) -> Cache:

@@ -77,7 +77,8 @@ def first_logits(params: Params, config: PaliGemmaConfig, inputs: Inputs, num_sl
     """Run whole prompts: logits [B, V] after each row's last token, and the filled cache."""
     arrays = (inputs.soft_tokens, inputs.tokens, inputs.image_slots, inputs.prefix_length, inputs.length)
     hidden, key_values = apply(params, config, "prefill", *arrays, (inputs.length - 1)[:, None])
-    return apply(params, config, "logits", hidden[:, 0]), kv_cache.from_prefill(key_values, num_slots)
+    logits = lax.optimization_barrier(apply(params, config, "logits", hidden[:, 0]))
+    return logits, kv_cache.from_prefill(key_values, num_slots)
 
 
 def next_logits(
@@ -88,7 +89,8 @@ def next_logits(
     decoder = params["language_model"]
     table, tokens = lax.optimization_barrier((decoder["embed_tokens"], tokens))
     params = params | {"language_model": decoder | {"embed_tokens": table}}
-    return apply(params, config, "decode", tokens, positions, prefix_length, cache)
+    logits, cache = apply(params, config, "decode", tokens, positions, prefix_length, cache)
+    return lax.optimization_barrier(logits), cache  # or each that reads the logits works them out anew
 
 
 @functools.partial(jax.jit, static_argnames=("config", "num_slots"))

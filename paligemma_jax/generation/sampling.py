@@ -152,7 +152,6 @@ def choose(
     Returns:
       tokens i32 [B], and their odds [B].
     """
-    logits = lax.optimization_barrier(logits)  # or all that look at them work them out, from where they lie column-wise
     allowed = forbid(logits, num_allowed)
     if rule.grammar is not None:
         allowed = grammars.allow(rule.grammar, place, step, allowed)

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from paligemma_jax.models import cpu, few_rows
+from paligemma_jax.models import cpu
 from paligemma_jax.models.layers import soft_cap
 
 # Keys [B, K, S, H] and values [B, K, H, S] of one layer: the axis that is summed over is the last.
@@ -101,7 +101,7 @@ def _attend(
     q: jax.Array, k: jax.Array, v: jax.Array, scale: float, mask: jax.Array | None, softcap: float | None
 ) -> jax.Array:
     weights = attention_weights(q, k, scale, mask, softcap).astype(v.dtype)
-    out = _per_head(weights.reshape(*k.shape[:2], -1, weights.shape[-1]), v)
+    out = cpu.product_per_head(weights.reshape(*k.shape[:2], -1, weights.shape[-1]), v)
     out = out.reshape(*weights.shape[:-1], -1).astype(v.dtype)
     return out.transpose(0, 3, 1, 2, 4).reshape(q.shape)
 
@@ -117,20 +117,11 @@ def attention_weights(
     _, num_kv_heads, num_keys, _ = k.shape
     groups = num_heads // num_kv_heads
     grouped = q.reshape(batch, num_queries, num_kv_heads, groups, head_dim).transpose(0, 2, 3, 1, 4)
-    scores = _per_head(grouped.reshape(batch, num_kv_heads, -1, head_dim), k)
+    scores = cpu.product_per_head(grouped.reshape(batch, num_kv_heads, -1, head_dim), k)
     scores = soft_cap(scores.reshape(batch, num_kv_heads, groups, num_queries, num_keys) * scale, softcap)
     if mask is not None:
         scores = jnp.where(mask[:, None, None], scores, _MASKED)
     return jax.nn.softmax(scores, axis=-1)
-
-
-def _per_head(rows: jax.Array, x: jax.Array) -> jax.Array:
-    """Rows [B, K, M, D] times keys or values x [B, K, F, D] of their own head, summed in float32: [B, K, M, F]."""
-    if cpu.sums_win_per_head(rows, x):
-        return few_rows.product_per_head(rows, x)
-    dimensions = (((3,), (3,)), ((0, 1), (0, 1)))
-    y = lax.dot_general(cpu.at_least(rows), x, dimensions, preferred_element_type=jnp.float32)
-    return y[:, :, : rows.shape[2]]
 
 
 def write_cache(cache: KeyValues, new: KeyValues, positions: jax.Array) -> KeyValues:
@@ -138,14 +129,13 @@ def write_cache(cache: KeyValues, new: KeyValues, positions: jax.Array) -> KeyVa
 
     Positions beyond the cache are dropped.
     """
-    (k, v), (new_k, new_v) = cache, new
+    k, v = cache
+    new_k = jnp.swapaxes(new[0], 1, 2).astype(k.dtype)  # [B, T, K, H]
+    new_v = jnp.moveaxis(new[1], 3, 1).astype(v.dtype)
     if positions.size == 1 and jax.default_backend() == "cpu":  # of a single place XLA would copy the whole cache
         positions = jnp.pad(positions, ((0, 0), (0, 1)), constant_values=k.shape[2])
-        new_k = jnp.pad(new_k, ((0, 0), (0, 0), (0, 1), (0, 0)))
-        new_v = jnp.pad(new_v, ((0, 0), (0, 0), (0, 0), (0, 1)))
+        new_k, new_v = (jnp.pad(x, ((0, 0), (0, 1), (0, 0), (0, 0))) for x in (new_k, new_v))
     rows = lax.broadcasted_iota(jnp.int32, positions.shape, 0)
-
-    at_once = {"mode": "drop", "unique_indices": True}
-    k = k.at[rows, :, positions].set(jnp.swapaxes(new_k, 1, 2).astype(k.dtype), **at_once)  # of [B, T, K, H]
-    v = v.at[rows, :, :, positions].set(jnp.moveaxis(new_v, 3, 1).astype(v.dtype), **at_once)
+    k = k.at[rows, :, positions].set(new_k, mode="drop", unique_indices=True)
+    v = v.at[rows, :, :, positions].set(new_v, mode="drop", unique_indices=True)
     return k, v

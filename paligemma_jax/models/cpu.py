@@ -1,7 +1,8 @@
-"""Products with weights, arranged for the CPU: how fast XLA is there depends on which operand goes left, on the number
-of rows, and on its version. Elsewhere they are what they seem.
+"""Products with weights, and with keys and values, arranged for the CPU: how fast XLA is there depends on which operand
+goes left, on the number of rows, and on its version. Elsewhere they are what they seem.
 
-Which way is fast is measured, not guessed, once on each kind of processor (`measured`).
+Which way is fast is measured, not guessed, once on each kind of processor (`measured`); only what is gained everywhere
+where it was tried has fixed bounds: sums per head, and tiles.
 
 Axes: M rows, F outputs, D inputs.
 """
@@ -26,7 +27,8 @@ from paligemma_jax.models import few_rows
 _FEW_ROWS = 64  # at most so many, reading the weight is most of a product
 _LARGE = 2**20  # numbers in a weight from which on that matters
 _VERY_LARGE = 2**23  # numbers in a weight from which on many rows may be slow
-_TILE = 64  # outputs of a large product that are turned at once
+_LARGE_PRODUCT = 2**20  # numbers in a product from which on it is turned by tiles
+_TILE = 64  # outputs that are turned at once
 _LARGE_HEADS = 2**16  # numbers in keys or values from which on the loop is worth starting
 _MEASURED = 2**26  # bytes of the weight that is measured, which hardly any cache holds
 _WIDTH = 2048  # inputs of that weight where any will do
@@ -62,6 +64,15 @@ def product(rows: jax.Array, weight: jax.Array) -> jax.Array:
     return order(rows, weight)
 
 
+def product_per_head(rows: jax.Array, x: jax.Array) -> jax.Array:
+    """Rows [B, K, M, D] times x [B, K, F, D], keys or values of the same head, summed in float32: [B, K, M, F]."""
+    if sums_win_per_head(rows, x):
+        return few_rows.product_per_head(rows, x)
+    last_axes = (((3,), (3,)), ((0, 1), (0, 1)))
+    y = lax.dot_general(at_least(rows), x, last_axes, preferred_element_type=jnp.float32)
+    return y[:, :, : rows.shape[2]]
+
+
 def whole_product(rows: jax.Array, weight: jax.Array) -> jax.Array:
     """Rows i8 [M, D] times a weight of whole numbers, i8 or plus 128 as u8 [F, D]: i32 [M, F] of the numbers alone."""
     multiply = few_rows.whole_product if sums_win(weight, len(rows)) else _kernel(weight.dtype)
@@ -91,7 +102,7 @@ def _weight_first(rows: jax.Array, weight: jax.Array) -> jax.Array:
         filled = _filled(rows, max(_AT_ONCE, power_of_two(len(rows))))
     else:
         filled = rows
-    return _turned(_dot(weight, filled))[: len(rows)]
+    return _turned(_dot(weight, filled), len(rows))
 
 
 def _dot(a: jax.Array, b: jax.Array) -> jax.Array:
@@ -108,14 +119,14 @@ def _unsigned_first(rows: jax.Array, weight: jax.Array) -> jax.Array:
     transposes the right one: few rows take 1.1 to 4 times as long so, many between 0.8 and 2 times
     (benchmarks/results/products.md).
     """
-    return _turned(_dot_unsigned_p.bind(weight, at_least(rows)))[: len(rows)]
+    return _turned(_dot_unsigned_p.bind(weight, at_least(rows)), len(rows))
 
 
-def _turned(y: jax.Array) -> jax.Array:
-    """A product [F, M] as [M, F]."""
-    y = lax.optimization_barrier(y)  # XLA would exchange the operands if it saw what becomes of it
-    num_outputs, num_rows = y.shape
-    if num_outputs * num_rows < _LARGE or num_outputs % _TILE:
+def _turned(y: jax.Array, num_rows: int) -> jax.Array:
+    """The first columns of a product [F, at least M] as rows [M, F]."""
+    y = lax.optimization_barrier(y)[:, :num_rows]  # XLA would exchange the operands if it saw what becomes of it
+    num_outputs = len(y)
+    if y.size < _LARGE_PRODUCT or num_outputs % _TILE:
         return y.T
     # XLA would go through all of y for each row. Tiles that a cache holds are turned first, then put into order.
     tiles = lax.optimization_barrier(jnp.swapaxes(y.reshape(-1, _TILE, num_rows), 1, 2))
@@ -191,12 +202,12 @@ def sums_win(weight: Any, num_rows: int) -> bool:
     return clearly_less([other, other, *sums], num_rows)
 
 
-def sums_win_per_head(rows: jax.Array, x: jax.Array) -> bool:
-    """Whether rows [B, K, M, D] times keys or values x [B, K, F, D] of their own head are faster as such sums.
+def sums_win_per_head(rows: Any, x: Any) -> bool:
+    """Whether rows [..., M, D] times x [..., F, D], arrays or their shapes, are faster as sums, as `sums_win` has it.
 
     XLA's kernels lay x out anew first, which takes longer than the sums of few rows.
     """
-    few = 1 < rows.shape[2] <= few_rows.MOST
+    few = 1 < rows.shape[-2] <= few_rows.MOST
     return jax.default_backend() == "cpu" and few and x.size >= _LARGE_HEADS and x.dtype.itemsize == 2
 
 

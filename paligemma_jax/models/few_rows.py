@@ -1,4 +1,5 @@
-"""Products of few rows with a large weight, spelt so that XLA on CPU compiles them into one loop over the weight.
+"""Products of few rows with a large weight, or with keys and values, spelt so that XLA on CPU compiles each into one
+loop over it.
 
 XLA's own kernels want many rows, and whole bytes for numbers. Sums of several arrays in one reduction are left to LLVM
 instead, which reads the weight once, in the order of its memory, and takes it apart in registers: all that a step of
@@ -43,11 +44,21 @@ def _gradients(operands: tuple[jax.Array, jax.Array], cotangent: jax.Array) -> t
     """JAX would derive a reduction of several arrays by halving them again and again."""
     rows, weight = operands
     to_rows = jnp.matmul(cotangent, weight, preferred_element_type=jnp.float32)
-    to_weight = jnp.matmul(cotangent.T, rows, preferred_element_type=jnp.float32)
+    to_weight = jnp.matmul(cotangent.mT, rows, preferred_element_type=jnp.float32)
     return to_rows.astype(rows.dtype), to_weight.astype(weight.dtype)
 
 
 product.defvjp(_product_and_operands, _gradients)
+
+
+@jax.custom_vjp
+def product_per_head(rows: jax.Array, x: jax.Array) -> jax.Array:
+    """Rows [..., M, D], M from 2 to `MOST`, times x [..., F, D]: float32 [..., M, F]."""
+    rows, x = (part.astype(jnp.float32) for part in lax.optimization_barrier((rows, x)))  # as in `_product`
+    return jnp.stack(_sums([x * rows[..., i, None, :] for i in range(rows.shape[-2])]), axis=-2)
+
+
+product_per_head.defvjp(lambda rows, x: (product_per_head(rows, x), (rows, x)), _gradients)
 
 
 def whole_product(rows: jax.Array, weight: jax.Array) -> jax.Array:
@@ -85,12 +96,6 @@ def packed_product(rows: jax.Array, values: jax.Array, multiplier: jax.Array) ->
     ]
     low_and_high = jnp.stack(_sums(weighted)).reshape(num_rows, 2, num_outputs)
     return low_and_high[:, 0] + low_and_high[:, 1]
-
-
-def product_per_head(rows: jax.Array, x: jax.Array) -> jax.Array:
-    """Rows [..., M, D], M from 2 to `MOST`, times x [..., F, D]: float32 [..., M, F]."""
-    rows, x = (part.astype(jnp.float32) for part in lax.optimization_barrier((rows, x)))
-    return jnp.stack(_sums([x * rows[..., i, None, :] for i in range(rows.shape[-2])]), axis=-2)
 
 
 def _product(rows: jax.Array, weight: jax.Array, dtype: jnp.dtype) -> jax.Array:

@@ -129,10 +129,10 @@ class Gemma(nn.Module):
     ) -> tuple[jax.Array, tuple[KeyValues, ...]]:
         """Run the layers over embeddings x [B, T, D] at `positions` [B, T].
 
-        Without a cache the tokens see each other, and the result holds their keys and values [B, K, T, H] per layer.
-        With one they are written into it at their positions and see all of it up to `length` [B]; the result holds the
-        new cache. Returns hidden states [B, T, D] after the final norm, and the keys and values; with `wanted` [B, n]
-        the hidden states [B, n, D] of those columns, the only ones that the last layer works out.
+        Without a cache the tokens see each other, and the result holds their keys [B, K, T, H] and values [B, K, H, T]
+        per layer. With one they are written into it at their positions and see all of it up to `length` [B]; the result
+        holds the new cache. Returns hidden states [B, T, D] after the final norm, and the keys and values. With
+        `wanted` [B, n] the hidden states [B, n, D] are of those columns, the only ones that the last layer works out.
         """
         num_keys = x.shape[1] if cache is None else cache[0][0].shape[2]
         masks, sin_cos = self._masks(positions, num_keys, prefix_length, length), self._rotation(positions)

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from paligemma_jax.models import attention
+from paligemma_jax.models import attention, cpu
 from paligemma_jax.models.attention import attend, prefix_lm_mask, rope, rotation, write_cache
 
 
@@ -91,12 +91,12 @@ def test_a_lone_half_precision_query_gives_what_it_gives_among_others():
     np.testing.assert_allclose(attend(q[:, :1], k, v, 1.0), attend(q, k, v, 1.0)[:, :1], rtol=2e-2, atol=1e-2)
 
 
-@pytest.mark.parametrize("num_kv_heads", [1, 4])
-def test_a_query_over_a_long_cache_is_what_float32_makes_of_it(num_kv_heads):
-    """As sums or by XLA's kernel, whichever the numbers of heads and keys call for."""
+@pytest.mark.parametrize("as_sums", [True, False])
+def test_a_query_over_a_long_cache_is_what_float32_makes_of_it(monkeypatch, as_sums):
+    monkeypatch.setattr(cpu, "sums_win_per_head", lambda rows, x: as_sums and x.dtype == jnp.bfloat16)
     q = jax.random.normal(jax.random.key(0), (2, 1, 8, 256), jnp.bfloat16)
-    k = jax.random.normal(jax.random.key(1), (2, num_kv_heads, 304, 256), jnp.bfloat16)
-    v = jax.random.normal(jax.random.key(2), (2, num_kv_heads, 256, 304), jnp.bfloat16)
+    k = jax.random.normal(jax.random.key(1), (2, 4, 304, 256), jnp.bfloat16)
+    v = jax.random.normal(jax.random.key(2), (2, 4, 256, 304), jnp.bfloat16)
     mask = jax.random.bernoulli(jax.random.key(3), 0.5, (2, 1, 304))
     expected = attend(*(x.astype(jnp.float32) for x in (q, k, v)), 0.05, mask, 50.0)
     found = attend(q, k, v, 0.05, mask, 50.0)

@@ -89,7 +89,7 @@ def test_sums_per_head_give_the_product_in_one_loop(dtype, num_rows):
 
 def test_sums_per_head_are_of_few_rows_and_many_half_precision_numbers(monkeypatch):
     def wins(num_rows: int, num_keys: int, dtype: str = "bfloat16") -> bool:
-        return cpu.sums_win_per_head(jnp.zeros((1, 4, num_rows, 256), dtype), jnp.zeros((1, 4, num_keys, 256), dtype))
+        return cpu.sums_win_per_head(*(jax.ShapeDtypeStruct((1, 4, n, 256), dtype) for n in (num_rows, num_keys)))
 
     assert [wins(count, 304) for count in (1, 2, 4, 5)] == [False, True, True, False]
     assert not wins(2, 16) and not wins(2, 304, "float32")
@@ -101,14 +101,21 @@ def test_sums_per_head_are_of_few_rows_and_many_half_precision_numbers(monkeypat
 def test_sums_of_whole_rows_are_exact(width):
     rows = np.random.default_rng(0).choice([-128, -127, 0, 127], (3, width))
     rows[0] = -128
-    np.testing.assert_array_equal(few_rows.whole_sums(jnp.asarray(rows, jnp.int8)), rows.sum(axis=1, keepdims=True))
+    program = compiled(jax.jit(few_rows.whole_sums), jnp.asarray(rows, jnp.int8))
+    np.testing.assert_array_equal(program(jnp.asarray(rows, jnp.int8)), rows.sum(axis=1, keepdims=True))
+    assert "reduce-window" not in program.as_text()
 
 
-@pytest.mark.parametrize("num_outputs", [64, 4032, 4033])
-def test_columns_become_rows_whether_in_tiles_or_not(monkeypatch, num_outputs):
-    monkeypatch.setattr(cpu, "_LARGE", 2**12)
+@pytest.mark.parametrize("num_outputs, in_tiles", [(64, False), (4032, True), (4033, False)])
+def test_large_products_are_turned_by_tiles(monkeypatch, num_outputs, in_tiles):
+    monkeypatch.setattr(cpu, "_LARGE_PRODUCT", 2**12)
     y = np.random.default_rng(0).normal(size=(num_outputs, 16)).astype(np.float32)
-    np.testing.assert_array_equal(compiled(jax.jit(cpu._turned), y)(y), y.T)
+    turn = jax.jit(cpu._turned, static_argnums=1)
+    program = compiled(turn, y, 3)
+    np.testing.assert_array_equal(program(y), y.T[:3])
+    assert ("[63,3,64]" in program.as_text()) == in_tiles
+    slope = jax.grad(lambda y: jnp.square(turn(y, 3)).sum())(y)
+    np.testing.assert_array_equal(slope, 2 * y * (np.arange(16) < 3))
 
 
 def test_few_rows_are_sums_where_these_are_fast(monkeypatch):
@@ -157,12 +164,13 @@ def test_seconds_are_of_the_fastest_way_and_grow_with_the_weight(monkeypatch):
     assert [cpu.seconds(thrice, count) for count in (1, 8)] == [3.0, 18.0]
 
 
+@pytest.mark.parametrize("product", [few_rows.product, few_rows.product_per_head])
 @pytest.mark.parametrize("dtype, tolerance", [("float32", 1e-4), ("bfloat16", 2e-2)])
-def test_gradients_pass_through_the_sums(dtype, tolerance):
+def test_gradients_pass_through_the_sums(product, dtype, tolerance):
     x, weight = jnp.ones((2, 128), dtype), jax.random.normal(jax.random.key(0), (8, 128), dtype)
 
     def loss(x: jax.Array, weight: jax.Array) -> jax.Array:
-        return jnp.square(few_rows.product(x, weight)).sum()
+        return jnp.square(product(x, weight)).sum()
 
     to_x, to_weight = jax.grad(loss, argnums=(0, 1))(x, weight)
     assert to_x.dtype == to_weight.dtype == dtype

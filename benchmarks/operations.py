@@ -1,0 +1,154 @@
+"""Where the time of a stage goes: JAX's own trace of one run, added up by kind of operation.
+
+    python benchmarks/operations.py --checkpoint assets/tiny --stage decode --rows 16
+
+Prints a Markdown table. Products and sums that XLA leaves to a library are told apart by their shapes, everything else
+by XLA's names. Operations may run side by side, so that their times can add up to more than the stage took.
+"""
+
+import argparse
+import collections
+import gzip
+import json
+import re
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import paligemma_jax as pj
+from benchmarks import machine
+from paligemma_jax.compiling import compiled
+from paligemma_jax.errors import UserError
+from paligemma_jax.generation import cache, engine
+from paligemma_jax.generation.clock import Clock
+from paligemma_jax.generation.sampling import Sampling, row_keys
+
+STAGES = ("vision", "prefill", "decode")
+_PROMPT = "answer en what is in the picture?"
+_STEPS = 8  # of a run of decode
+_RUNS = 5  # that are timed, before the one that is traced
+_INSTRUCTION = re.compile(r"\s*(?:ROOT )?%([\w.-]+) = (\(.*?\)|\S+) ([\w-]+)\(([^)]*)\)(.*)")
+_LAYOUT = re.compile(r"\{[^}]*\}")
+
+Stage = tuple[Callable[[], Any], str, int]  # runs it once, the text of its program, the steps in a run
+
+
+def prepared(model: pj.PaliGemma, name: str, rows: int) -> Stage:
+    """A stage of a batch of so many rows, each with a picture of its own."""
+    config, params, clock = model.config, model.params, Clock({})
+    size = config.vision.image_size
+    pictures = list(np.random.default_rng(0).integers(0, 256, (rows, size, size, 3), np.uint8))
+    batch = model.processor(pictures, [_PROMPT] * rows)
+    if name == "vision":
+        program = compiled(engine.embed_image, params, batch.pixels, config=config)
+        return lambda: program(params, batch.pixels), program.as_text(), 1
+    inputs = engine.prepare(batch, engine.embed_pictures(params, config, batch.pixels, clock), range(rows))
+    keys, rule = row_keys(0, range(len(inputs.tokens))), Sampling().rule()
+    static = {"config": config, "num_slots": cache.num_slots(inputs.tokens.shape[1], (_RUNS + 3) * _STEPS)}
+    program = compiled(engine.prefill, params, inputs, keys, rule, **static)
+    if name == "prefill":
+        return lambda: program(params, inputs, keys, rule), program.as_text(), 1
+    state = program(params, inputs, keys, rule)
+    step = compiled(engine.decode, params, state, rule, config=config, num_steps=_STEPS)
+    states = [state]  # each run goes on from the last one
+
+    def run() -> jax.Array:
+        state, (tokens, _) = step(params, states.pop(), rule)
+        states.append(state)
+        return tokens
+
+    return run, step.as_text(), _STEPS
+
+
+def milliseconds(stage: Stage) -> float:
+    """Median time of a step."""
+    run, _, steps = stage
+    jax.block_until_ready(run())
+    samples = []
+    for _ in range(_RUNS):
+        start = time.perf_counter()
+        jax.block_until_ready(run())
+        samples.append(1e3 * (time.perf_counter() - start) / steps)
+    return statistics.median(samples)
+
+
+def traced(run: Callable[[], Any]) -> list[tuple[str, float]]:
+    """The operations of one run: names and milliseconds."""
+    with tempfile.TemporaryDirectory() as folder:
+        with jax.profiler.trace(folder):
+            jax.block_until_ready(run())
+        [path] = Path(folder).glob("**/*.trace.json.gz")
+        with gzip.open(path) as file:
+            events = json.load(file)["traceEvents"]
+    found = [event for event in events if event.get("ph") == "X" and "hlo_op" in event.get("args", {})]
+    return [(event["name"], event["dur"] / 1e3) for event in found]
+
+
+def kinds(program: str) -> dict[str, str]:
+    """Name of each instruction in the text of a program -> what the table calls it."""
+    found = [match.groups() for line in program.splitlines() if (match := _INSTRUCTION.match(line))]
+    shapes = {name: _LAYOUT.sub("", shape) for name, shape, *_ in found}
+    called = {}
+    for name, _, opcode, operands, rest in found:
+        called[name] = re.sub(r"[.\d]+$", "", name)
+        if opcode in ("dot", "custom-call") or "kind=kCustom" in rest:
+            of = [shapes.get(operand, "?") for operand in re.findall(r"%([\w.-]+)", operands)]
+            called[name] = f"{called[name]}: {' x '.join(of)} to {shapes[name]}"
+    return called
+
+
+def table(operations: list[tuple[str, float]], called: dict[str, str], steps: int, most: int) -> list[str]:
+    """Lines of Markdown: the kinds that took most, each with its share of all."""
+    times, counts = collections.Counter(), collections.Counter()
+    for name, ms in operations:
+        kind = called.get(name, name)
+        times[kind] += ms
+        counts[kind] += 1
+    total = sum(times.values())
+    lines = ["| operation | runs | ms | share |", "|---|---|---|---|"]
+
+    def add(kind: str, count: int, ms: float) -> None:
+        lines.append(f"| {kind} | {count / steps:.3g} | {ms / steps:.3g} | {ms / total:.1%} |")
+
+    for kind, ms in times.most_common(most):
+        add(kind, counts[kind], ms)
+    if rest := times.most_common()[most:]:
+        add(f"{len(rest)} more", sum(counts[kind] for kind, _ in rest), sum(ms for _, ms in rest))
+    return lines
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--checkpoint", default="assets/tiny", help="directory of the model")
+    parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float16", "float32"))
+    parser.add_argument("--stage", default="decode", choices=STAGES)
+    parser.add_argument("--rows", default=1, type=int, help="prompts that run at once, each with its picture")
+    parser.add_argument("--most", default=16, type=int, help="kinds of operations that are listed")
+    args = parser.parse_args()
+    if min(args.rows, args.most) < 1:
+        parser.error("rows and most are whole numbers of at least 1")
+    try:
+        model = pj.load(args.checkpoint, dtype=args.dtype)
+        stage = prepared(model, args.stage, args.rows)
+        ms = milliseconds(stage)
+    except UserError as error:
+        print(error, file=sys.stderr)
+        return 1
+    run, program, steps = stage
+    about = machine.describe()
+    print(f"{args.checkpoint}, {args.stage}, rows: {args.rows}: {ms:.3g} ms on {about['cpu']}, jax {about['jax']}\n")
+    print("\n".join(table(traced(run), kinds(program), steps, args.most)))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
