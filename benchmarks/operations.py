@@ -8,6 +8,7 @@ by XLA's names. Operations may run side by side, so that their times can add up 
 
 import argparse
 import collections
+import dataclasses
 import gzip
 import json
 import re
@@ -52,7 +53,8 @@ def prepared(model: pj.PaliGemma, name: str, rows: int) -> Stage:
         program = compiled(engine.embed_image, params, batch.pixels, config=config)
         return lambda: program(params, batch.pixels), program.as_text(), 1
     inputs = engine.prepare(batch, engine.embed_pictures(params, config, batch.pixels, clock), range(rows))
-    keys, rule = row_keys(0, range(len(inputs.tokens))), Sampling().rule()
+    keys = row_keys(0, range(len(inputs.tokens)))
+    rule = dataclasses.replace(Sampling().rule(), loc_start=np.int32(model.processor.tokenizer.loc_start))
     static = {"config": config, "num_slots": cache.num_slots(inputs.tokens.shape[1], (_RUNS + 3) * _STEPS)}
     program = compiled(engine.prefill, params, inputs, keys, rule, **static)
     if name == "prefill":
@@ -117,13 +119,18 @@ def table(operations: list[tuple[str, float]], called: dict[str, str], steps: in
     lines = ["| operation | runs | ms | share |", "|---|---|---|---|"]
 
     def add(kind: str, count: int, ms: float) -> None:
-        lines.append(f"| {kind} | {count / steps:.3g} | {ms / steps:.3g} | {ms / total:.1%} |")
+        lines.append(f"| {kind} | {_short(count / steps)} | {_short(ms / steps)} | {ms / total:.1%} |")
 
     for kind, ms in times.most_common(most):
         add(kind, counts[kind], ms)
     if rest := times.most_common()[most:]:
         add(f"{len(rest)} more", sum(counts[kind] for kind, _ in rest), sum(ms for _, ms in rest))
     return lines
+
+
+def _short(number: float) -> str:
+    """Three digits, or all before the point."""
+    return f"{number:.0f}" if number >= 1000 else f"{number:.3g}"
 
 
 def main() -> int:
@@ -145,7 +152,8 @@ def main() -> int:
         return 1
     run, program, steps = stage
     about = machine.describe()
-    print(f"{args.checkpoint}, {args.stage}, rows: {args.rows}: {ms:.3g} ms on {about['cpu']}, jax {about['jax']}\n")
+    place = f"{about['cpu']}, jax {about['jax']}"
+    print(f"{args.checkpoint}, {args.stage}, rows: {args.rows}: {_short(ms)} ms on {place}\n")
     print("\n".join(table(traced(run), kinds(program), steps, args.most)))
     return 0
 
