@@ -36,7 +36,7 @@ from paligemma_jax.generation.sampling import Sampling, row_keys
 STAGES = ("vision", "prefill", "decode")
 _PROMPT = "answer en what is in the picture?"
 _STEPS = 8  # of a run of decode
-_RUNS = 5  # that are timed, before the one that is traced
+_RUNS = 5  # that are timed, after one that is not and before the one that is traced
 _INSTRUCTION = re.compile(r"\s*(?:ROOT )?%([\w.-]+) = (\(.*?\)|\S+) ([\w-]+)\(([^)]*)\)(.*)")
 _LAYOUT = re.compile(r"\{[^}]*\}")
 
@@ -55,7 +55,7 @@ def prepared(model: pj.PaliGemma, name: str, rows: int) -> Stage:
     inputs = engine.prepare(batch, engine.embed_pictures(params, config, batch.pixels, clock), range(rows))
     keys = row_keys(0, range(len(inputs.tokens)))
     rule = dataclasses.replace(Sampling().rule(), loc_start=np.int32(model.processor.tokenizer.loc_start))
-    static = {"config": config, "num_slots": cache.num_slots(inputs.tokens.shape[1], (_RUNS + 3) * _STEPS)}
+    static = {"config": config, "num_slots": cache.num_slots(inputs.tokens.shape[1], (_RUNS + 2) * _STEPS)}
     program = compiled(engine.prefill, params, inputs, keys, rule, **static)
     if name == "prefill":
         return lambda: program(params, inputs, keys, rule), program.as_text(), 1

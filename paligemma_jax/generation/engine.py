@@ -77,7 +77,7 @@ def first_logits(params: Params, config: PaliGemmaConfig, inputs: Inputs, num_sl
     """Run whole prompts: logits [B, V] after each row's last token, and the filled cache."""
     arrays = (inputs.soft_tokens, inputs.tokens, inputs.image_slots, inputs.prefix_length, inputs.length)
     hidden, key_values = apply(params, config, "prefill", *arrays, (inputs.length - 1)[:, None])
-    logits = lax.optimization_barrier(apply(params, config, "logits", hidden[:, 0]))
+    logits = lax.optimization_barrier(apply(params, config, "logits", hidden[:, 0]))  # as in `next_logits`
     return logits, kv_cache.from_prefill(key_values, num_slots)
 
 

@@ -1,8 +1,8 @@
 """Products with weights, and with keys and values, arranged for the CPU: how fast XLA is there depends on which operand
 goes left, on the number of rows, and on its version. Elsewhere they are what they seem.
 
-Which way is fast is measured, not guessed, once on each kind of processor (`measured`); only what is gained everywhere
-where it was tried has fixed bounds: sums per head, and tiles.
+Which way is fast is measured, not guessed, once on each kind of processor (`measured`); only sums per head and the
+turning by tiles have fixed bounds.
 
 Axes: M rows, F outputs, D inputs.
 """
@@ -128,7 +128,8 @@ def _turned(y: jax.Array, num_rows: int) -> jax.Array:
     num_outputs = len(y)
     if y.size < _LARGE_PRODUCT or num_outputs % _TILE:
         return y.T
-    # XLA would go through all of y for each row. Tiles that a cache holds are turned first, then put into order.
+    # XLA would go through all of y for each row. Tiles that a cache holds are turned first, then put into order, and
+    # that before anything is made of it, which would otherwise run over y in tiles.
     tiles = lax.optimization_barrier(jnp.swapaxes(y.reshape(-1, _TILE, num_rows), 1, 2))
     return lax.optimization_barrier(jnp.swapaxes(tiles, 0, 1).reshape(num_rows, num_outputs))
 

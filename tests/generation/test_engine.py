@@ -12,7 +12,7 @@ import pytest
 from paligemma_jax.generation import cache as kv_cache
 from paligemma_jax.generation.engine import decode, embed_pictures, generate, most_at_once, prefill, prepare
 from paligemma_jax.generation.sampling import Sampling, row_keys
-from paligemma_jax.models import cpu
+from paligemma_jax.models import cpu, few_rows
 from paligemma_jax.processing.processor import Batch
 
 PROMPTS = (7, 12, 9, 10, 6)
@@ -195,12 +195,15 @@ def test_decoding_keeps_no_second_copy_of_the_embedding_table(gemma2, random_par
 def test_a_step_copies_no_cache(config, random_params, make_inputs, monkeypatch, num_rows, dtype, as_sums):
     """Nor transposes it."""
     monkeypatch.setattr(cpu, "_LARGE_HEADS", 0 if as_sums else 2**30)
+    taken, product = [], few_rows.product_per_head
+    monkeypatch.setattr(few_rows, "product_per_head", lambda *args: taken.append(args) or product(*args))
     params, inputs = random_params(config, dtype), make_inputs(config, PROMPTS, range(num_rows))
     keys, rule = row_keys(0, ["a", "b"][:num_rows]), GREEDY.rule()
     num_slots = inputs.tokens.shape[1] + (96 if as_sums else 64)  # layers that were traced are not traced again
     start = functools.partial(prefill, config=config, num_slots=num_slots)
     state = jax.eval_shape(start, params, inputs, keys, rule)
     text = decode.lower(params, state, rule, config=config, num_steps=2).compile().as_text()
+    assert bool(taken) == (as_sums and config.text.num_heads > config.text.num_kv_heads)  # one query alone has none
     sizes = state.cache[0][0].shape
     for part in state.cache[0]:
         assert f"[{','.join(map(str, part.shape))}]" in text
