@@ -11,6 +11,7 @@ Axes: M rows, F outputs, D inputs, G groups of inputs.
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 MOST = 4  # rows; more are slower than XLA's kernels, which are made for them
@@ -62,8 +63,11 @@ product_per_head.defvjp(lambda rows, x: (product_per_head(rows, x), (rows, x)), 
 
 
 def whole_product(rows: jax.Array, weight: jax.Array) -> jax.Array:
-    """The same of rows i8 and a weight of whole numbers, i8 or u8: i32 [M, F]."""
-    return _product(_worked_out(rows), weight, jnp.int32)
+    """The same of rows i8 and a weight of whole numbers, i8 or u8: i32 [M, F].
+
+    Bytes of which one is unsigned are what VNNI multiplies; other bytes LLVM multiplies in pairs of 16 bits.
+    """
+    return _product(_worked_out(rows, jnp.int8 if weight.dtype == jnp.uint8 else jnp.int16), weight, jnp.int32)
 
 
 def whole_sums(rows: jax.Array) -> jax.Array:
@@ -79,9 +83,9 @@ def packed_product(rows: jax.Array, values: jax.Array, multiplier: jax.Array) ->
     `values` u8 [F, D / 2] and `multiplier` i8 [F, G] are as in `quantized.Quantized`.
     """
     num_rows, num_outputs, num_groups = len(rows), *multiplier.shape
-    # In 16 bits, which LLVM multiplies in pairs. What depends on the rows alone stays out of the barrier, so that it is
-    # worked out once for all weights of these rows.
-    rows = _worked_out(rows)
+    # In 16 bits: taking bytes apart in bytes gains nothing. What depends on the rows alone stays out of the barrier, so
+    # that it is worked out once for all weights of these rows.
+    rows = _worked_out(rows, jnp.int16)
     parts = rows.astype(jnp.int32).reshape(num_rows * 2, num_groups // 2, -1, _VECTOR)  # XLA splits sums of longer axes
     offsets = _OFFSET * jnp.sum(parts, axis=(2, 3), dtype=jnp.int32)
     rows, offsets, values, multiplier = lax.optimization_barrier((rows, offsets, values, multiplier))
@@ -99,16 +103,18 @@ def packed_product(rows: jax.Array, values: jax.Array, multiplier: jax.Array) ->
 
 
 def _product(rows: jax.Array, weight: jax.Array, dtype: jnp.dtype) -> jax.Array:
-    rows, weight = lax.optimization_barrier((rows, weight))  # together, or a loop around would widen the weight ahead
+    # Together, or a loop around would widen the weight ahead; each row by itself, or all would be widened before.
+    rows, weight = lax.optimization_barrier((list(rows), weight))
     parts = jnp.split(weight.astype(dtype), max(_FEWEST_PARTS, _PARTS // len(rows)))
-    outputs = _sums([part * row[None] for row in rows.astype(dtype) for part in parts])
+    outputs = _sums([part * row.astype(dtype)[None] for row in rows for part in parts])
     return jnp.concatenate(outputs).reshape(len(rows), -1)
 
 
-def _worked_out(rows: jax.Array) -> jax.Array:
-    """Rows i8 as i16, but no part of the loop: jax 0.10 would round them for each output, were they no reduction."""
-    lower = lax.broadcasted_iota(jnp.int16, (2, *rows.shape), 0)
-    return jnp.max(rows.astype(jnp.int16)[None] - lower, axis=0)
+def _worked_out(rows: jax.Array, dtype: np.dtype) -> jax.Array:
+    """Rows i8 as i8 or i16, but no part of the loop: jax 0.10 would round them for each output, were they no
+    reduction."""
+    turn = lax.broadcasted_iota(jnp.int8, (2, *rows.shape), 0)
+    return jnp.max(jnp.where(turn == 0, rows.astype(dtype)[None], jnp.iinfo(jnp.int8).min), axis=0)
 
 
 def _sums(terms: list[jax.Array]) -> list[jax.Array]:

@@ -59,13 +59,13 @@ def test_sums_of_whole_numbers_are_exact_at_the_ends_of_their_range(num_rows, dt
 
 
 @pytest.mark.parametrize("num_rows", range(1, few_rows.MOST + 1))
-@pytest.mark.parametrize("dtype", ["bfloat16", "uint8", "int4"])
+@pytest.mark.parametrize("dtype", ["bfloat16", "int8", "uint8", "int4"])
 def test_sums_are_one_loop_over_the_weight(num_rows, dtype):
     """Or they would be far slower than a kernel: XLA splits a reduction of a single array, and widens one it may."""
     width = 2048
     if dtype == "bfloat16":
         function, shapes = few_rows.product, [((4096, width), dtype)]
-    elif dtype == "uint8":
+    elif dtype in ("int8", "uint8"):
         function, shapes = few_rows.whole_product, [((4096, width), dtype)]
     else:
         function, shapes = few_rows.packed_product, [((4096, width // 2), "uint8"), ((4096, width // 128), "int8")]
