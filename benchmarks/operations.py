@@ -144,7 +144,7 @@ def main() -> int:
     if min(args.rows, args.most) < 1:
         parser.error("rows and most are whole numbers of at least 1")
     try:
-        model = pj.load(args.checkpoint, dtype=args.dtype)
+        model = pj.load(args.checkpoint, dtype=args.dtype, batch_size=args.rows)
         stage = prepared(model, args.stage, args.rows)
         ms = milliseconds(stage)
     except UserError as error:

@@ -23,6 +23,7 @@ def load(
     quantization: str | None = None,
     mask_vae: str | Path | None = None,
     prepare: Callable[[PaliGemma], None] | None = None,
+    batch_size: int = 1,
 ) -> PaliGemma:
     """Load a model.
 
@@ -34,6 +35,8 @@ def load(
       mask_vae: file of the mask VQ-VAE; by default vae-oid.npz beside the model, else $PALIGEMMA_MASK_VAE.
       prepare: called with the model, whose parameters are only shapes yet, while the weights are read:
         `lambda model: model.compile(...)` for what will be asked first.
+      batch_size: rows that will run at once, beams included. From 5 on, a CPU decodes 16-bit weights of some widths up
+        to 1.5 times as fast if they are laid out for that as they are read, which takes a second or two.
 
     Raises:
       ConfigError, CheckpointError, TokenizerError: see the message.
@@ -49,11 +52,12 @@ def load(
     tokenizer.check(config)
     processor = Processor(config, tokenizer, ImageSettings.from_dir(directory, config.vision.image_size))
     masks = _find_mask_vae(directory, mask_vae)
-    model = PaliGemma(config, checkpoints.abstract(contents, dtype, quantization), processor, masks, directory)
+    shapes = checkpoints.abstract(contents, dtype, quantization, batch_size)
+    model = PaliGemma(config, shapes, processor, masks, directory)
     layers.measure(model.params["language_model"])
     with ThreadPoolExecutor(1) as pool:
         prepared = pool.submit(prepare, model) if prepare else None
-        _, params = checkpoints.load(contents, dtype, quantization=quantization)
+        _, params = checkpoints.load(contents, dtype, quantization=quantization, num_rows=batch_size)
         jax.block_until_ready(params)
         load_s = time.perf_counter() - start
         if prepared:

@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 import paligemma_jax as pj
-from paligemma_jax.checkpoints import big_vision, huggingface
+from paligemma_jax.checkpoints import big_vision, huggingface, place
 from paligemma_jax.checkpoints.mask_vae import save_mask_vae
 from paligemma_jax.errors import (
     CheckpointError,
@@ -22,6 +22,7 @@ from paligemma_jax.errors import (
 )
 from paligemma_jax.generation import engine, run, speculation
 from paligemma_jax.models import mask_vae
+from paligemma_jax.models.padded import Padded
 from paligemma_jax.models.paligemma import PaliGemma
 from paligemma_jax.processing.image import ImageSettings
 from paligemma_jax.processing.processor import Processor
@@ -118,6 +119,26 @@ def test_compiled_before_there_are_weights_nothing_is_left_to_compile(model, pic
     known = set(fresh._programs)
     assert all(map(same, expected, fresh.generate(pictures[:2], PROMPTS[:2], 12, sampling, **options)))
     assert set(fresh._programs) == known and len(known) >= 3  # picture encoder, prefill, decode
+
+
+def test_weights_laid_out_for_a_batch_give_the_same_answers(model, pictures, tmp_path, monkeypatch):
+    model.save(tmp_path)
+    monkeypatch.setattr(place, "padding", lambda weight, num_rows: 4 if num_rows > 4 else 0)
+    plain = pj.load(tmp_path, dtype="float32")
+
+    def prepare(loading: pj.PaliGemma) -> None:
+        loading.compile([[i] for i in range(3)], PROMPTS, 12)
+
+    padded = pj.load(tmp_path, dtype="float32", batch_size=5, prepare=prepare)
+    assert isinstance(padded.params["language_model"]["embed_tokens"]["weight"], Padded)
+    known = set(padded._programs)
+    expected, found = (loaded.generate(pictures, PROMPTS, 12) for loaded in (plain, padded))
+    assert all(map(same, expected, found)) and set(padded._programs) == known
+    for speculate in (True, False):
+        options = {"speculate": speculate, "constrain": True}
+        assert all(map(same, *(loaded.generate(pictures[0], PROMPTS[1], 20, **options) for loaded in (plain, padded))))
+    for a, b in zip(*(loaded.score(pictures, PROMPTS, "a red circle") for loaded in (plain, padded)), strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-4)
 
 
 def test_what_is_compiled_while_loading_is_told_with_the_first_answer(model, pictures, tmp_path):

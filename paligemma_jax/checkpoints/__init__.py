@@ -9,11 +9,12 @@ from flax.traverse_util import unflatten_dict
 
 from paligemma_jax.checkpoints import big_vision, huggingface, packed, safetensors
 from paligemma_jax.checkpoints.hub import resolve
-from paligemma_jax.checkpoints.place import Place, on_device
+from paligemma_jax.checkpoints.place import Place, on_device, padded, padding_of
 from paligemma_jax.checkpoints.shapes import expected_shapes, parameter_count
 from paligemma_jax.config import PaliGemmaConfig
 from paligemma_jax.errors import ConfigError
 from paligemma_jax.models import quantized
+from paligemma_jax.models.padded import Padded
 
 __all__ = ["Contents", "abstract", "expected_shapes", "load", "parameter_count", "resolve", "save", "scan"]
 
@@ -37,6 +38,7 @@ def load(
     place: Place = on_device,
     config: PaliGemmaConfig | None = None,
     quantization: str | None = None,
+    num_rows: int = 1,
 ) -> tuple[PaliGemmaConfig, dict[str, Any]]:
     """Geometry and parameter tree of a Hugging Face directory, a hub id or a big_vision .npz.
 
@@ -47,6 +49,8 @@ def load(
       place: called with the path and the array of each parameter once it is read, to put it where it belongs.
       config: as for `scan`.
       quantization: "int8" or "int4", to round weights as they come (`packed.bits_of`); None takes them as they are.
+      num_rows: what the decoder's weights will be multiplied with at once: for some numbers they are laid out anew, as
+        `models.padded.Padded`.
     Raises:
       ConfigError, CheckpointError: nothing is read unless the whole fits.
     """
@@ -54,13 +58,16 @@ def load(
     _check_quantization(quantization, contents)
     if quantization or contents.quantization:
         quantized.values_dtype()  # measured now, because nothing else runs
+    if num_rows > 1:
+        abstract(contents, dtype or "bfloat16", quantization, num_rows)  # so are the weights
+        place = padded(num_rows, place)
     if quantization is not None:
         place = _quantizing(quantization, place)
     read = huggingface.load if isinstance(contents, huggingface.Contents) else big_vision.load
     return read(contents, dtype, progress, place)
 
 
-def abstract(contents: Contents, dtype: str, quantization: str | None = None) -> dict[str, Any]:
+def abstract(contents: Contents, dtype: str, quantization: str | None = None, num_rows: int = 1) -> dict[str, Any]:
     """What `load` will give, as shapes and dtypes only."""
     target = safetensors.dtype_named(dtype)
     _check_quantization(quantization, contents)
@@ -72,7 +79,11 @@ def abstract(contents: Contents, dtype: str, quantization: str | None = None) ->
             return tensor.abstract(path, target)
         struct = jax.ShapeDtypeStruct(shape, target)
         bits = packed.bits_of(path, quantization) if quantization else None
-        return struct if bits is None else quantized.abstract(struct, bits, packed.rounds(path))
+        if bits is not None:
+            return quantized.abstract(struct, bits, packed.rounds(path))
+        if more := padding_of(path, struct, num_rows):
+            return Padded(jax.ShapeDtypeStruct((shape[0], shape[1] + more), target), shape[1])
+        return struct
 
     shapes = expected_shapes(contents.config)
     return unflatten_dict({path: leaf(path, shape) for path, shape in shapes.items()}, sep="/")

@@ -17,6 +17,7 @@ import numpy as np
 from paligemma_jax.checkpoints import safetensors
 from paligemma_jax.errors import CheckpointError
 from paligemma_jax.models import quantized
+from paligemma_jax.models.padded import Padded
 from paligemma_jax.models.quantized import Quantized
 
 _SCALE, _PACKED, _MULTIPLIER = ".weight_scale", ".weight_packed", ".weight_multiplier"
@@ -67,13 +68,18 @@ class Packed:
         return Quantized(*parts, *[None] * (3 - len(parts)), dtype, rounds(path))
 
 
+def of_decoder(path: str) -> bool:
+    """Whether a parameter is a weight that the decoder multiplies with, the table included."""
+    return _DECODER.fullmatch(path) is not None
+
+
 def bits_of(path: str, quantization: str) -> int | None:
     """The bits that "int8" or "int4" gives a parameter, None where it stays as it is.
 
     Every product of the decoder has them, and the table. Those of the image encoder, a small part of the weights, have
     8 always.
     """
-    if _DECODER.fullmatch(path):
+    if of_decoder(path):
         return quantized.BITS[quantization]
     return quantized.BITS["int8"] if _ENCODER.fullmatch(path) else None
 
@@ -127,6 +133,8 @@ def _check(
 
 def parts_of(key: str, leaf: Any) -> dict[str, Any]:
     """The arrays to write for a parameter whose name in the file is `key`."""
+    if isinstance(leaf, Padded):
+        return {key: np.asarray(leaf.values)[:, : leaf.width]}
     if not isinstance(leaf, Quantized):
         return {key: leaf}
     base = key.removesuffix(".weight")

@@ -154,6 +154,7 @@ def _mapped(tensor: Tensor, advance: Callable[[int], None] | None) -> np.ndarray
     if tensor.offset + tensor.nbytes > len(pages):
         raise _ended(tensor)
     numbers = np.frombuffer(pages, np.uint8, tensor.nbytes, tensor.offset)
+    _drop_after(numbers, pages, tensor)
     step = _PIECE_ELEMENTS * tensor.stored.itemsize
     for start in range(0, numbers.size, step):
         piece = numbers[start : start + step]
@@ -161,6 +162,14 @@ def _mapped(tensor: Tensor, advance: Callable[[int], None] | None) -> np.ndarray
         if advance:
             advance(piece.nbytes)
     return numbers.view(tensor.stored).reshape(tensor.shape)
+
+
+def _drop_after(numbers: np.ndarray, pages: mmap.mmap, tensor: Tensor) -> None:
+    """Let go of the pages that hold nothing else once the numbers are gone: the file stays mapped for others."""
+    start = -(-tensor.offset // mmap.PAGESIZE) * mmap.PAGESIZE
+    length = (tensor.offset + tensor.nbytes) // mmap.PAGESIZE * mmap.PAGESIZE - start
+    if length > 0 and hasattr(mmap, "MADV_DONTNEED"):
+        weakref.finalize(numbers, pages.madvise, mmap.MADV_DONTNEED, start, length).atexit = False
 
 
 def _ended(tensor: Tensor) -> CheckpointError:

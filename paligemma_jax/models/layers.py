@@ -12,10 +12,13 @@ import jax.numpy as jnp
 from jax import lax
 
 from paligemma_jax.models import cpu, quantized
+from paligemma_jax.models.padded import Padded
 from paligemma_jax.models.quantized import Quantized
 
+Weight = jax.Array | Quantized | Padded  # [F, D]
 
-def linear(x: jax.Array, weight: jax.Array | Quantized) -> jax.Array:
+
+def linear(x: jax.Array, weight: Weight) -> jax.Array:
     """Product of activations [..., D] with a weight in file orientation [F, D]: float32 [..., F].
 
     The activations take the weight's dtype, or 8 bits if it is quantized and rounds them; sums are kept in float32.
@@ -23,6 +26,8 @@ def linear(x: jax.Array, weight: jax.Array | Quantized) -> jax.Array:
     rows = x.reshape(-1, x.shape[-1])
     if isinstance(weight, Quantized):
         y = quantized.product(rows, weight)
+    elif isinstance(weight, Padded):
+        y = cpu.product(weight.pad(rows.astype(weight.dtype)), weight.values)
     else:
         y = cpu.product(rows.astype(weight.dtype), weight)
     return y.reshape(*x.shape[:-1], weight.shape[0])
@@ -43,9 +48,7 @@ def along_last(vector: jax.Array, x: jax.Array) -> jax.Array:
     return vector.astype(jnp.float32).reshape((1,) * (x.ndim - 1) + vector.shape)
 
 
-def parameter(
-    module: nn.Module, name: str, init: nn.initializers.Initializer, shape: tuple[int, ...]
-) -> jax.Array | Quantized:
+def parameter(module: nn.Module, name: str, init: nn.initializers.Initializer, shape: tuple[int, ...]) -> Weight:
     """A parameter of a module, made by `init` when there is none.
 
     Flax's own `param` works the initialiser out again whenever it is traced, which is a good part of a start, and knows

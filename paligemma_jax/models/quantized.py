@@ -18,6 +18,7 @@ from jax import lax
 
 from paligemma_jax import measured
 from paligemma_jax.models import cpu, few_rows
+from paligemma_jax.models.padded import Padded
 
 BITS = {"int8": 8, "int4": 4}
 
@@ -161,8 +162,10 @@ def _whole(weight: Quantized, dtype: np.dtype) -> list[jax.Array]:
     return [half(*pair) for pair in zip(numbers, multipliers, strict=True)]
 
 
-def rows_of(weight: jax.Array | Quantized, index: jax.Array) -> jax.Array:
+def rows_of(weight: jax.Array | Quantized | Padded, index: jax.Array) -> jax.Array:
     """Some rows [..., D] of a weight, in few bits or not, as numbers of its dtype."""
+    if isinstance(weight, Padded):
+        return jnp.take(weight.values, index, axis=0)[..., : weight.width]
     if not isinstance(weight, Quantized):
         return jnp.take(weight, index, axis=0)
     chosen = jax.tree.map(lambda part: jnp.take(part, index.reshape(-1), axis=0), weight)

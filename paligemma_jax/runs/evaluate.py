@@ -11,6 +11,7 @@ from paligemma_jax.evaluation import scenes
 from paligemma_jax.evaluation.foreign import drawn_by_another
 from paligemma_jax.evaluation.samples import drawn_as_in_training
 from paligemma_jax.files import write_json
+from paligemma_jax.generation.run import BATCH_SIZE
 from paligemma_jax.inspection.pointing import pointing
 from paligemma_jax.runs import environment, settings
 from paligemma_jax.runs import model as models
@@ -30,7 +31,7 @@ def run(config: ConfigDict) -> int:
     if output:
         output.parent.mkdir(parents=True, exist_ok=True)  # a bad place is known before the work
     profile = environment.profiled(config)
-    model = models.load(config)
+    model = models.load(config, batch_size=BATCH_SIZE if measure == "answers" else 1)
     with profile:
         if measure == "answers":
             measured = scenes.evaluate(model, config.num_scenes, config.scenes_seed, source, config.constrain)

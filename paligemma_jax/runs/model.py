@@ -18,8 +18,10 @@ A directory that has them already: --config.checkpoint=DIR
 Meanwhile, the small model that is shipped: python main.py --config=configs/tiny.py"""
 
 
-def load(config: ConfigDict, prepare: Callable[[pj.PaliGemma], None] | None = None) -> pj.PaliGemma:
-    """The model of a generate, chat or evaluate run; see `pj.load` for `prepare`.
+def load(
+    config: ConfigDict, prepare: Callable[[pj.PaliGemma], None] | None = None, batch_size: int = 1
+) -> pj.PaliGemma:
+    """The model of a generate, chat or evaluate run; see `pj.load` for `prepare` and `batch_size`.
 
     Raises:
       UserError: see the message; nothing is fetched from the hub unless `checkpoint` names it.
@@ -34,6 +36,7 @@ def load(config: ConfigDict, prepare: Callable[[pj.PaliGemma], None] | None = No
         quantization=None if quantization == "none" else quantization,
         mask_vae=config.mask_vae or None,
         prepare=prepare,
+        batch_size=batch_size,
     )
     if resample != "auto":
         settings = dataclasses.replace(model.processor.image_settings, resample=resample)

@@ -5,11 +5,13 @@ import json
 import jax
 import numpy as np
 import pytest
+from flax.traverse_util import flatten_dict
 
 from paligemma_jax import checkpoints
-from paligemma_jax.checkpoints import packed, safetensors
+from paligemma_jax.checkpoints import packed, place, safetensors
 from paligemma_jax.errors import CheckpointError, ConfigError
 from paligemma_jax.models import cpu, quantized
+from paligemma_jax.models.padded import Padded
 from paligemma_jax.models.quantized import Quantized
 
 
@@ -29,6 +31,27 @@ def test_written_and_read_again(checkpoint, tmp_path, name, max_shard_bytes):
         if isinstance(leaf, Quantized):
             decoder = path.startswith("language_model/")
             assert leaf.rounds == decoder and quantized.quantization_of(leaf) == (name if decoder else "int8"), path
+
+
+@pytest.mark.parametrize("quantization", [None, "int4"])
+def test_weights_of_the_decoder_are_padded_for_many_rows_and_written_as_they_were(
+    checkpoint, tmp_path, monkeypatch, quantization
+):
+    monkeypatch.setattr(place, "padding", lambda weight, num_rows: 4 if num_rows > 4 else 0)
+    contents = checkpoints.scan(checkpoint())
+    config, plain = checkpoints.load(contents, "bfloat16", quantization=quantization, num_rows=4)
+    _, params = checkpoints.load(contents, "bfloat16", quantization=quantization, num_rows=5)
+    for path, leaf in flatten_dict(params, sep="/").items():
+        assert isinstance(leaf, Padded) == (quantization is None and packed.of_decoder(path)), path
+        if isinstance(leaf, Padded):
+            assert leaf.values.shape == (leaf.shape[0], leaf.shape[1] + 4) and not leaf.values[:, -4:].any()
+    shapes = checkpoints.abstract(contents, "bfloat16", quantization, num_rows=5)
+    jax.tree.map(
+        lambda shape, x: np.testing.assert_equal((x.shape, x.dtype), (shape.shape, shape.dtype)), shapes, params
+    )
+    checkpoints.save(tmp_path, config, params)
+    _, again = checkpoints.load(tmp_path, "bfloat16")
+    jax.tree.map(np.testing.assert_array_equal, again, plain)
 
 
 def test_a_cast_leaves_whole_numbers_alone(checkpoint, tmp_path):

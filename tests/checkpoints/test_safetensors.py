@@ -1,5 +1,8 @@
 """The file format itself: agreement with the safetensors package, casts, pieces larger than the reading step."""
 
+import mmap
+from pathlib import Path
+
 import ml_dtypes
 import numpy as np
 import pytest
@@ -119,6 +122,26 @@ def test_a_file_put_in_the_place_of_a_mapped_one_changes_nothing(large):
     found[1] += 1  # of the array alone
     np.testing.assert_array_equal(found, [0, 2, *range(2, 64)])
     np.testing.assert_array_equal(safetensors.read(safetensors.read_header(path)["a"])[:2], [1, 2])
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="needs /proc")
+def test_pages_of_numbers_that_are_gone_are_given_back(tmp_path):
+    arrays = {name: np.full(2**24, i, np.uint8) for i, name in enumerate("ab")}
+    safetensors.write(tmp_path / "x.safetensors", arrays)
+    tensors = safetensors.read_header(tmp_path / "x.safetensors")
+
+    def resident() -> int:
+        """Bytes of files that this process has in memory."""
+        return int(Path("/proc/self/statm").read_text().split()[2]) * mmap.PAGESIZE
+
+    first, second = (safetensors.read(tensors[name]) for name in "ab")
+    before, view = resident(), first[2:]
+    del first
+    assert before - resident() < 2**22  # somebody still has them
+    del view
+    assert before - resident() > 2**23
+    np.testing.assert_array_equal(second, arrays["b"])
+    np.testing.assert_array_equal(safetensors.read(tensors["a"]), arrays["a"])
 
 
 def test_a_file_that_became_shorter_is_named(large):
