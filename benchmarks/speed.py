@@ -210,7 +210,8 @@ def benchmark(
         "notes": {},
         "accuracy": {},
     }
-    job = {"job": "measure", "batches": args.batch, "new_tokens": args.new_tokens, "captions": captions}
+    jobs = [{"job": "rows", "rows": rows} for rows in args.batch if rows > 1]
+    jobs += [{"job": "captions", "rows": captions}] if captions else []
     workplace.forget_programs()
     for i in range(args.repeats):
         note(f"round {i + 1} of {args.repeats}")
@@ -223,7 +224,7 @@ def benchmark(
             if column.label in entry["notes"]:
                 continue
             start = time.monotonic()
-            found, problem = _measure(workplace, column, job)
+            found, problem = _measure(workplace, column, args.new_tokens, jobs)
             _add(entry["samples"][column.label], found)
             if problem:
                 entry["notes"][column.label] = f"not available: {problem}"
@@ -240,19 +241,24 @@ def _job(workplace: Workplace, column: Column) -> dict[str, Any]:
     return dataclasses.asdict(column) | ({"checkpoint": str(workplace.quantized(quantization))} if quantization else {})
 
 
-def _measure(workplace: Workplace, column: Column, job: dict[str, Any]) -> tuple[Samples, str]:
-    """The samples of one round of a column, from two starts, and what went wrong."""
-    job = job | _job(workplace, column)
+def _measure(workplace: Workplace, column: Column, new_tokens: int, more: list[dict[str, Any]]) -> tuple[Samples, str]:
+    """The samples of one round of a column, and what went wrong: from two starts, and a process for each job more."""
+    common = {"new_tokens": new_tokens} | _job(workplace, column)
     kept, fresh = workplace.cache(column.label), workplace.cache("new")
     shutil.rmtree(fresh, ignore_errors=True)
-    first, problem = workplace.run(column.label, job | {"only_start": True}, fresh)
+    start = common | {"job": "measure"}
+    first, problem = workplace.run(column.label, start | {"only_start": True}, fresh)
     if problem:
         return {}, problem
     if not kept.exists():
         fresh.rename(kept)
-    found, problem = workplace.run(column.label, job | {"only_start": False}, kept)
-    others = [*first.get("others_share", []), *found.get("others_share", [])]
-    return found | {"start_cold_s": first["start_s"], "others_share": others}, problem
+    samples: Samples = {"start_cold_s": first["start_s"], "others_share": first.get("others_share", [])}
+    for job in [start | {"only_start": False}, *(common | job for job in more)]:
+        found, problem = workplace.run(column.label, job, kept)
+        _add(samples, found)
+        if problem:
+            break
+    return samples, problem
 
 
 def _accuracy(workplace: Workplace, columns: list[Column]) -> dict[str, dict[str, float]]:
@@ -346,7 +352,9 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--their-dtype", choices=workers.THEIR_MODES, default="bf16")
     parser.add_argument("--their-python", default=sys.executable, help="interpreter of theirs, if not this one")
     parser.add_argument("--platform", choices=("cpu", "gpu"), default="cpu")
-    parser.add_argument("--batch", type=_numbers, default=[1, 4, 16], help="rows that decode together: 1,4,16")
+    parser.add_argument(
+        "--batch", type=_numbers, default=[1, 4, 16], help="rows that decode together: 1,4,16; 1 always"
+    )
     parser.add_argument("--new-tokens", type=int, default=33, help="length of an answer: 1 and whole decode chunks")
     parser.add_argument("--captions", type=int, help="pictures captioned at once; 64 on a GPU by default, 0 for none")
     parser.add_argument("--repeats", type=int, default=3, help="rounds")

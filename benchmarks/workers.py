@@ -83,7 +83,8 @@ class Ours:
         self._inputs = np.load(job["inputs"])
         self._pictures = list(self._inputs["pictures"])
         self._prompts = [str(prompt) for prompt in self._inputs["prompts"]]
-        self._model = pj.load(job["checkpoint"], dtype=dtype, prepare=self._prepare)
+        rows = job.get("rows", 1)
+        self._model = pj.load(job["checkpoint"], dtype, prepare=self._prepare, batch_size=rows)
         self.load_s = self._model.load_s
         self._num_tokens = len(self._inputs["tokens"])
         self.weights_bytes, self.decoder_bytes = (
@@ -231,7 +232,7 @@ SIDES: dict[str, type[Side]] = {"ours": Ours, "theirs": Theirs}
 
 
 def measure(job: dict[str, Any], report: Report) -> None:
-    """Start a side, and unless `only_start` is set, measure each of its parts."""
+    """Start a side, and unless `only_start` is set, measure what one answer takes."""
     side = SIDES[job["side"]](job, report)
     report("load_s", [side.load_s])
     side.answer(1, 1)
@@ -242,16 +243,28 @@ def measure(job: dict[str, Any], report: Report) -> None:
     report("decoder_bytes", [side.decoder_bytes])
     report("first_token_ms", [1e3 * seconds for seconds, _ in repeated(lambda: side.answer(1, 1))])
     report("vision_ms", [1e3 * seconds for seconds in repeated(lambda: _timed(side.see))])
-    for count in job["batches"]:
-        answers = repeated(lambda count=count: side.answer(count, job["new_tokens"]))
-        seconds, step_ms = zip(*answers, strict=True)
-        report(f"decode_ms/{count}", step_ms)
-        report(f"tokens_per_s/{count}", [1e3 * count / ms for ms in step_ms])
-        report(f"answer_s/{count}", seconds)
-        report(f"peak_bytes/{count}", [side.peak_memory()])
-    if count := job["captions"]:
-        answers = repeated(lambda: side.answer(count, CAPTION_TOKENS))
-        report(f"captions_per_s/{count}", [count / seconds for seconds, _ in answers])
+    _measure_answers(side, 1, job["new_tokens"], report)
+
+
+def measure_rows(job: dict[str, Any], report: Report) -> None:
+    """The same of job["rows"] answers at once, by a side that is loaded for them."""
+    side = SIDES[job["side"]](job, lambda *_: None)
+    _measure_answers(side, job["rows"], job["new_tokens"], report)
+
+
+def measure_captions(job: dict[str, Any], report: Report) -> None:
+    """Pictures that are captioned per second, job["rows"] at once."""
+    side, rows = SIDES[job["side"]](job, lambda *_: None), job["rows"]
+    answers = repeated(lambda: side.answer(rows, CAPTION_TOKENS))
+    report(f"captions_per_s/{rows}", [rows / seconds for seconds, _ in answers])
+
+
+def _measure_answers(side: Side, count: int, new_tokens: int, report: Report) -> None:
+    seconds, step_ms = zip(*repeated(lambda: side.answer(count, new_tokens)), strict=True)
+    report(f"decode_ms/{count}", step_ms)
+    report(f"tokens_per_s/{count}", [1e3 * count / ms for ms in step_ms])
+    report(f"answer_s/{count}", seconds)
+    report(f"peak_bytes/{count}", [side.peak_memory()])
 
 
 def save_logits(job: dict[str, Any], report: Report) -> None:
@@ -276,7 +289,13 @@ def find_ceilings(job: dict[str, Any], report: Report) -> None:
     report("device", [jax.devices()[0].device_kind])
 
 
-JOBS = {"measure": measure, "logits": save_logits, "ceilings": find_ceilings}
+JOBS = {
+    "measure": measure,
+    "rows": measure_rows,
+    "captions": measure_captions,
+    "logits": save_logits,
+    "ceilings": find_ceilings,
+}
 
 
 def repeated(run: Callable[[], T]) -> list[T]:

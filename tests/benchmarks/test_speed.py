@@ -25,6 +25,8 @@ def jobs(monkeypatch) -> list[tuple[str, dict, str]]:
             cache.mkdir(parents=True, exist_ok=True)
         if job["job"] == "ceilings":
             return {"copy_gb_s": [9.0], "read_gb_s": [8.0], "matmul_tflop_s": [1.0], "device": ["abacus"]}, ""
+        if job["job"] in ("rows", "captions"):
+            return {f"{job['job']}/{job['rows']}": [1.0], "others_share": [0.5]}, ""
         if job["mode"] == "int8":
             return {}, "ConfigError: no such thing"
         return {"start_s": [float(len(started))], "others_share": [0.5]}, ""
@@ -54,7 +56,7 @@ def with_torch(monkeypatch):
 
 
 def test_columns_take_turns_and_a_failed_one_is_left_out(jobs, command, with_torch):
-    status, found = command("--modes=bf16,int8", "--repeats=2")
+    status, found = command("--modes=bf16,int8", "--repeats=2", "--batch=1")
     assert status == 0
     order = [(label, cache) for label, _, cache in jobs]
     # Each starts with nothing compiled, then with what the first start kept.
@@ -69,6 +71,15 @@ def test_columns_take_turns_and_a_failed_one_is_left_out(jobs, command, with_tor
     assert entry["samples"]["theirs bf16"] == samples
     assert entry["notes"] == {"ours int8": "not available: ConfigError: no such thing"}
     assert entry["ceilings"]["copy_gb_s"] == [9.0, 9.0]
+
+
+def test_rows_that_run_at_once_have_a_process_for_them(jobs, command):
+    _, found = command("--against=none", "--modes=bf16", "--repeats=2", "--batch=1,4,16", "--captions=8")
+    rows = [(job["job"], job["rows"], cache) for _, job, cache in jobs if "rows" in job]
+    assert rows == 2 * [("rows", 4, "ours_bf16"), ("rows", 16, "ours_bf16"), ("captions", 8, "ours_bf16")]
+    samples = found["tiny"]["samples"]["ours bf16"]
+    assert samples["others_share"] == [0.5] * 10
+    assert samples["rows/4"] == samples["rows/16"] == samples["captions/8"] == [1.0, 1.0]
 
 
 def test_programs_of_the_first_cold_start_are_kept_for_the_second(jobs, command, tmp_path):

@@ -68,8 +68,15 @@ def test_what_is_measured_has_a_name_for_each_batch_size(job, monkeypatch):
     monkeypatch.setattr(environment, "enable_compilation_cache", lambda: None)
     monkeypatch.setattr(workers, "_LONG_S", 0.0)
     found = {}
-    settings = {"side": "ours", "batches": [1, 2], "new_tokens": 20, "captions": 2}  # it says less
-    workers.measure(job | settings, lambda name, values=None: found.update({name: values}))
+    settings = job | {"side": "ours", "new_tokens": 20}  # it says less
+
+    def report(name: str, values: list[float] | None = None) -> None:
+        assert name not in found
+        found[name] = values
+
+    workers.measure(settings, report)
+    for name in ("rows", "captions"):
+        workers.JOBS[name](settings | {"rows": 2}, report)
     plain = ("load_s", "first_token_ms", "vision_ms", "weights_bytes", "decoder_bytes", "captions_per_s/2")
     of_batches = ("decode_ms", "tokens_per_s", "answer_s", "peak_bytes")
     names = {*plain, *(f"{name}/{size}" for name in of_batches for size in (1, 2))}
