@@ -352,9 +352,7 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--their-dtype", choices=workers.THEIR_MODES, default="bf16")
     parser.add_argument("--their-python", default=sys.executable, help="interpreter of theirs, if not this one")
     parser.add_argument("--platform", choices=("cpu", "gpu"), default="cpu")
-    parser.add_argument(
-        "--batch", type=_numbers, default=[1, 4, 16], help="rows that decode together: 1,4,16; 1 always"
-    )
+    parser.add_argument("--batch", type=_numbers, default=[1, 4, 16], help="answers at once: 1,4,16; 1 always")
     parser.add_argument("--new-tokens", type=int, default=33, help="length of an answer: 1 and whole decode chunks")
     parser.add_argument("--captions", type=int, help="pictures captioned at once; 64 on a GPU by default, 0 for none")
     parser.add_argument("--repeats", type=int, default=3, help="rounds")

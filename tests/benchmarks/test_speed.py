@@ -166,7 +166,7 @@ def test_the_shipped_model(command, capsys, tmp_path):
     for samples in entry["samples"].values():
         assert all(0 <= share <= 1 for share in samples.get("others_share", []))
         assert 0 < samples["imports_s"][0] < samples["start_s"][0]
-        assert samples["weights_bytes"][0] < samples["peak_bytes/1"][0] <= samples["peak_bytes/2"][0]
+        assert samples["weights_bytes"][0] < min(samples["peak_bytes/1"][0], samples["peak_bytes/2"][0])
         assert samples["load_s"][0] < samples["start_s"][0]
     assert list(entry["accuracy"]) == ["ours bf16"] and 0 < entry["accuracy"]["ours bf16"]["rms_error"] < 0.05
     for mode in ("float32", "bf16"):
