@@ -2,10 +2,11 @@
 
     python benchmarks/products.py
 
-These costs decide how `paligemma_jax/models/cpu.py`, `few_rows.py` and `quantized.py` multiply. Several copies of the
-weight take turns, so that none stays in a cache. Prints a Markdown table: medians in ms of one product; "our" ones are
-what the network's layers do: sums where these are faster, or more rows than there are. XLA's own product of one row in
-fewer bits than 32 is left out: it takes a hundred times as long.
+These costs decide how `paligemma_jax/models/cpu.py`, `few_rows.py`, `padded.py` and `quantized.py` multiply. Several
+copies of the weight take turns, so that none stays in a cache. Prints a Markdown table: medians in ms of one product;
+"our" ones are what the network's layers do: sums where these are faster, or more rows than there are; the padded one
+has zeros after each row, as a model that is loaded for a batch may have. XLA's own product of one row in fewer bits
+than 32 is left out: it takes a hundred times as long.
 """
 
 import argparse
@@ -22,7 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks import machine
 from paligemma_jax.compiling import compiled
-from paligemma_jax.models import layers, quantized
+from paligemma_jax.models import layers, padded, quantized
 
 _COPIES = 4
 _TURNS = 7
@@ -56,7 +57,7 @@ def main() -> int:
         f"Weight {args.shape[0]} x {args.shape[1]} on {about['cpu']}, {about['cores']} cores, jax {about['jax']}; ms\n"
     )
     print("| rows | " + " | ".join(f"{name}, {side} first" for name in _SUMS for side in ("weight", "rows")), end=" | ")
-    print("our 16 bits | our 8 bits | our 4 bits |\n" + "|---" * (2 * len(_SUMS) + 4) + "|")
+    print("our 16 bits | padded | our 8 bits | our 4 bits |\n" + "|---" * (2 * len(_SUMS) + 5) + "|")
     packed = {bits: [quantized.quantize(weight, bits) for weight in draw] for bits in (8, 4)}
     for count in args.rows:
         cells = []
@@ -67,7 +68,9 @@ def main() -> int:
             cells += [None if slow else milliseconds(order, rows, weights) for order in (lambda x, w: _dot(w, x), _dot)]
         rows = jnp.ones((count, args.shape[1]), jnp.bfloat16)
         halves = [weight.astype(rows.dtype) for weight in draw]
-        cells += [milliseconds(layers.linear, rows, weights) for weights in (halves, packed[8], packed[4])]
+        more = ((0, 0), (0, padded.PADDING // rows.dtype.itemsize))
+        apart = [padded.Padded(jnp.pad(weight, more), weight.shape[1]) for weight in halves]
+        cells += [milliseconds(layers.linear, rows, weights) for weights in (halves, apart, packed[8], packed[4])]
         print(f"| {count} | " + " | ".join("-" if ms is None else f"{ms:.3g}" for ms in cells) + " |", flush=True)
     return 0
 

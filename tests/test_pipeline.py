@@ -10,7 +10,8 @@ import pytest
 from PIL import Image
 
 import paligemma_jax as pj
-from paligemma_jax.checkpoints import big_vision, huggingface, place
+from paligemma_jax import checkpoints
+from paligemma_jax.checkpoints import big_vision, huggingface
 from paligemma_jax.checkpoints.mask_vae import save_mask_vae
 from paligemma_jax.errors import (
     CheckpointError,
@@ -123,17 +124,25 @@ def test_compiled_before_there_are_weights_nothing_is_left_to_compile(model, pic
 
 def test_weights_laid_out_for_a_batch_give_the_same_answers(model, pictures, tmp_path, monkeypatch):
     model.save(tmp_path)
-    monkeypatch.setattr(place, "padding", lambda weight, num_rows: 4 if num_rows > 4 else 0)
-    plain = pj.load(tmp_path, dtype="float32")
+    monkeypatch.setattr(checkpoints, "padding", lambda weight, num_rows: 4 if num_rows > 4 else 0)
+    plain, few = (pj.load(tmp_path, dtype="float32", batch_size=count, num_beams=count) for count in (1, 2))
+
+    def is_padded(loaded: pj.PaliGemma) -> bool:
+        return isinstance(loaded.params["language_model"]["embed_tokens"]["weight"], Padded)
 
     def prepare(loading: pj.PaliGemma) -> None:
-        loading.compile([[i] for i in range(3)], PROMPTS, 12)
+        loading.compile([[i] for i in range(6)], 2 * PROMPTS, 12)
 
-    padded = pj.load(tmp_path, dtype="float32", batch_size=5, prepare=prepare)
-    assert isinstance(padded.params["language_model"]["embed_tokens"]["weight"], Padded)
+    padded = pj.load(tmp_path, dtype="float32", batch_size=6, prepare=prepare)
+    beams = pj.load(tmp_path, dtype="float32", batch_size=2, num_beams=3)
+    assert [is_padded(loaded) for loaded in (plain, few, padded, beams)] == [False, False, True, True]
     known = set(padded._programs)
-    expected, found = (loaded.generate(pictures, PROMPTS, 12) for loaded in (plain, padded))
+    expected, found = (loaded.generate(2 * pictures, 2 * PROMPTS, 12) for loaded in (plain, padded))
     assert all(map(same, expected, found)) and set(padded._programs) == known
+    arguments = pictures[:2], PROMPTS[:2], 12, pj.Sampling(num_beams=3)
+    assert all(map(same, plain.generate(*arguments), beams.generate(*arguments)))
+    monkeypatch.setattr(engine, "most_at_once", lambda num_tokens: 2)  # as for very large pictures
+    assert not is_padded(pj.load(tmp_path, dtype="float32", batch_size=6, num_beams=2))
     for speculate in (True, False):
         options = {"speculate": speculate, "constrain": True}
         assert all(map(same, *(loaded.generate(pictures[0], PROMPTS[1], 20, **options) for loaded in (plain, padded))))

@@ -5,16 +5,16 @@ from pathlib import Path
 from typing import Any
 
 import jax
-from flax.traverse_util import unflatten_dict
+from flax.traverse_util import flatten_dict, unflatten_dict
 
 from paligemma_jax.checkpoints import big_vision, huggingface, packed, safetensors
 from paligemma_jax.checkpoints.hub import resolve
-from paligemma_jax.checkpoints.place import Place, on_device, padded, padding_of
+from paligemma_jax.checkpoints.place import Place, on_device, padded
 from paligemma_jax.checkpoints.shapes import expected_shapes, parameter_count
 from paligemma_jax.config import PaliGemmaConfig
 from paligemma_jax.errors import ConfigError
 from paligemma_jax.models import quantized
-from paligemma_jax.models.padded import Padded
+from paligemma_jax.models.padded import Padded, padding
 
 __all__ = ["Contents", "abstract", "expected_shapes", "load", "parameter_count", "resolve", "save", "scan"]
 
@@ -59,8 +59,8 @@ def load(
     if quantization or contents.quantization:
         quantized.values_dtype()  # measured now, because nothing else runs
     if num_rows > 1:
-        abstract(contents, dtype or "bfloat16", quantization, num_rows)  # so are the weights
-        place = padded(num_rows, place)
+        shapes = abstract(contents, dtype or "bfloat16", quantization, num_rows)  # so are the weights
+        place = padded(flatten_dict(shapes, sep="/"), place)
     if quantization is not None:
         place = _quantizing(quantization, place)
     read = huggingface.load if isinstance(contents, huggingface.Contents) else big_vision.load
@@ -81,7 +81,7 @@ def abstract(contents: Contents, dtype: str, quantization: str | None = None, nu
         bits = packed.bits_of(path, quantization) if quantization else None
         if bits is not None:
             return quantized.abstract(struct, bits, packed.rounds(path))
-        if more := padding_of(path, struct, num_rows):
+        if packed.of_decoder(path) and (more := padding(struct, num_rows)):
             return Padded(jax.ShapeDtypeStruct((shape[0], shape[1] + more), target), shape[1])
         return struct
 

@@ -1,4 +1,5 @@
-"""Quantized weights in files: which tensors make one weight, and how their names tell it.
+"""Weights that are no plain arrays in files: which tensors make a quantized one, and how their names tell it; a padded
+one is written as if it were plain.
 
 Beside or in place of `X.weight` [F, D] stand, for 8 bits, `X.weight` (I8, or plus 128 as U8) and `X.weight_scale` [F]
 (F32); for 4 bits `X.weight_packed` [F, D / 2] (U8), `X.weight_scale` and `X.weight_multiplier` [F, G] (I8). What the

@@ -144,7 +144,7 @@ def read(tensor: Tensor, dtype: np.dtype | None = None, advance: Callable[[int],
 
 
 def _mapped(tensor: Tensor, advance: Callable[[int], None] | None) -> np.ndarray:
-    """The tensor in pages of its file; changing the array would not change the file."""
+    """The tensor in pages of its file, to read only."""
     with tensor.file.open("rb") as file:
         status = os.fstat(file.fileno())
         key = status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
@@ -154,7 +154,8 @@ def _mapped(tensor: Tensor, advance: Callable[[int], None] | None) -> np.ndarray
     if tensor.offset + tensor.nbytes > len(pages):
         raise _ended(tensor)
     numbers = np.frombuffer(pages, np.uint8, tensor.nbytes, tensor.offset)
-    _drop_after(numbers, pages, tensor)
+    numbers.flags.writeable = False  # what is written would be lost as soon as another reader of it is gone
+    weakref.finalize(numbers, _give_back, pages, tensor).atexit = False
     step = _PIECE_ELEMENTS * tensor.stored.itemsize
     for start in range(0, numbers.size, step):
         piece = numbers[start : start + step]
@@ -164,12 +165,13 @@ def _mapped(tensor: Tensor, advance: Callable[[int], None] | None) -> np.ndarray
     return numbers.view(tensor.stored).reshape(tensor.shape)
 
 
-def _drop_after(numbers: np.ndarray, pages: mmap.mmap, tensor: Tensor) -> None:
-    """Let go of the pages that hold nothing else once the numbers are gone: the file stays mapped for others."""
+def _give_back(pages: mmap.mmap, tensor: Tensor) -> None:
+    """Let go of the memory that holds nothing but a tensor; it would be read again if somebody still looked at it."""
     start = -(-tensor.offset // mmap.PAGESIZE) * mmap.PAGESIZE
     length = (tensor.offset + tensor.nbytes) // mmap.PAGESIZE * mmap.PAGESIZE - start
     if length > 0 and hasattr(mmap, "MADV_DONTNEED"):
-        weakref.finalize(numbers, pages.madvise, mmap.MADV_DONTNEED, start, length).atexit = False
+        with contextlib.suppress(OSError):  # memory that is locked
+            pages.madvise(mmap.MADV_DONTNEED, start, length)
 
 
 def _ended(tensor: Tensor) -> CheckpointError:

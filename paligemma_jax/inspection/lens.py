@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from paligemma_jax.generation import engine
-from paligemma_jax.models.quantized import Quantized, rows_of
+from paligemma_jax.models.quantized import Weight, rows_of
 from paligemma_jax.pipeline import PaliGemma
 
 _ROWS = 8192  # of the table that are compared at once
@@ -58,7 +58,7 @@ def layers(model: PaliGemma, hidden: jax.Array, count: int) -> tuple[np.ndarray,
 
 
 @functools.partial(jax.jit, static_argnames="size")
-def _sum_of_directions(table: jax.Array | Quantized, begin: jax.Array, skipped: jax.Array, size: int) -> jax.Array:
+def _sum_of_directions(table: Weight, begin: jax.Array, skipped: jax.Array, size: int) -> jax.Array:
     """Sum [1, D] of the directions of some rows, without the first `skipped`."""
     rows = _directions(table, begin, size)
     return jnp.sum(jnp.where(jnp.arange(size)[:, None] >= skipped, rows, 0.0), axis=0, keepdims=True)
@@ -67,7 +67,7 @@ def _sum_of_directions(table: jax.Array | Quantized, begin: jax.Array, skipped: 
 @functools.partial(jax.jit, static_argnames="size")
 def _better(
     best: tuple[jax.Array, jax.Array],
-    table: jax.Array | Quantized,
+    table: Weight,
     vectors: jax.Array,
     mean: jax.Array,
     begin: jax.Array,
@@ -83,7 +83,7 @@ def _better(
     return top, jnp.take_along_axis(ids, places, axis=1)
 
 
-def _directions(table: jax.Array | Quantized, begin: jax.Array, size: int) -> jax.Array:
+def _directions(table: Weight, begin: jax.Array, size: int) -> jax.Array:
     """Rows `begin` ... `begin + size - 1` of the table, scaled to length one: f32 [size, D]."""
     return _unit(rows_of(table, begin + jnp.arange(size)).astype(jnp.float32))
 

@@ -39,7 +39,7 @@ _NO_KERNEL = 5.0  # gain that says so for a few, whatever other work there was m
 # What XLA needs at least for its fastest kernels; bfloat16 has one for four rows since jax 0.11.
 _LEAST_ROWS = {"float32": 1, "int8": 2}
 _LEAST_ROWS_HALF = 4 if jax.__version_info__ >= (0, 11) else 2
-_AT_ONCE = 16  # rows that XLA takes together where a half-precision weight is the left operand: fewer hardly cost less
+AT_ONCE = 16  # rows that XLA takes together where a half-precision weight is the left operand: fewer hardly cost less
 
 
 def at_least(rows: jax.Array) -> jax.Array:
@@ -99,7 +99,7 @@ def _rows_first(rows: jax.Array, weight: jax.Array) -> jax.Array:
 def _weight_first(rows: jax.Array, weight: jax.Array) -> jax.Array:
     """The same with the weight as the left one."""
     if rows.dtype.itemsize == 2 and len(rows) <= _FEW_ROWS:
-        filled = _filled(rows, max(_AT_ONCE, power_of_two(len(rows))))
+        filled = _filled(rows, max(AT_ONCE, power_of_two(len(rows))))
     else:
         filled = rows
     return _turned(_dot(weight, filled), len(rows))
@@ -226,7 +226,7 @@ def clearly_less(times: list[float], num_rows: int) -> bool:
 def seconds(weight: Any, num_rows: int) -> float:
     """About how long rows times a weight [F, D] of 16-bit floats take, an array or its shape.
 
-    Of one row, or of more than `few_rows.MOST` and at most `_AT_ONCE`.
+    Of one row, or of more than `few_rows.MOST` and at most `AT_ONCE`.
     """
     width = weight.shape[1]
     right_few, right, left, sums, _ = _times(jnp.dtype(weight.dtype), width)
@@ -245,13 +245,13 @@ def num_measured(row_bytes: int) -> int:
 
 @functools.cache
 def _times(dtype: np.dtype, width: int) -> list[float]:
-    """Seconds for a weight of this width on the right of `few_rows.MOST` rows and of `_AT_ONCE`, on the left of so
+    """Seconds for a weight of this width on the right of `few_rows.MOST` rows and of `AT_ONCE`, on the left of so
     many, and as sums for one row and for `few_rows.MOST`, if it has them."""
     with_sums = _has_sums(dtype)
 
     def calls() -> list[measured.Call]:
         weight = jnp.zeros((num_measured(width * dtype.itemsize), width), dtype)
-        rows = jnp.zeros((_AT_ONCE, width), dtype)
+        rows = jnp.zeros((AT_ONCE, width), dtype)
         most = rows[: few_rows.MOST]
         right = [(_rows_first, most, weight), (_rows_first, rows, weight)]
         sums = [(few_rows.product, x, weight) for x in (rows[:1], most) if with_sums]

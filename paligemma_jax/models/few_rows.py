@@ -11,7 +11,6 @@ Axes: M rows, F outputs, D inputs, G groups of inputs.
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 
 MOST = 4  # rows; more are slower than XLA's kernels, which are made for them
@@ -110,7 +109,7 @@ def _product(rows: jax.Array, weight: jax.Array, dtype: jnp.dtype) -> jax.Array:
     return jnp.concatenate(outputs).reshape(len(rows), -1)
 
 
-def _worked_out(rows: jax.Array, dtype: np.dtype) -> jax.Array:
+def _worked_out(rows: jax.Array, dtype: jnp.dtype) -> jax.Array:
     """Rows i8 as i8 or i16, but no part of the loop: jax 0.10 would round them for each output, were they no
     reduction."""
     turn = lax.broadcasted_iota(jnp.int8, (2, *rows.shape), 0)

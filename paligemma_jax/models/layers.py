@@ -13,9 +13,7 @@ from jax import lax
 
 from paligemma_jax.models import cpu, quantized
 from paligemma_jax.models.padded import Padded
-from paligemma_jax.models.quantized import Quantized
-
-Weight = jax.Array | Quantized | Padded  # [F, D]
+from paligemma_jax.models.quantized import Quantized, Weight
 
 
 def linear(x: jax.Array, weight: Weight) -> jax.Array:

@@ -1,8 +1,8 @@
-"""Weights with some zeros after each row, for products with many rows on CPU.
+"""Weights with some zeros after each row, for products with five to sixteen rows on CPU.
 
-XLA's kernel reads 16 outputs side by side. Where each of them takes whole pages, their numbers share a set of a
-first-level cache, which holds 8 to 12 of them, and it is filled again and again; rows that lie a little further apart
-share none (benchmarks/results/products.md).
+XLA's kernel for so few reads many outputs side by side. Where each of them takes whole pages, their numbers share a set
+of a first-level cache, which holds 8 to 12 lines, and it is filled again and again; those of rows that lie a little
+further apart do not (benchmarks/results/products.md).
 
 Axes: F outputs, D inputs.
 """
@@ -16,8 +16,8 @@ import jax.numpy as jnp
 
 from paligemma_jax.models import cpu, few_rows
 
+PADDING = 64  # bytes after a row: a line of the cache
 _PAGE = 4096  # bytes after which the sets of a first-level cache repeat
-_PADDING = 64  # bytes after a row: a line of the cache
 _CLEARLY = 1.2  # gain that is worth the time and memory of laying a weight out anew
 _LARGE = 2**20  # numbers in a weight from which on that matters
 
@@ -59,11 +59,11 @@ def padding(weight: Any, num_rows: int) -> int:
     That is measured (`cpu.seconds`) where it may be any.
     """
     itemsize = jnp.dtype(weight.dtype).itemsize
-    if jax.default_backend() != "cpu" or num_rows <= few_rows.MOST or len(weight.shape) != 2 or itemsize != 2:
+    if jax.default_backend() != "cpu" or not few_rows.MOST < num_rows <= cpu.AT_ONCE or itemsize != 2:
         return 0
     num_outputs, width = weight.shape
     if num_outputs * width < _LARGE or width * itemsize % _PAGE:
         return 0
-    count = _PADDING // itemsize
+    count = PADDING // itemsize
     plain, padded = (jax.ShapeDtypeStruct((num_outputs, width + more), weight.dtype) for more in (0, count))
     return count if cpu.seconds(plain, num_rows) > _CLEARLY * cpu.seconds(padded, num_rows) else 0

@@ -59,6 +59,9 @@ class Quantized:
         return math.prod(self.shape)
 
 
+Weight = jax.Array | Quantized | Padded  # [F, D]
+
+
 def values_dtype() -> np.dtype:
     """The dtype of 8-bit values that is multiplied fast here: unsigned on most CPUs, see `cpu.unsigned_is_fast`."""
     return np.dtype(np.uint8 if jax.default_backend() == "cpu" and cpu.unsigned_is_fast() else np.int8)
@@ -162,7 +165,7 @@ def _whole(weight: Quantized, dtype: np.dtype) -> list[jax.Array]:
     return [half(*pair) for pair in zip(numbers, multipliers, strict=True)]
 
 
-def rows_of(weight: jax.Array | Quantized | Padded, index: jax.Array) -> jax.Array:
+def rows_of(weight: Weight, index: jax.Array) -> jax.Array:
     """Some rows [..., D] of a weight, in few bits or not, as numbers of its dtype."""
     if isinstance(weight, Padded):
         return jnp.take(weight.values, index, axis=0)[..., : weight.width]

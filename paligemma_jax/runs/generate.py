@@ -60,7 +60,7 @@ def run(config: ConfigDict) -> int:
     profile = environment.profiled(config)
     readable = sum(isinstance(source, Source) for source in first)
     prepare = None if embedded.asked else lambda model: _prepare(model, readable, parts, config, sampling)
-    at_once = 1 if config.stream else min(config.batch_size, readable * len(parts)) * sampling.num_beams
+    at_once = 1 if config.stream else min(config.batch_size, readable * len(parts))
     model = models.load(config, prepare, at_once)
     several = has_video or len(names) * len(prompts) > 1
     writers = exports.Exports(kinds, Path(config.output_dir).expanduser(), prompts) if kinds else None

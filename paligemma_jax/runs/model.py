@@ -21,7 +21,7 @@ Meanwhile, the small model that is shipped: python main.py --config=configs/tiny
 def load(
     config: ConfigDict, prepare: Callable[[pj.PaliGemma], None] | None = None, batch_size: int = 1
 ) -> pj.PaliGemma:
-    """The model of a generate, chat or evaluate run; see `pj.load` for `prepare` and `batch_size`.
+    """The model of a generate, chat or evaluate run; see `pj.load` for `prepare` and `batch_size`, the prompts at once.
 
     Raises:
       UserError: see the message; nothing is fetched from the hub unless `checkpoint` names it.
@@ -37,6 +37,7 @@ def load(
         mask_vae=config.mask_vae or None,
         prepare=prepare,
         batch_size=batch_size,
+        num_beams=config.num_beams,
     )
     if resample != "auto":
         settings = dataclasses.replace(model.processor.image_settings, resample=resample)

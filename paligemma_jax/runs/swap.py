@@ -59,7 +59,8 @@ def run(config: ConfigDict) -> int:
     directory.mkdir(parents=True, exist_ok=True)  # a bad place is known before the work
 
     profile = environment.profiled(config)
-    model = models.load(config, batch_size=config.batch_size)
+    count = 4 + bool(box) + len(shares) + len(bits)  # of trials
+    model = models.load(config, batch_size=min(config.batch_size, count))
     with profile:
         own = np.asarray(model.embed_image(pictures, projected=stage == "projected"), np.float32)
         files = [directory / f"{letter}.npy" for letter in "ab"]

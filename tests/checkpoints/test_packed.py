@@ -8,7 +8,7 @@ import pytest
 from flax.traverse_util import flatten_dict
 
 from paligemma_jax import checkpoints
-from paligemma_jax.checkpoints import packed, place, safetensors
+from paligemma_jax.checkpoints import packed, safetensors
 from paligemma_jax.errors import CheckpointError, ConfigError
 from paligemma_jax.models import cpu, quantized
 from paligemma_jax.models.padded import Padded
@@ -37,7 +37,7 @@ def test_written_and_read_again(checkpoint, tmp_path, name, max_shard_bytes):
 def test_weights_of_the_decoder_are_padded_for_many_rows_and_written_as_they_were(
     checkpoint, tmp_path, monkeypatch, quantization
 ):
-    monkeypatch.setattr(place, "padding", lambda weight, num_rows: 4 if num_rows > 4 else 0)
+    monkeypatch.setattr(checkpoints, "padding", lambda weight, num_rows: 4 if num_rows > 4 else 0)
     contents = checkpoints.scan(checkpoint())
     config, plain = checkpoints.load(contents, "bfloat16", quantization=quantization, num_rows=4)
     _, params = checkpoints.load(contents, "bfloat16", quantization=quantization, num_rows=5)

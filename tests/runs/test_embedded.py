@@ -65,6 +65,8 @@ def test_four_runs_and_their_variations(swap, tmp_path, stage, monkeypatch):
     def generate(model, images, prompts, limit, sampling, embeddings, batch_size, **options):
         return [pj.Output(f"{x.mean():.5f}", *[None] * 6) for x in np.asarray(embeddings)]
 
+    load, told = pj.load, []
+    monkeypatch.setattr(pj, "load", lambda *args, **kw: told.append(kw["batch_size"]) or load(*args, **kw))
     monkeypatch.setattr(pj.PaliGemma, "generate", generate)
     status, out, err = swap(box="0,0,0.5,1", mix="1,0,0.5", bits="16", format="json", embeddings=stage)
     assert status == 0 and err.count("saved") == 2
@@ -76,6 +78,7 @@ def test_four_runs_and_their_variations(swap, tmp_path, stage, monkeypatch):
     assert np.load(tmp_path / "swap" / "b.npy", allow_pickle=False).shape[:2] == (1, 4)
     _, table, _ = swap(mix="", bits="", embeddings=stage)
     assert [line.rpartition("  ")[2] for line in table.splitlines()] == texts[:4]
+    assert told == [9, 4]
 
 
 @pytest.mark.parametrize(

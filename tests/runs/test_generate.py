@@ -9,6 +9,7 @@ import pytest
 from PIL import Image
 
 import paligemma_jax as pj
+from paligemma_jax.errors import CheckpointError
 
 BOX = "<loc0000><loc0000><loc1023><loc0512>"
 MASK = "".join(f"<seg{i:03d}>" for i in range(16))
@@ -168,6 +169,29 @@ def test_pt_checkpoints_warn_about_free_prompts(generate, answer_with, prompt, w
     answer_with("a circle")
     status, _, err = generate(hub_id="google/paligemma-3b-pt-224", prompt=prompt)
     assert status == 0 and ("badly" in err) == warned
+
+
+@pytest.mark.parametrize(
+    "folder, keys, expected",
+    [
+        (False, {}, (1, 1)),
+        (True, {"num_beams": 3}, (2, 3)),
+        (True, {"split_classes": True, "prompt": "detect a ; b ; c"}, (6, 1)),
+        (True, {"split_classes": True, "prompt": "detect a ; b ; c", "batch_size": 4}, (3, 1)),
+        (True, {"stream": True}, (1, 1)),
+    ],
+)
+def test_the_model_is_loaded_for_the_prompts_that_are_answered_at_once(
+    generate, pictures, monkeypatch, folder, keys, expected
+):
+    def load(*_, batch_size: int, num_beams: int, **__) -> pj.PaliGemma:
+        told.append((batch_size, num_beams))
+        raise CheckpointError("enough")
+
+    told = []
+    monkeypatch.setattr(pj, "load", load)
+    assert generate(image=pictures if folder else pictures / "a.png", **keys)[0] == 1
+    assert told == [expected]
 
 
 def test_resampling_can_be_chosen(generate, monkeypatch, answer_with):
