@@ -38,7 +38,7 @@ def load(
       prepare: called with the model, whose parameters are only shapes yet, while the weights are read:
         `lambda model: model.compile(...)` for what will be asked first.
       batch_size: prompts that will be answered at once. For 5 to 16 of them, a CPU multiplies 16-bit weights of some
-        widths up to 1.7 times as fast if they are laid out for that, which takes a second or two: they are copied
+        widths up to 1.6 times as fast if they are laid out for that, which takes a second or two: they are copied
         instead of staying in the pages of their file.
       num_beams: of the `Sampling` to come; each is a row like another prompt.
 

@@ -25,7 +25,7 @@ from paligemma_jax.buckets import power_of_two
 from paligemma_jax.models import few_rows
 
 _FEW_ROWS = 64  # at most so many, reading the weight is most of a product
-_LARGE = 2**20  # numbers in a weight from which on that matters
+LARGE = 2**20  # numbers in a weight from which on that matters
 _VERY_LARGE = 2**23  # numbers in a weight from which on many rows may be slow
 _LARGE_PRODUCT = 2**20  # numbers in a product from which on it is turned by tiles
 _TILE = 64  # outputs that are turned at once
@@ -182,7 +182,7 @@ def weight_first(weight: Any, num_rows: int) -> bool:
     one that is differs between processors, versions of XLA and widths.
     """
     few = num_rows <= _FEW_ROWS
-    if jax.default_backend() != "cpu" or weight.size < (_LARGE if few else _VERY_LARGE):
+    if jax.default_backend() != "cpu" or weight.size < (LARGE if few else _VERY_LARGE):
         return False
     right_few, right, left = _times(jnp.dtype(weight.dtype), weight.shape[1])[:3]
     return (right_few if num_rows <= few_rows.MOST else right) > left * (_CLEARLY if few else _CLIFF)
@@ -214,7 +214,7 @@ def sums_win_per_head(rows: Any, x: Any) -> bool:
 
 def mostly_reads(weight: Any, num_rows: int) -> bool:
     """Whether `few_rows` takes so many rows, on a CPU, and a weight is so large that reading it is most of the work."""
-    return jax.default_backend() == "cpu" and 0 < num_rows <= few_rows.MOST and weight.size >= _LARGE
+    return jax.default_backend() == "cpu" and 0 < num_rows <= few_rows.MOST and weight.size >= LARGE
 
 
 def clearly_less(times: list[float], num_rows: int) -> bool:

@@ -1,8 +1,8 @@
 """Weights with some zeros after each row, for products with five to sixteen rows on CPU.
 
-XLA's kernel for so few reads many outputs side by side. Where each of them takes whole pages, their numbers share a set
-of a first-level cache, which holds 8 to 12 lines, and it is filled again and again; those of rows that lie a little
-further apart do not (benchmarks/results/products.md).
+XLA's kernel for so few is slow where rows are whole pages, and 1.6 times as fast where they lie a little further apart
+(benchmarks/results/products.md). It seems to read many of them side by side, whose numbers would share one set of a
+first-level cache, of 8 to 12 lines.
 
 Axes: F outputs, D inputs.
 """
@@ -19,7 +19,6 @@ from paligemma_jax.models import cpu, few_rows
 PADDING = 64  # bytes after a row: a line of the cache
 _PAGE = 4096  # bytes after which the sets of a first-level cache repeat
 _CLEARLY = 1.2  # gain that is worth the time and memory of laying a weight out anew
-_LARGE = 2**20  # numbers in a weight from which on that matters
 
 
 @jax.tree_util.register_dataclass
@@ -62,7 +61,7 @@ def padding(weight: Any, num_rows: int) -> int:
     if jax.default_backend() != "cpu" or not few_rows.MOST < num_rows <= cpu.AT_ONCE or itemsize != 2:
         return 0
     num_outputs, width = weight.shape
-    if num_outputs * width < _LARGE or width * itemsize % _PAGE:
+    if num_outputs * width < cpu.LARGE or width * itemsize % _PAGE:
         return 0
     count = PADDING // itemsize
     plain, padded = (jax.ShapeDtypeStruct((num_outputs, width + more), weight.dtype) for more in (0, count))

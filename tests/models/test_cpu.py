@@ -119,7 +119,7 @@ def test_large_products_are_turned_by_tiles(monkeypatch, num_outputs, in_tiles):
 
 
 def test_few_rows_are_sums_where_these_are_fast(monkeypatch):
-    monkeypatch.setattr(cpu, "_LARGE", 0)
+    monkeypatch.setattr(cpu, "LARGE", 0)
     rows, weight = jax.random.normal(jax.random.key(0), (5, 128), "bfloat16"), jnp.ones((24, 128), "bfloat16")
     expected = np.broadcast_to(np.asarray(rows, np.float64).sum(axis=1, keepdims=True), (5, 24))
     taken, product = [], few_rows.product
@@ -218,7 +218,7 @@ def test_few_rows_in_half_precision_are_filled_up(dtype, rows, filled):
 
 def test_measuring_works_while_a_network_is_traced(monkeypatch):
     monkeypatch.setattr(cpu, "_MEASURED", 2 * 64 * 128)
-    monkeypatch.setattr(cpu, "_LARGE", 0)
+    monkeypatch.setattr(cpu, "LARGE", 0)
     cpu._times.cache_clear()
     x, weight = jnp.ones((2, 128), "bfloat16"), jnp.ones((8, 128), "bfloat16")
     np.testing.assert_array_equal(jax.jit(linear)(x, weight), np.full((2, 8), 128.0))
