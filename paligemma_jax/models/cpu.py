@@ -30,6 +30,7 @@ _VERY_LARGE = 2**23  # numbers in a weight from which on many rows may be slow
 _LARGE_PRODUCT = 2**20  # numbers in a product from which on it is turned by tiles
 _TILE = 64  # outputs that are turned at once
 _LARGE_HEADS = 2**16  # numbers in keys or values from which on the loop is worth starting
+_SMALL = 2**15  # numbers that are reduced in a few microseconds
 _MEASURED = 2**26  # bytes of the weight that is measured, which hardly any cache holds
 _WIDTH = 2048  # inputs of that weight where any will do
 _CLEARLY = 1.1  # gain that is no accident
@@ -75,20 +76,30 @@ def product_per_head(rows: jax.Array, x: jax.Array) -> jax.Array:
 
 def whole_product(rows: jax.Array, weight: jax.Array) -> jax.Array:
     """Rows i8 [M, D] times a weight of whole numbers, i8 or plus 128 as u8 [F, D]: i32 [M, F] of the numbers alone."""
-    multiply = few_rows.whole_product if sums_win(weight, len(rows)) else _kernel(weight.dtype)
-    return _without_offset(multiply(rows, weight), rows, weight)
+    multiply = few_rows.whole_product if sums_win(weight, len(rows)) else kernel(weight.dtype)
+    return without_offset(multiply(rows, weight), rows, weight.dtype)
 
 
-def whole_product_by_kernel(rows: jax.Array, weight: jax.Array) -> jax.Array:
-    """The same by XLA's own kernel, however many rows there are."""
-    return _without_offset(_kernel(weight.dtype)(rows, weight), rows, weight)
-
-
-def _without_offset(product: jax.Array, rows: jax.Array, weight: jax.Array) -> jax.Array:
-    """Take off what the 128 in unsigned numbers have added."""
-    if weight.dtype != jnp.uint8:
+def without_offset(product: jax.Array, rows: jax.Array, dtype: np.dtype) -> jax.Array:
+    """Take off a product i32 [M, F] what the 128 in whole numbers have added if they are unsigned."""
+    if dtype != jnp.uint8:
         return product
-    return product - 128 * few_rows.whole_sums(rows)
+    return product - 128 * few_rows.total(rows.astype(jnp.int32))
+
+
+def total(x: jax.Array) -> jax.Array:
+    """The sum over the last axis of x [..., D], which is kept: [..., 1]."""
+    return few_rows.total(x) if _is_small(x) else jnp.sum(x, axis=-1, keepdims=True)
+
+
+def largest(x: jax.Array) -> jax.Array:
+    """The largest over the last axis of x [..., D], which is kept: [..., 1]."""
+    return few_rows.largest(x) if _is_small(x) else jnp.max(x, axis=-1, keepdims=True)
+
+
+def _is_small(x: jax.Array) -> bool:
+    """Whether a reduction is best as one loop: cutting it up for the kernels of XLA would take longer than it does."""
+    return jax.default_backend() == "cpu" and x.size <= _SMALL
 
 
 def _rows_first(rows: jax.Array, weight: jax.Array) -> jax.Array:
@@ -134,8 +145,8 @@ def _turned(y: jax.Array, num_rows: int) -> jax.Array:
     return lax.optimization_barrier(jnp.swapaxes(tiles, 0, 1).reshape(num_rows, num_outputs))
 
 
-def _kernel(dtype: np.dtype) -> Callable[[jax.Array, jax.Array], jax.Array]:
-    """XLA's own product of rows i8 with a weight of whole numbers."""
+def kernel(dtype: np.dtype) -> Callable[[jax.Array, jax.Array], jax.Array]:
+    """XLA's own product of rows i8 with a weight of whole numbers, i8 or u8, as they are."""
     return _unsigned_first if dtype == jnp.uint8 else _rows_first
 
 
@@ -149,7 +160,7 @@ def unsigned_is_fast() -> bool:
     def calls() -> list[measured.Call]:
         rows, shape = jnp.zeros((4, _WIDTH), jnp.int8), (num_measured(_WIDTH), _WIDTH)
         signed, unsigned = (jnp.zeros(shape, dtype) for dtype in (jnp.int8, jnp.uint8))
-        return [(_kernel(weight.dtype), rows, weight) for weight in (signed, unsigned)]
+        return [(kernel(weight.dtype), rows, weight) for weight in (signed, unsigned)]
 
     with jax.ensure_compile_time_eval():
         signed, unsigned = measured.remembered("unsigned weights", 2, calls)
@@ -269,7 +280,7 @@ def _whole_times(dtype: np.dtype, width: int) -> list[float]:
         weight, most = jnp.zeros((num_measured(width), width), dtype), jnp.zeros((few_rows.MOST, width), jnp.int8)
         return [
             (multiply, rows, weight)
-            for multiply in (_kernel(dtype), few_rows.whole_product)
+            for multiply in (kernel(dtype), few_rows.whole_product)
             for rows in (most[:1], most)
         ]
 

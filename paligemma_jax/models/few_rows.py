@@ -9,6 +9,9 @@ additions matters: `compiling` says that it does not.
 Axes: M rows, F outputs, D inputs, G groups of inputs.
 """
 
+import functools
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -69,11 +72,20 @@ def whole_product(rows: jax.Array, weight: jax.Array) -> jax.Array:
     return _product(_worked_out(rows, jnp.int8 if weight.dtype == jnp.uint8 else jnp.int16), weight, jnp.int32)
 
 
-def whole_sums(rows: jax.Array) -> jax.Array:
-    """The sum of each row of whole numbers i8 [M, D]: i32 [M, 1]."""
-    if rows.shape[1] % 2:
-        return jnp.sum(rows, axis=1, keepdims=True, dtype=jnp.int32)
-    return sum(_sums(jnp.split(rows.astype(jnp.int32), 2, axis=1)))[:, None]
+@jax.custom_jvp
+def total(x: jax.Array) -> jax.Array:
+    """The sum over the last axis [..., D], which is kept: [..., 1]."""
+    return _reduced(x, jnp.add, 0)
+
+
+@total.defjvp
+def _(primals: tuple[jax.Array], tangents: tuple[jax.Array]) -> tuple[jax.Array, jax.Array]:
+    return total(*primals), jnp.sum(*tangents, axis=-1, keepdims=True)
+
+
+def largest(x: jax.Array) -> jax.Array:
+    """The largest over the last axis [..., D], which is kept: [..., 1]."""
+    return _reduced(x, jnp.maximum, -jnp.inf)
 
 
 def packed_product(rows: jax.Array, values: jax.Array, multiplier: jax.Array) -> jax.Array:
@@ -112,8 +124,18 @@ def _product(rows: jax.Array, weight: jax.Array, dtype: jnp.dtype) -> jax.Array:
 def _worked_out(rows: jax.Array, dtype: jnp.dtype) -> jax.Array:
     """Rows i8 as i8 or i16, but no part of the loop: jax 0.10 would round them for each output, were they no
     reduction."""
+    if jax.__version_info__ >= (0, 11):
+        return rows.astype(dtype)
     turn = lax.broadcasted_iota(jnp.int8, (2, *rows.shape), 0)
     return jnp.max(jnp.where(turn == 0, rows.astype(dtype)[None], jnp.iinfo(jnp.int8).min), axis=0)
+
+
+def _reduced(x: jax.Array, combine: Callable[[jax.Array, jax.Array], jax.Array], start: float) -> jax.Array:
+    """A reduction over the last axis, which is kept, of its halves side by side: of one array XLA makes several."""
+    parts = jnp.split(x, 2, axis=-1) if x.shape[-1] % 2 == 0 else [x]
+    starts = [jnp.asarray(start, x.dtype)] * len(parts)
+    parts = lax.reduce(parts, starts, lambda x, y: jax.tree.map(combine, x, y), (x.ndim - 1,))
+    return functools.reduce(combine, parts)[..., None]
 
 
 def _sums(terms: list[jax.Array]) -> list[jax.Array]:

