@@ -51,7 +51,7 @@ def load(
     found = checkpoints.resolve(path)
     directory = found if found.is_dir() else found.parent
     tokenizer = Tokenizer.from_dir(directory)
-    contents = checkpoints.scan(found)  # all small files are looked at before the long part
+    contents = checkpoints.joined(checkpoints.scan(found))  # all small files are looked at before the long part
     config = contents.config
     tokenizer.check(config)
     processor = Processor(config, tokenizer, ImageSettings.from_dir(directory, config.vision.image_size))

@@ -9,6 +9,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 from paligemma_jax.checkpoints import big_vision, huggingface, packed, safetensors
 from paligemma_jax.checkpoints.hub import resolve
+from paligemma_jax.checkpoints.joining import join
 from paligemma_jax.checkpoints.place import Place, on_device, padded
 from paligemma_jax.checkpoints.shapes import expected_shapes, parameter_count
 from paligemma_jax.config import PaliGemmaConfig
@@ -19,6 +20,11 @@ from paligemma_jax.models.padded import Padded, padding
 __all__ = ["Contents", "abstract", "expected_shapes", "load", "parameter_count", "resolve", "save", "scan"]
 
 Contents = huggingface.Contents | big_vision.Contents
+
+
+def joined(contents: Contents) -> Contents:
+    """Contents whose weights of the same inputs are one where they lie so; see `checkpoints.joining`."""
+    return join(contents) if isinstance(contents, huggingface.Contents) else contents
 
 
 def scan(path: Path, config: PaliGemmaConfig | None = None) -> Contents:
@@ -71,7 +77,10 @@ def abstract(contents: Contents, dtype: str, quantization: str | None = None, nu
     """What `load` will give, as shapes and dtypes only."""
     target = safetensors.dtype_named(dtype)
     _check_quantization(quantization, contents)
-    tensors = contents.tensors if isinstance(contents, huggingface.Contents) else {}
+    if isinstance(contents, huggingface.Contents):
+        tensors, shapes = contents.tensors, {path: tensor.shape for path, tensor in contents.tensors.items()}
+    else:
+        tensors, shapes = {}, expected_shapes(contents.config)
 
     def leaf(path: str, shape: tuple[int, ...]) -> Any:
         tensor = tensors.get(path)
@@ -85,7 +94,6 @@ def abstract(contents: Contents, dtype: str, quantization: str | None = None, nu
             return Padded(jax.ShapeDtypeStruct((shape[0], shape[1] + more), target), shape[1])
         return struct
 
-    shapes = expected_shapes(contents.config)
     return unflatten_dict({path: leaf(path, shape) for path, shape in shapes.items()}, sep="/")
 
 

@@ -23,7 +23,7 @@ import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from paligemma_jax import files
-from paligemma_jax.checkpoints import safetensors, shapes
+from paligemma_jax.checkpoints import joining, safetensors, shapes
 from paligemma_jax.checkpoints.place import Place, on_device
 from paligemma_jax.config import PaliGemmaConfig, TextConfig, VisionConfig, find_decoder
 from paligemma_jax.errors import CheckpointError, ConfigError
@@ -276,7 +276,7 @@ def _order(source: str, target: str) -> tuple[int, ...]:
 def save(path: Path, config: PaliGemmaConfig, params: Mapping[str, Any], dtype: str | None = None) -> None:
     """Write an .npz, whole or not at all; `dtype` None keeps each array's own (of its first layer)."""
     target = safetensors.dtype_named(dtype) if dtype else None
-    flat = flatten_dict(params, sep="/")
+    flat = joining.separate(flatten_dict(params, sep="/"), config)
     shapes.require({name: array.shape for name, array in flat.items()}, shapes.expected_shapes(config))
     sizes = _sizes(config)
     with files.replacing(path) as temporary, zipfile.ZipFile(temporary, "w", zipfile.ZIP_STORED) as archive:

@@ -19,7 +19,7 @@ import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from paligemma_jax import files
-from paligemma_jax.checkpoints import config_json, packed, safetensors, shapes
+from paligemma_jax.checkpoints import config_json, joining, packed, safetensors, shapes
 from paligemma_jax.checkpoints.place import Place, on_device
 from paligemma_jax.config import PaliGemmaConfig
 from paligemma_jax.errors import CheckpointError
@@ -256,7 +256,7 @@ def save(
       CheckpointError: the parameters are not those of the geometry.
     """
     target = safetensors.dtype_named(dtype) if dtype else None
-    flat = flatten_dict(params, sep="/")
+    flat = joining.separate(flatten_dict(params, sep="/"), config)
     expected = shapes.expected_shapes(config)
     shapes.require({name: array.shape for name, array in flat.items()}, expected)
     tensors: dict[str, Any] = {}
@@ -265,6 +265,7 @@ def save(
         parts = packed.parts_of(key_of(name, config.version), flat[name])
         tensors |= parts
         uncast |= set(parts) if isinstance(flat[name], Quantized) else set()
+    tensors = {key: tensors[key] for key in sorted(tensors, key=packed.rank)}
     sizes = {
         key: array.size * (array.dtype if target is None or key in uncast else target).itemsize
         for key, array in tensors.items()

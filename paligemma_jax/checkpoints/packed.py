@@ -46,14 +46,15 @@ class Packed:
 
     @property
     def nbytes(self) -> int:
-        return sum(tensor.nbytes for tensor in self._parts())
+        return sum(tensor.nbytes for tensor in self.parts())
 
-    def _parts(self) -> list[safetensors.Tensor]:
+    def parts(self) -> list[safetensors.Tensor]:
+        """Its tensors, in the order of the fields of `Quantized`."""
         return [tensor for tensor in (self.values, self.scale, self.multiplier) if tensor is not None]
 
     def abstract(self, path: str, dtype: np.dtype) -> Quantized:
         """The weight of a parameter as shapes and dtypes only."""
-        parts = [jax.ShapeDtypeStruct(tensor.shape, tensor.stored) for tensor in self._parts()]
+        parts = [jax.ShapeDtypeStruct(tensor.shape, tensor.stored) for tensor in self.parts()]
         if self.multiplier is None:
             parts[0] = jax.ShapeDtypeStruct(self.shape, quantized.values_dtype())
         return Quantized(*parts, *[None] * (3 - len(parts)), dtype, rounds(path))
@@ -62,7 +63,7 @@ class Packed:
         self, path: str, dtype: np.dtype, advance: Callable[[int], None], place: Callable[[str, Any], Any]
     ) -> Quantized:
         """The weight of a parameter, each part read once and passed to `place`; it stands for numbers of `dtype`."""
-        arrays = [safetensors.read(tensor, None, advance) for tensor in self._parts()]
+        arrays = [safetensors.read(tensor, None, advance) for tensor in self.parts()]
         if self.multiplier is None:
             arrays[0] = quantized.as_values(arrays[0], quantized.values_dtype())
         parts = [place(f"{path}/part", array) for array in arrays]
@@ -130,6 +131,12 @@ def _check(
     num_groups = multiplier.shape[1] if multiplier is not None else 2
     if not num_groups or num_groups % 2 or 2 * values.shape[1] % num_groups:
         raise CheckpointError(f"{source}: {multiplier.name} has {num_groups} groups, which do not divide half a row")
+
+
+def rank(key: str) -> int:
+    """Where in a file a tensor belongs: the numbers of weights first, then scales, or they would not be one behind the
+    other, as `joining` wants them."""
+    return 1 + (_SCALE, _MULTIPLIER).index(suffix) if (suffix := key[key.rfind(".") :]) in (_SCALE, _MULTIPLIER) else 0
 
 
 def parts_of(key: str, leaf: Any) -> dict[str, Any]:

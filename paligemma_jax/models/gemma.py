@@ -19,7 +19,7 @@ from paligemma_jax.models.attention import (
     rotation,
     write_cache,
 )
-from paligemma_jax.models.layers import Embedder, Linear, RMSNorm, run_layer, soft_cap
+from paligemma_jax.models.layers import Embedder, Linear, RMSNorm, linears, run_layer, soft_cap
 
 
 def take_columns(x: jax.Array, columns: jax.Array | None) -> jax.Array:
@@ -45,13 +45,16 @@ class Attention(nn.Module):
     ) -> tuple[jax.Array, KeyValues, jax.Array | None]:
         cfg = self.config
 
-        def heads(name: str, x: jax.Array, count: int) -> jax.Array:
-            return Linear(count * cfg.head_dim, name=name)(x).reshape(*x.shape[:2], count, cfg.head_dim)
-
-        q = heads("q_proj", take_columns(x, wanted), cfg.num_heads)
+        of_queries = {"q_proj": cfg.num_heads * cfg.head_dim}
+        of_keys = dict.fromkeys(("k_proj", "v_proj"), cfg.num_kv_heads * cfg.head_dim)
+        if wanted is None:
+            q, k, v = linears(self, x, of_queries | of_keys)
+        else:
+            [q], (k, v) = linears(self, take_columns(x, wanted), of_queries), linears(self, x, of_keys)
+        q, k, v = (part.reshape(*part.shape[:2], -1, cfg.head_dim) for part in (q, k, v))
         q = rope(q, tuple(take_columns(part, wanted) for part in sin_cos))
-        k = jnp.swapaxes(rope(heads("k_proj", x, cfg.num_kv_heads), sin_cos), 1, 2)
-        v = jnp.moveaxis(heads("v_proj", x, cfg.num_kv_heads), 1, 3)
+        k = jnp.swapaxes(rope(k, sin_cos), 1, 2)
+        v = jnp.moveaxis(v, 1, 3)
         if cache is not None:
             k, v = write_cache(cache, (k, v), positions)
         scale, cap = cfg.query_scalar**-0.5, cfg.attn_softcap
@@ -69,8 +72,8 @@ class GatedMlp(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         # float32 until the last product: rounding each step would be less exact and, on CPU, slower.
-        gate = nn.gelu(Linear(self.mlp_dim, dtype=jnp.float32, name="gate_proj")(x), approximate=True)
-        hidden = gate * Linear(self.mlp_dim, dtype=jnp.float32, name="up_proj")(x)
+        gate, up = linears(self, x, {"gate_proj": self.mlp_dim, "up_proj": self.mlp_dim}, jnp.float32)
+        hidden = nn.gelu(gate, approximate=True) * up
         return Linear(x.shape[-1], name="down_proj")(hidden.astype(x.dtype))
 
 

@@ -4,6 +4,7 @@ Axes: M rows, D input features, F output features, V vocabulary.
 """
 
 import functools
+import itertools
 from typing import Any
 
 import flax.linen as nn
@@ -88,6 +89,23 @@ class Linear(nn.Module):
         if self.use_bias:
             y = y + along_last(parameter(self, "bias", nn.initializers.zeros, (self.features,)), y)
         return y.astype(self.dtype or x.dtype)
+
+
+def linears(
+    module: nn.Module, x: jax.Array, features: dict[str, int], dtype: jnp.dtype | None = None
+) -> list[jax.Array]:
+    """Several `Linear` maps of the same input, by name, within a module; some may have one weight.
+
+    That is then the parameter `a+b`, whose rows are those of `a` and after them those of `b`.
+    """
+    joined = {name: whole for whole in module.variables.get("params", {}) for name in whole.split("+")}
+    results = {}
+    for whole in dict.fromkeys(joined.get(name, name) for name in features):
+        names = whole.split("+")
+        y = Linear(sum(features[name] for name in names), dtype=dtype, name=whole)(x)
+        starts = list(itertools.accumulate(features[name] for name in names))
+        results |= zip(names, jnp.split(y, starts[:-1], axis=-1), strict=True)
+    return [results[name] for name in features]
 
 
 class LayerNorm(nn.Module):
