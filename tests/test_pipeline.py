@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax.traverse_util import flatten_dict
 from PIL import Image
 
 import paligemma_jax as pj
@@ -151,13 +152,21 @@ def test_weights_laid_out_for_a_batch_give_the_same_answers(model, pictures, tmp
 
 
 @pytest.mark.parametrize("quantization", [None, "int8", "int4"])
-def test_joined_weights_give_the_same_answers(model, pictures, tmp_path, monkeypatch, quantization):
+@pytest.mark.parametrize("order", [None, False, True], ids=["ours", "by name", "backwards"])
+def test_joined_weights_give_the_same_answers(model, pictures, tmp_path, monkeypatch, quantization, order):
     monkeypatch.setattr(safetensors, "_ALIGNMENT", 1)  # weights of odd sizes would lie elsewhere
     model.save(tmp_path)
-    whole = pj.load(tmp_path, "float32", quantization)
-    assert "q_proj+k_proj+v_proj" in whole.params["language_model"]["layers_0"]["self_attn"]
-    monkeypatch.setattr(checkpoints, "joined", lambda contents: contents)
-    apart = pj.load(tmp_path, "float32", quantization)
+    if order is not None:  # by name as transformers writes them: k, o, q, v
+        path = tmp_path / "model.safetensors"
+        tensors = {name: safetensors.read(tensor) for name, tensor in safetensors.read_header(path).items()}
+        safetensors.write(path, dict(sorted(tensors.items(), reverse=order)))
+    apart, whole, many = (
+        pj.load(tmp_path, "float32", quantization, **options) for options in ({"join": False}, {}, {"batch_size": 5})
+    )
+    assert jax.tree.structure(many.params) == jax.tree.structure(apart.params)  # more rows gain nothing
+    assert set(flatten_dict(apart.params, sep="/")) == set(checkpoints.expected_shapes(model.config))
+    expected = {None: "q_proj+k_proj+v_proj", False: "q_proj+v_proj", True: "v_proj+q_proj"}[order]
+    assert expected in whole.params["language_model"]["layers_0"]["self_attn"]
     assert all(map(same, *(loaded.generate(pictures, PROMPTS, 12) for loaded in (apart, whole))))
     traces = [loaded.trace(pictures[0], PROMPTS[0], "a red circle") for loaded in (apart, whole)]
     np.testing.assert_allclose(traces[1].hidden, traces[0].hidden, rtol=1e-4, atol=1e-4)

@@ -1,5 +1,6 @@
 """Files to parameter trees and back. The format is told from the path: a directory is Hugging Face's, a file .npz."""
 
+import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -7,9 +8,8 @@ from typing import Any
 import jax
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from paligemma_jax.checkpoints import big_vision, huggingface, packed, safetensors
+from paligemma_jax.checkpoints import big_vision, huggingface, joining, packed, safetensors
 from paligemma_jax.checkpoints.hub import resolve
-from paligemma_jax.checkpoints.joining import join
 from paligemma_jax.checkpoints.place import Place, on_device, padded
 from paligemma_jax.checkpoints.shapes import expected_shapes, parameter_count
 from paligemma_jax.config import PaliGemmaConfig
@@ -17,14 +17,16 @@ from paligemma_jax.errors import ConfigError
 from paligemma_jax.models import quantized
 from paligemma_jax.models.padded import Padded, padding
 
-__all__ = ["Contents", "abstract", "expected_shapes", "load", "parameter_count", "resolve", "save", "scan"]
+__all__ = ["Contents", "abstract", "expected_shapes", "join", "load", "parameter_count", "resolve", "save", "scan"]
 
 Contents = huggingface.Contents | big_vision.Contents
 
 
-def joined(contents: Contents) -> Contents:
-    """Contents whose weights of the same inputs are one where they lie so; see `checkpoints.joining`."""
-    return join(contents) if isinstance(contents, huggingface.Contents) else contents
+def join(contents: Contents) -> Contents:
+    """Contents whose weights of the same inputs are one where they lie side by side; see `checkpoints.joining`."""
+    if not isinstance(contents, huggingface.Contents):
+        return contents
+    return dataclasses.replace(contents, tensors=joining.join(contents.tensors, contents.config.text.num_layers))
 
 
 def scan(path: Path, config: PaliGemmaConfig | None = None) -> Contents:

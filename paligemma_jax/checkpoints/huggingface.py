@@ -247,7 +247,7 @@ def save(
 
     Args:
       directory: made when absent; weights of an earlier save are replaced.
-      config: geometry; `params` must have exactly its shapes.
+      config: geometry; `params` must have exactly its shapes, joined (`joining`) or not.
       params: parameter tree of numpy or JAX arrays, read one at a time.
       dtype: to cast to; None keeps each array's own.
       max_shard_bytes: weights beyond this go to several files with an index; one tensor is never split.
@@ -265,7 +265,7 @@ def save(
         parts = packed.parts_of(key_of(name, config.version), flat[name])
         tensors |= parts
         uncast |= set(parts) if isinstance(flat[name], Quantized) else set()
-    tensors = {key: tensors[key] for key in sorted(tensors, key=packed.rank)}
+    tensors = {key: tensors[key] for key in sorted(tensors, key=packed.write_order)}
     sizes = {
         key: array.size * (array.dtype if target is None or key in uncast else target).itemsize
         for key, array in tensors.items()

@@ -32,7 +32,7 @@ class Packed:
 
     values: safetensors.Tensor
     scale: safetensors.Tensor
-    multiplier: safetensors.Tensor | None
+    multiplier: safetensors.Tensor | None = None
 
     @property
     def bits(self) -> str:
@@ -133,10 +133,9 @@ def _check(
         raise CheckpointError(f"{source}: {multiplier.name} has {num_groups} groups, which do not divide half a row")
 
 
-def rank(key: str) -> int:
-    """Where in a file a tensor belongs: the numbers of weights first, then scales, or they would not be one behind the
-    other, as `joining` wants them."""
-    return 1 + (_SCALE, _MULTIPLIER).index(suffix) if (suffix := key[key.rfind(".") :]) in (_SCALE, _MULTIPLIER) else 0
+def write_order(key: str) -> int:
+    """0 for numbers, 1 for scales, 2 for multipliers: each kind together, for `joining`."""
+    return next((i for i, suffix in enumerate((_SCALE, _MULTIPLIER), 1) if key.endswith(suffix)), 0)
 
 
 def parts_of(key: str, leaf: Any) -> dict[str, Any]:

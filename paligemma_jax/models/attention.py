@@ -121,8 +121,7 @@ def attention_weights(
     scores = soft_cap(scores.reshape(batch, num_kv_heads, groups, num_queries, num_keys) * scale, softcap)
     if mask is not None:
         scores = jnp.where(mask[:, None, None], scores, _MASKED)
-    exponents = jnp.exp(scores - cpu.largest(lax.stop_gradient(scores)))
-    return exponents / cpu.total(exponents)
+    return cpu.softmax(scores)
 
 
 def write_cache(cache: KeyValues, new: KeyValues, positions: jax.Array) -> KeyValues:

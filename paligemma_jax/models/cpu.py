@@ -1,8 +1,8 @@
-"""Products with weights, and with keys and values, arranged for the CPU: how fast XLA is there depends on which operand
-goes left, on the number of rows, and on its version. Elsewhere they are what they seem.
+"""Products with weights, and with keys and values, and reductions, arranged for the CPU: how fast XLA is there depends
+on which operand goes left, on the number of rows, and on its version. Elsewhere they are what they seem.
 
-Which way is fast is measured, not guessed, once on each kind of processor (`measured`); only sums per head and the
-turning by tiles have fixed bounds.
+Which way is fast is measured, not guessed, once on each kind of processor (`measured`); only sums per head, reductions
+and the turning by tiles have fixed bounds.
 
 Axes: M rows, F outputs, D inputs.
 """
@@ -84,6 +84,7 @@ def without_offset(product: jax.Array, rows: jax.Array, dtype: np.dtype) -> jax.
     """Take off a product i32 [M, F] what the 128 in whole numbers have added if they are unsigned."""
     if dtype != jnp.uint8:
         return product
+    # One loop for many rows too: XLA would make three kernels of it.
     return product - 128 * few_rows.total(rows.astype(jnp.int32))
 
 
@@ -95,6 +96,14 @@ def total(x: jax.Array) -> jax.Array:
 def largest(x: jax.Array) -> jax.Array:
     """The largest over the last axis of x [..., D], which is kept: [..., 1]."""
     return few_rows.largest(x) if _is_small(x) else jnp.max(x, axis=-1, keepdims=True)
+
+
+def softmax(x: jax.Array) -> jax.Array:
+    """Over the last axis of x [..., D]."""
+    if not _is_small(x):
+        return jax.nn.softmax(x, axis=-1)
+    exponents = jnp.exp(x - few_rows.largest(lax.stop_gradient(x)))
+    return exponents / few_rows.total(exponents)
 
 
 def _is_small(x: jax.Array) -> bool:

@@ -1,5 +1,5 @@
-"""Products of few rows with a large weight, or with keys and values, spelt so that XLA on CPU compiles each into one
-loop over it.
+"""Products of few rows with a large weight, or with keys and values, and reductions of few numbers, spelt so that XLA
+on CPU compiles each into one loop.
 
 XLA's own kernels want many rows, and whole bytes for numbers. Sums of several arrays in one reduction are left to LLVM
 instead, which reads the weight once, in the order of its memory, and takes it apart in registers: all that a step of
@@ -84,7 +84,7 @@ def _(primals: tuple[jax.Array], tangents: tuple[jax.Array]) -> tuple[jax.Array,
 
 
 def largest(x: jax.Array) -> jax.Array:
-    """The largest over the last axis [..., D], which is kept: [..., 1]."""
+    """The largest over the last axis of floats [..., D], which is kept: [..., 1]. It is not to be differentiated."""
     return _reduced(x, jnp.maximum, -jnp.inf)
 
 

@@ -19,7 +19,7 @@ from paligemma_jax.models.attention import (
     rotation,
     write_cache,
 )
-from paligemma_jax.models.layers import Embedder, Linear, RMSNorm, linears, run_layer, soft_cap
+from paligemma_jax.models.layers import Embedder, Linear, RMSNorm, linear_maps, run_layer, soft_cap
 
 
 def take_columns(x: jax.Array, columns: jax.Array | None) -> jax.Array:
@@ -46,11 +46,12 @@ class Attention(nn.Module):
         cfg = self.config
 
         of_queries = {"q_proj": cfg.num_heads * cfg.head_dim}
-        of_keys = dict.fromkeys(("k_proj", "v_proj"), cfg.num_kv_heads * cfg.head_dim)
+        of_keys_and_values = dict.fromkeys(("k_proj", "v_proj"), cfg.num_kv_heads * cfg.head_dim)
         if wanted is None:
-            q, k, v = linears(self, x, of_queries | of_keys)
+            q, k, v = linear_maps(self, x, of_queries | of_keys_and_values)
         else:
-            [q], (k, v) = linears(self, take_columns(x, wanted), of_queries), linears(self, x, of_keys)
+            [q] = linear_maps(self, take_columns(x, wanted), of_queries)
+            k, v = linear_maps(self, x, of_keys_and_values)
         q, k, v = (part.reshape(*part.shape[:2], -1, cfg.head_dim) for part in (q, k, v))
         q = rope(q, tuple(take_columns(part, wanted) for part in sin_cos))
         k = jnp.swapaxes(rope(k, sin_cos), 1, 2)
@@ -72,7 +73,7 @@ class GatedMlp(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         # float32 until the last product: rounding each step would be less exact and, on CPU, slower.
-        gate, up = linears(self, x, {"gate_proj": self.mlp_dim, "up_proj": self.mlp_dim}, jnp.float32)
+        gate, up = linear_maps(self, x, {"gate_proj": self.mlp_dim, "up_proj": self.mlp_dim}, jnp.float32)
         hidden = nn.gelu(gate, approximate=True) * up
         return Linear(x.shape[-1], name="down_proj")(hidden.astype(x.dtype))
 

@@ -16,6 +16,8 @@ from paligemma_jax.models import cpu, quantized
 from paligemma_jax.models.padded import Padded
 from paligemma_jax.models.quantized import Quantized, Weight
 
+JOINT = "+"  # between the names of weights that are one parameter
+
 
 def linear(x: jax.Array, weight: Weight) -> jax.Array:
     """Product of activations [..., D] with a weight in file orientation [F, D]: float32 [..., F].
@@ -91,17 +93,18 @@ class Linear(nn.Module):
         return y.astype(self.dtype or x.dtype)
 
 
-def linears(
+def linear_maps(
     module: nn.Module, x: jax.Array, features: dict[str, int], dtype: jnp.dtype | None = None
 ) -> list[jax.Array]:
     """Several `Linear` maps of the same input, by name, within a module; some may have one weight.
 
-    That is then the parameter `a+b`, whose rows are those of `a` and after them those of `b`.
+    That is then the parameter `a+b`, whose rows are those of `a` and after them those of `b`; it may not hold others
+    than are asked for.
     """
-    joined = {name: whole for whole in module.variables.get("params", {}) for name in whole.split("+")}
+    joined = {name: whole for whole in module.variables.get("params", {}) for name in whole.split(JOINT)}
     results = {}
     for whole in dict.fromkeys(joined.get(name, name) for name in features):
-        names = whole.split("+")
+        names = whole.split(JOINT)
         y = Linear(sum(features[name] for name in names), dtype=dtype, name=whole)(x)
         starts = list(itertools.accumulate(features[name] for name in names))
         results |= zip(names, jnp.split(y, starts[:-1], axis=-1), strict=True)

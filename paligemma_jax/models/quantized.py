@@ -194,13 +194,9 @@ def product(x: jax.Array, weight: Quantized) -> jax.Array:
     elif sums_win(weight, len(x)):
         y = few_rows.packed_product(rounded, weight.values, weight.multiplier)
     else:
-        if jax.default_backend() != "cpu":
-            y = _sum_of_products(rounded, weight)
-        else:
-            # The loop starts with zeros made from x, or XLA would make room for the results of all layers at once.
-            start = jnp.broadcast_to((scale < 0).astype(jnp.int32), (x.shape[0], weight.shape[0]))
-            y = _by_tiles(rounded, weight, start)
-        y = cpu.without_offset(y, rounded, values_dtype())
+        # The loop starts with zeros made from x, or XLA would make room for the results of all layers at once.
+        start = jnp.broadcast_to((scale < 0).astype(jnp.int32), (x.shape[0], weight.shape[0]))
+        y = _packed_product_by_kernel(rounded, weight, start)
     return y.astype(jnp.float32) * scale * weight.scale[None]
 
 
@@ -225,15 +221,23 @@ def _packed_times(width: int, num_groups: int) -> list[float]:
         multiplier = jnp.zeros((num_outputs, num_groups), jnp.int8)
         weight = Quantized(values, jnp.ones(num_outputs), multiplier, jnp.dtype(jnp.float32))
         most = jnp.zeros((few_rows.MOST, width), jnp.int8)
-        tiles = [(_by_tiles, x, weight, jnp.zeros((len(x), num_outputs), jnp.int32)) for x in (most[:1], most)]
+        starts = [jnp.zeros((rows, num_outputs), jnp.int32) for rows in (1, len(most))]
+        tiles = [(_packed_product_by_kernel, most[: len(start)], weight, start) for start in starts]
         return [*tiles, *((few_rows.packed_product, x, values, multiplier) for x in (most[:1], most))]
 
     with jax.ensure_compile_time_eval():
         return measured.remembered(f"4 bits of {width} inputs in {num_groups} groups", 4, calls)
 
 
+def _packed_product_by_kernel(x: jax.Array, weight: Quantized, start: jax.Array) -> jax.Array:
+    """Product i32 [M, F] of x [M, D] and the whole numbers of a weight in 4 bits; `start` is as in `_by_tiles`."""
+    on_cpu = jax.default_backend() == "cpu"
+    y = _by_tiles(x, weight, start) if on_cpu else _sum_of_products(x, weight)
+    return cpu.without_offset(y, x, values_dtype())
+
+
 def _sum_of_products(x: jax.Array, weight: Quantized) -> jax.Array:
-    """Product i32 [M, F] of x [M, D] and the whole numbers of a weight in 4 bits, plus 128 if they are unsigned."""
+    """The same but for what the 128 in unsigned numbers add."""
     halves = zip(jnp.split(x, 2, axis=1), _whole(weight, values_dtype()), strict=True)
     return sum(cpu.kernel(values_dtype())(*pair) for pair in halves)
 

@@ -103,7 +103,8 @@ def test_sums_of_whole_rows_are_exact(width):
     rows[0] = -128
     program = compiled(jax.jit(few_rows.total), jnp.asarray(rows, jnp.int32))
     np.testing.assert_array_equal(program(jnp.asarray(rows, jnp.int32)), rows.sum(axis=1, keepdims=True))
-    assert "reduce-window" not in program.as_text() or width % 2
+    if width % 2 == 0:
+        assert "reduce-window" not in program.as_text()
 
 
 @pytest.mark.parametrize("shape", [(2304,), (1, 2304), (2, 3, 7), (16, 4096)])
@@ -112,9 +113,24 @@ def test_reductions_are_those_of_numpy_however_large(shape):
     for reduce, expected in ((cpu.total, x.astype(np.float64).sum), (cpu.largest, x.max)):
         program = compiled(jax.jit(reduce), x)
         np.testing.assert_allclose(program(x), expected(axis=-1, keepdims=True), rtol=1e-6, atol=1e-4)
-        assert x.size > cpu._SMALL or "reduce-window" not in program.as_text() or shape[-1] % 2
+        if x.size <= cpu._SMALL and shape[-1] % 2 == 0:
+            assert "reduce-window" not in program.as_text()
     gradient = jax.grad(lambda x: jnp.sum(cpu.total(jnp.square(x)) ** 2))(x)
     np.testing.assert_allclose(gradient, 4 * np.square(x).sum(-1, keepdims=True) * x, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("shape", [(1, 304), (2, 3, 7), (16, 4096)])
+def test_softmax_is_that_of_jax_however_large(shape):
+    x = np.random.default_rng(0).normal(size=shape).astype(np.float32) * 5
+    x[0] = -2.3819763e38  # a row that sees nothing
+    weights = np.random.default_rng(1).normal(size=shape).astype(np.float32)
+
+    def value(softmax, x):
+        return jnp.sum(softmax(x) * weights)
+
+    np.testing.assert_allclose(cpu.softmax(x), jax.nn.softmax(x, axis=-1), rtol=1e-5, atol=1e-7)
+    gradients = (jax.grad(value, argnums=1)(softmax, x) for softmax in (cpu.softmax, jax.nn.softmax))
+    np.testing.assert_allclose(*gradients, rtol=1e-4, atol=1e-6)
 
 
 def test_what_is_no_number_is_found_by_reductions():
