@@ -8,6 +8,7 @@ from paligemma_jax.checkpoints import hub
 from paligemma_jax.errors import CheckpointError
 
 huggingface_hub = pytest.importorskip("huggingface_hub")
+errors, constants = (pytest.importorskip(f"huggingface_hub.{name}") for name in ("errors", "constants"))
 
 
 @pytest.fixture
@@ -38,7 +39,7 @@ def refused(name):
 
 def hub_error(name):
     """An error of the hub without the HTTP response that its constructor wants."""
-    kind = getattr(huggingface_hub.errors, name)
+    kind = getattr(errors, name)
     return kind.__new__(kind, "first line\nsecond line")
 
 
@@ -98,6 +99,6 @@ def test_missing_package_is_explained(monkeypatch):
 
 
 def test_offline_without_a_cache_is_explained(monkeypatch, tmp_path):
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
     assert "cannot be reached" in refused("org/name")
