@@ -26,7 +26,7 @@ def load(
     prepare: Callable[[PaliGemma], None] | None = None,
     batch_size: int = 1,
     num_beams: int = 1,
-    join: bool | None = None,
+    join: bool = True,
 ) -> PaliGemma:
     """Load a model.
 
@@ -43,8 +43,8 @@ def load(
         instead of staying in the pages of their file.
       num_beams: of the `Sampling` to come; each is a row like another prompt.
       join: let weights of the same inputs be one parameter where they lie side by side in their file, such as
-        "gate_proj+up_proj", for smaller programs; False gives the names and shapes of `checkpoints.expected_shapes`.
-        None joins them but for more than four answers at once on CPU, where XLA would copy the parts of the products.
+        "gate_proj+up_proj", for smaller programs, but for more than four answers at once on CPU, where XLA would copy
+        the parts of the products. False gives the names and shapes of `checkpoints.expected_shapes`.
 
     Raises:
       ConfigError, CheckpointError, TokenizerError: see the message.
@@ -61,7 +61,7 @@ def load(
     processor = Processor(config, tokenizer, ImageSettings.from_dir(directory, config.vision.image_size))
     masks = _find_mask_vae(directory, mask_vae)
     num_rows = min(batch_size, engine.most_at_once(config.vision.num_tokens)) * num_beams
-    if join or (join is None and (jax.default_backend() != "cpu" or num_rows <= few_rows.MOST)):
+    if join and (jax.default_backend() != "cpu" or num_rows <= few_rows.MOST):
         contents = checkpoints.join(contents)
     shapes = checkpoints.abstract(contents, dtype, quantization, num_rows)
     model = PaliGemma(config, shapes, processor, masks, directory)

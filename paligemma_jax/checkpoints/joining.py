@@ -1,8 +1,8 @@
 """Weights of the same inputs that lie one behind the other in a file, taken as one.
 
-One product in place of two or three: a layer of the decoder has four instead of seven in files written here, five in
-those of the hub, and its programs are that much smaller to compile, to load and to keep. Nothing is copied: the rows of
-`mlp/gate_proj/weight` and after them those of `mlp/up_proj/weight` are those of `mlp/gate_proj+up_proj/weight`.
+One product in place of two or three: a layer of the decoder has four instead of seven in files written here, five where
+names are in order, and its programs are that much smaller to compile, to load and to keep. Nothing is copied: the rows
+of `mlp/gate_proj/weight` and after them those of `mlp/up_proj/weight` are those of `mlp/gate_proj+up_proj/weight`.
 
 Axes: F outputs, D inputs.
 """
@@ -114,8 +114,9 @@ def separate(flat: Mapping[str, Any], config: PaliGemmaConfig) -> dict[str, Any]
     """
     shapes, apart = expected_shapes(config), {}
     for path, leaf in flat.items():
-        *before, names, last = ["", *path.split("/")]
-        wholes = ["/".join((*before[1:], name, last)) for name in names.split(JOINT)]
+        module, _, last = path.rpartition("/")
+        prefix, slash, names = module.rpartition("/")
+        wholes = [f"{prefix}{slash}{name}/{last}" for name in names.split(JOINT)]
         if len(wholes) == 1 or not set(wholes) <= set(shapes):
             apart[path] = leaf
             continue
