@@ -27,6 +27,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import paligemma_jax as pj
 from benchmarks import machine
+from paligemma_jax.compiling import use_wide_loops
 from paligemma_jax.config import variant_name
 from paligemma_jax.errors import UserError
 from paligemma_jax.evaluation.samples import drawn_as_in_training
@@ -163,6 +164,7 @@ def main() -> int:
     args = parser.parse_args()
     if args.scenes < 0 or min(args.repeats, *args.batch) < 1:
         parser.error("repeats and batch are whole numbers of at least 1, scenes of at least 0")
+    use_wide_loops("auto")  # as the command line does
     try:
         model = pj.load(args.checkpoint, dtype=args.dtype)
     except UserError as error:

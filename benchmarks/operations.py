@@ -27,7 +27,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import paligemma_jax as pj
 from benchmarks import machine
-from paligemma_jax.compiling import compiled
+from paligemma_jax.compiling import compiled, use_wide_loops
 from paligemma_jax.errors import UserError
 from paligemma_jax.generation import cache, engine
 from paligemma_jax.generation.clock import Clock
@@ -143,6 +143,7 @@ def main() -> int:
     args = parser.parse_args()
     if min(args.rows, args.most) < 1:
         parser.error("rows and most are whole numbers of at least 1")
+    use_wide_loops("auto")  # as the command line does
     try:
         model = pj.load(args.checkpoint, dtype=args.dtype, batch_size=args.rows)
         stage = prepared(model, args.stage, args.rows)

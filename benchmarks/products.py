@@ -22,7 +22,7 @@ from jax import lax
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks import machine
-from paligemma_jax.compiling import compiled
+from paligemma_jax.compiling import compiled, use_wide_loops
 from paligemma_jax.models import layers, padded, quantized
 
 _COPIES = 4
@@ -51,6 +51,7 @@ def main() -> int:
     parser.add_argument("--shape", type=int, nargs=2, default=[16384, 2048], help="outputs and inputs of the weight")
     parser.add_argument("--rows", type=int, nargs="+", default=[1, 4, 16, 64, 272])
     args = parser.parse_args()
+    use_wide_loops("auto")  # as the command line does
     draw = [jax.random.normal(jax.random.key(i), args.shape) for i in range(_COPIES)]
     about = machine.describe()
     print(

@@ -29,6 +29,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import paligemma_jax as pj
 from benchmarks import machine
+from paligemma_jax.compiling import use_wide_loops
 from paligemma_jax.config import variant_name
 from paligemma_jax.errors import UserError
 from paligemma_jax.evaluation.samples import Sample, drawn_as_in_training
@@ -198,6 +199,7 @@ def main() -> int:
     args = parser.parse_args()
     if min(args.scenes, args.repeats, args.max_new_tokens, *args.guesses) < 1:
         parser.error("scenes, repeats, max_new_tokens and guesses are whole numbers of at least 1")
+    use_wide_loops("auto")  # as the command line does
     try:
         model = pj.load(args.checkpoint, dtype=args.dtype)
         name = args.name or variant_name(model.config) or Path(args.checkpoint).name

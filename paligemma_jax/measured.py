@@ -12,12 +12,12 @@ from typing import Any
 
 import jax
 
-from paligemma_jax.compiling import compiled
+from paligemma_jax.compiling import compiled, processor, uses_wide_loops
 from paligemma_jax.errors import UserError
 from paligemma_jax.files import read_json, write_json
 
 _TURNS = 5
-_SPELLING = 10  # of products: raise it when one is spelt anew, and what is known of the last one is forgotten
+_SPELLING = 11  # of products: raise it when one is spelt anew, and what is known of the last one is forgotten
 _FILE = "products.json"  # in the directory of the compilation cache: seconds, by the name of what was measured
 
 Call = tuple[Callable[..., jax.Array], *tuple[Any, ...]]  # a function and its operands, arrays or trees of them
@@ -70,12 +70,11 @@ def _read(path: Path) -> dict[str, list[float]]:
 
 @functools.cache
 def _machine() -> str:
-    """The processor, as far as the speed of a program depends on it, the compiler, and how we spell products."""
-    try:
-        first = Path("/proc/cpuinfo").read_text().partition("\n\n")[0]
-    except OSError:
-        first = platform.processor()
+    """The processor, as far as the speed of a program depends on it, the compiler, what it was told, and how we spell
+    products."""
+    first = processor() or platform.processor()
     kept = [line for line in first.splitlines() if line.startswith(("cpu family", "model", "stepping", "flags"))]
     digest = hashlib.sha256("\n".join(kept or [first, platform.machine()]).encode()).hexdigest()[:12]
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return f"jaxlib {importlib.metadata.version('jaxlib')}, {cores} cores {digest}, {_SPELLING}"
+    loops = "wide" if uses_wide_loops() else "plain"
+    return f"jaxlib {importlib.metadata.version('jaxlib')}, {loops} loops, {cores} cores {digest}, {_SPELLING}"

@@ -1,10 +1,17 @@
 """Programs are compiled with what suits a platform, and for shapes alone."""
 
+import importlib.metadata
+import importlib.util
+import os
+import subprocess
+import sys
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from paligemma_jax import compiling
 from paligemma_jax.compiling import compiled
 
 
@@ -61,3 +68,58 @@ def test_additions_in_any_order_heed_what_is_infinite_or_no_number(function, ref
 def test_a_program_for_shapes_takes_arrays():
     double = compiled(jax.jit(lambda x: 2 * x), jax.ShapeDtypeStruct((3,), jnp.float32))
     np.testing.assert_array_equal(double(np.arange(3, dtype=np.float32)), [0, 2, 4])
+
+
+_VNNI = "flags : avx512f avx512_vnni"
+_SAID = "--xla_backend_extra_options=-vectorizer-maximize-bandwidth"
+
+
+@pytest.mark.parametrize(
+    "version, processor, platform, flags, expected",
+    [
+        ((0, 12, 0), _VNNI, "cpu", "", _SAID),
+        ((0, 12, 0), _VNNI, "cpu", "--xla_dump_to=here", f"--xla_dump_to=here {_SAID}"),
+        ((0, 12, 0), _VNNI, "cpu", "--xla_backend_extra_options=-x", "--xla_backend_extra_options=-x"),
+        ((0, 12, 0), _VNNI, "gpu", "", ""),
+        ((0, 12, 0), "flags : avx2", "cpu", "", ""),
+        ((0, 11, 2), _VNNI, "cpu", "", ""),
+        ((0, 13, 0), _VNNI, "cpu", "", ""),
+    ],
+)
+def test_wide_loops_are_asked_for_where_they_are_known_to_help(
+    monkeypatch, version, processor, platform, flags, expected
+):
+    monkeypatch.setattr(jax, "__version_info__", version)
+    monkeypatch.setattr(compiling, "processor", lambda: processor)
+    monkeypatch.setenv("XLA_FLAGS", flags)
+    compiling.use_wide_loops(platform)
+    assert os.environ["XLA_FLAGS"] == expected
+
+
+@pytest.mark.parametrize(
+    "platforms, plugins, module, cpu",
+    [
+        ("cpu", ["cuda"], True, True),
+        ("cuda,cpu", [], False, False),
+        (None, [], False, True),
+        (None, ["metal"], False, False),
+        (None, [], True, False),
+    ],
+)
+def test_platform_auto_is_the_cpu_only_where_there_can_be_no_other(monkeypatch, platforms, plugins, module, cpu):
+    before = jax.config.jax_platforms
+    monkeypatch.setattr(importlib.metadata, "entry_points", lambda group: plugins)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: module or None)
+    try:
+        jax.config.update("jax_platforms", platforms)
+        assert compiling._is_cpu("auto") == cpu
+    finally:
+        jax.config.update("jax_platforms", before)
+
+
+@pytest.mark.parametrize("flags, expected", [("", "False"), (_SAID, "True")])
+def test_whether_loops_are_wide_is_what_xla_has_read(flags, expected):
+    code = "from paligemma_jax.compiling import uses_wide_loops; print(uses_wide_loops())"
+    environment = os.environ | {"XLA_FLAGS": flags}
+    found = subprocess.run([sys.executable, "-c", code], env=environment, text=True, capture_output=True, check=True)
+    assert found.stdout.strip() == expected

@@ -214,9 +214,14 @@ def sums_win(weight: Any, num_rows: int) -> bool:
     That is so in programs of `compiling.compiled`; elsewhere floats are added up one after the other.
     """
     num_outputs, width = weight.shape
-    if not mostly_reads(weight, num_rows) or not few_rows.fits(num_outputs) or not _has_sums(weight.dtype):
+    whole = jnp.issubdtype(weight.dtype, jnp.integer)
+    most = few_rows.MOST_WHOLE if whole else few_rows.MOST
+    if not mostly_reads(weight, num_rows, most) or not few_rows.fits(num_outputs) or not _has_sums(weight.dtype):
         return False
-    if jnp.issubdtype(weight.dtype, jnp.integer):
+    if whole and num_rows > few_rows.MOST:
+        kernel, sums = _whole_times_of_most(jnp.dtype(weight.dtype), width)
+        return kernel > sums * _CLEARLY
+    if whole:
         return clearly_less(_whole_times(jnp.dtype(weight.dtype), width), num_rows)
     right_few, _, left, *sums = _times(jnp.dtype(weight.dtype), width)
     other = min(right_few, left)
@@ -232,9 +237,9 @@ def sums_win_per_head(rows: Any, x: Any) -> bool:
     return jax.default_backend() == "cpu" and few and x.size >= _LARGE_HEADS and x.dtype.itemsize == 2
 
 
-def mostly_reads(weight: Any, num_rows: int) -> bool:
+def mostly_reads(weight: Any, num_rows: int, most: int = few_rows.MOST) -> bool:
     """Whether `few_rows` takes so many rows, on a CPU, and a weight is so large that reading it is most of the work."""
-    return jax.default_backend() == "cpu" and 0 < num_rows <= few_rows.MOST and weight.size >= LARGE
+    return jax.default_backend() == "cpu" and 0 < num_rows <= most and weight.size >= LARGE
 
 
 def clearly_less(times: list[float], num_rows: int) -> bool:
@@ -260,7 +265,7 @@ def _has_sums(dtype: np.dtype) -> bool:
 
 def num_measured(row_bytes: int) -> int:
     """Outputs of the weight that is measured, a round number as those of networks are."""
-    return max(1, _MEASURED // row_bytes // 64) * 64
+    return max(1, _MEASURED // row_bytes // 192) * 192
 
 
 @functools.cache
@@ -284,14 +289,22 @@ def _times(dtype: np.dtype, width: int) -> list[float]:
 @functools.cache
 def _whole_times(dtype: np.dtype, width: int) -> list[float]:
     """Seconds for one row of 8 bits and for `few_rows.MOST` times a weight of such ones in XLA's kernel and as sums."""
+    return _measured_whole(dtype, width, (1, few_rows.MOST))
 
+
+@functools.cache
+def _whole_times_of_most(dtype: np.dtype, width: int) -> list[float]:
+    """The same for `few_rows.MOST_WHOLE` rows."""
+    return _measured_whole(dtype, width, (few_rows.MOST_WHOLE,))
+
+
+def _measured_whole(dtype: np.dtype, width: int, counts: tuple[int, ...]) -> list[float]:
     def calls() -> list[measured.Call]:
-        weight, most = jnp.zeros((num_measured(width), width), dtype), jnp.zeros((few_rows.MOST, width), jnp.int8)
+        weight, rows = jnp.zeros((num_measured(width), width), dtype), jnp.zeros((max(counts), width), jnp.int8)
         return [
-            (multiply, rows, weight)
-            for multiply in (kernel(dtype), few_rows.whole_product)
-            for rows in (most[:1], most)
+            (multiply, rows[:count], weight) for multiply in (kernel(dtype), few_rows.whole_product) for count in counts
         ]
 
+    name = f"{' and '.join(map(str, counts))} rows of 8 bits times {dtype.name} weights of {width} inputs"
     with jax.ensure_compile_time_eval():
-        return measured.remembered(f"8 bits times {dtype.name} weights of {width} inputs", 4, calls)
+        return measured.remembered(name, 2 * len(counts), calls)

@@ -17,8 +17,10 @@ import jax.numpy as jnp
 from jax import lax
 
 MOST = 4  # rows; more are slower than XLA's kernels, which are made for them
+MOST_WHOLE = 16  # rows of 8-bit numbers, where dot-product instructions take them `MOST` at a time
 _PARTS = 4  # of the weight that are gone over side by side for a single row; each reads the row once for all
 _FEWEST_PARTS = 2
+_MOST_PARTS = 6  # for several groups of rows: with `MOST` rows, as many sums as there are registers for
 _OFFSET = 8  # of numbers in 4 bits
 _VECTOR = 32  # inputs that groups are whole multiples of, or their sums would cost more than their products
 
@@ -65,11 +67,12 @@ product_per_head.defvjp(lambda rows, x: (product_per_head(rows, x), (rows, x)), 
 
 
 def whole_product(rows: jax.Array, weight: jax.Array) -> jax.Array:
-    """The same of rows i8 and a weight of whole numbers, i8 or u8: i32 [M, F].
+    """The same of rows i8, M at most `MOST_WHOLE`, and a weight of whole numbers, i8 or u8: i32 [M, F].
 
     Bytes of which one is unsigned are what VNNI multiplies; other bytes LLVM multiplies in pairs of 16 bits.
     """
-    return _product(_worked_out(rows, jnp.int8 if weight.dtype == jnp.uint8 else jnp.int16), weight, jnp.int32)
+    rows = _worked_out(rows, jnp.int8 if weight.dtype == jnp.uint8 else jnp.int16)
+    return (_product if len(rows) <= MOST else _product_by_groups)(rows, weight, jnp.int32)
 
 
 @jax.custom_jvp
@@ -119,6 +122,17 @@ def _product(rows: jax.Array, weight: jax.Array, dtype: jnp.dtype) -> jax.Array:
     parts = jnp.split(weight.astype(dtype), max(_FEWEST_PARTS, _PARTS // len(rows)))
     outputs = _sums([part * row.astype(dtype)[None] for row in rows for part in parts])
     return jnp.concatenate(outputs).reshape(len(rows), -1)
+
+
+def _product_by_groups(rows: jax.Array, weight: jax.Array, dtype: jnp.dtype) -> jax.Array:
+    """The same of more rows: `MOST` at a time take turns with rows of the weight, which a cache holds meanwhile."""
+    num_rows, num_outputs = len(rows), len(weight)
+    rows = jnp.pad(rows, [(0, -num_rows % MOST), (0, 0)]).reshape(-1, MOST, rows.shape[1])
+    rows, weight = lax.optimization_barrier(([rows[:, i] for i in range(MOST)], weight))  # as in `_product`
+    parts = jnp.split(weight.astype(dtype), _PARTS if num_outputs % _MOST_PARTS else _MOST_PARTS)
+    outputs = _sums([part[:, None] * group.astype(dtype)[None] for group in rows for part in parts])
+    outputs = jnp.stack(outputs).reshape(MOST, num_outputs, -1)
+    return jnp.transpose(outputs, (2, 0, 1)).reshape(-1, num_outputs)[:num_rows]
 
 
 def _worked_out(rows: jax.Array, dtype: jnp.dtype) -> jax.Array:

@@ -45,12 +45,13 @@ def test_few_rows_as_sums_give_the_product(dtype, num_rows, shape):
         np.testing.assert_allclose(function(x, weight), expected, atol=1e-5 * shape[1])
 
 
-@pytest.mark.parametrize("num_rows", range(1, few_rows.MOST + 1))
+@pytest.mark.parametrize("num_outputs", [8, 24])
+@pytest.mark.parametrize("num_rows", [*range(1, few_rows.MOST + 2), 13, few_rows.MOST_WHOLE])
 @pytest.mark.parametrize("dtype", ["int8", "uint8"])
-def test_sums_of_whole_numbers_are_exact_at_the_ends_of_their_range(num_rows, dtype):
+def test_sums_of_whole_numbers_are_exact_at_the_ends_of_their_range(num_rows, dtype, num_outputs):
     rng, ends = np.random.default_rng(0), np.iinfo(dtype)
     rows = rng.choice([-128, -127, 0, 127], (num_rows, 16384))
-    weight = rng.choice([ends.min, ends.max], (8, 16384))
+    weight = rng.choice([ends.min, ends.max], (num_outputs, 16384))
     found = few_rows.whole_product(jnp.asarray(rows, jnp.int8), jnp.asarray(weight, dtype))
     np.testing.assert_array_equal(found, rows @ weight.T)
     rows[:], weight[:] = -128, ends.max
@@ -58,8 +59,13 @@ def test_sums_of_whole_numbers_are_exact_at_the_ends_of_their_range(num_rows, dt
     np.testing.assert_array_equal(found, rows @ weight.T)
 
 
-@pytest.mark.parametrize("num_rows", range(1, few_rows.MOST + 1))
-@pytest.mark.parametrize("dtype", ["bfloat16", "int8", "uint8", "int4"])
+@pytest.mark.parametrize(
+    "dtype, num_rows",
+    [
+        *((dtype, rows) for dtype in ("bfloat16", "int8", "uint8", "int4") for rows in range(1, few_rows.MOST + 1)),
+        *(("uint8", rows) for rows in (few_rows.MOST + 1, few_rows.MOST_WHOLE)),
+    ],
+)
 def test_sums_are_one_loop_over_the_weight(num_rows, dtype):
     """Or they would be far slower than a kernel: XLA splits a reduction of a single array, and widens one it may."""
     width = 2048
@@ -184,7 +190,10 @@ def test_sums_of_8_bits_are_taken_by_their_own_times(monkeypatch, dtype):
     weight = jax.ShapeDtypeStruct((8192, 2048), dtype)
     for times, wins in (([1.0, 1.0, 0.5, 0.6], [1, 4]), ([1.0, 1.0, 0.95, 0.6], [4]), ([0.5, 1.0, 0.6, 0.95], [])):
         monkeypatch.setattr(cpu, "_whole_times", lambda dtype, width, times=times: times)
+        monkeypatch.setattr(cpu, "_whole_times_of_most", lambda dtype, width: [1.0, 0.95])
         assert [count for count in (1, 4, 5) if cpu.sums_win(weight, count)] == wins
+    monkeypatch.setattr(cpu, "_whole_times_of_most", lambda dtype, width: [1.0, 0.8])
+    assert [count for count in (4, 5, 16, 17) if cpu.sums_win(weight, count)] == [5, 16]
     monkeypatch.setattr(cpu, "_whole_times", lambda dtype, width: [1.0, 1.0, 0.5, 0.5])
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     assert not cpu.sums_win(weight, 1)
