@@ -17,6 +17,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from paligemma_jax import checkpoints
+from paligemma_jax.compiling import processor
 from paligemma_jax.config import PaliGemmaConfig
 from paligemma_jax.errors import UserError
 from paligemma_jax.files import read_json, write_json, write_text
@@ -131,9 +132,8 @@ def _seconds(function: Callable[..., jax.Array], x: jax.Array, *rest: jax.Array)
 
 def _cpu_model() -> str:
     """The processor's name, which may say little, and what its speed here depends on."""
-    path = Path("/proc/cpuinfo")
-    lines = path.read_text().splitlines() if path.exists() else []
-    facts = {name.strip(): value.strip() for name, _, value in (line.partition(":") for line in lines)}
+    lines = (line.partition(":") for line in processor().splitlines())
+    facts = {name.strip(): value.strip() for name, _, value in lines}
     flags = facts.get("flags", "").split()
     kinds = [name for flag, name in _INSTRUCTIONS.items() if flag in flags]
     return facts.get("model name", platform.processor()) + (f" ({', '.join(kinds)})" if kinds else "")

@@ -29,27 +29,32 @@ _OPTIONS = {
 }
 
 # LLVM's, which no program can be given alone: loops over bytes take 64 of them at once, for which there are dot-product
-# instructions, instead of the 16 that fit as sums. A version without the option would end the process.
+# instructions, instead of the 16 whose sums fill a register. A version without the option would end the process.
 _WIDE_LOOPS = "-vectorizer-maximize-bandwidth"
 _LLVM_OPTIONS = "--xla_backend_extra_options"
 _WITH_WIDE_LOOPS = ((0, 12), (0, 13))  # versions of JAX: the first one that gains, and the first one not tried
 
+# Where JAX looks for other platforms.
+_PLUGIN_VARIABLES = "PJRT_NAMES_AND_LIBRARY_PATHS", "TPU_LIBRARY_PATH"
+_PLUGIN_MODULES = "jax_plugins", "libtpu"
+
 
 def use_wide_loops(platform: str) -> None:
-    """Have all programs of this process compiled for dot-product instructions, where that is known to help.
+    """Have all programs of this process compiled for 8-bit dot-product instructions (VNNI), if it is one on a CPU that
+    has them and JAX is of a version that gains by it.
 
     It does so by the environment variable XLA_FLAGS, which JAX reads when it is first asked for its devices: call this
-    before, and in a process of one's own. Products of 5 to 16 rows of 8 bits take about 0.8 times as long then
-    (benchmarks/results/products.md).
+    before, and in a process of one's own. Products of 5 to 16 rows of 8 bits gain (benchmarks/results/products.md);
+    other loops were not seen to change.
 
     Args:
       platform: of the process, "auto" for what JAX finds.
     """
-    flags = os.environ.get("XLA_FLAGS", "")
-    first, end = _WITH_WIDE_LOOPS
-    if not first <= jax.__version_info__ < end or _LLVM_OPTIONS in flags:
+    flags = os.environ.get("XLA_FLAGS", "").strip()
+    if _LLVM_OPTIONS in flags or (flags and not flags.startswith("-")):  # XLA takes other text for a file of flags
         return
-    if _is_cpu(platform) and "avx512_vnni" in processor():
+    first, end = _WITH_WIDE_LOOPS
+    if first <= jax.__version_info__ < end and _is_cpu(platform) and "avx512_vnni" in processor():
         os.environ["XLA_FLAGS"] = f"{flags} {_LLVM_OPTIONS}={_WIDE_LOOPS}".strip()
 
 
@@ -73,8 +78,9 @@ def _is_cpu(platform: str) -> bool:
         platform = jax.config.jax_platforms
     if platform:
         return platform == "cpu"
-    others = importlib.metadata.entry_points(group="jax_plugins")
-    return not others and not any(map(importlib.util.find_spec, ("jax_plugins", "libtpu")))
+    if any(map(os.environ.get, _PLUGIN_VARIABLES)) or any(map(importlib.util.find_spec, _PLUGIN_MODULES)):
+        return False
+    return not importlib.metadata.entry_points(group="jax_plugins")
 
 
 def compiled(function: Any, *args: Any, **static: Any) -> jax.stages.Compiled:

@@ -65,7 +65,7 @@ def load(
         contents = checkpoints.join(contents)
     shapes = checkpoints.abstract(contents, dtype, quantization, num_rows)
     model = PaliGemma(config, shapes, processor, masks, directory)
-    layers.measure(model.params["language_model"])
+    layers.measure(model.params["language_model"], num_rows)
     with ThreadPoolExecutor(1) as pool:
         prepared = pool.submit(prepare, model) if prepare else None
         _, params = checkpoints.load(contents, dtype, quantization=quantization, num_rows=num_rows)

@@ -21,6 +21,7 @@ from paligemma_jax.config import PaliGemmaConfig, TextConfig, VisionConfig
 from paligemma_jax.processing.tokenizer import LOC_TOKENS, SEG_TOKENS, Tokenizer
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
+jax.devices()  # XLA has read its flags now, whatever a test makes of them
 
 _VISION = VisionConfig(image_size=28, patch_size=14, width=16, num_layers=2, mlp_dim=24, num_heads=2)
 _GEMMA = TextConfig(

@@ -80,6 +80,7 @@ _SAID = "--xla_backend_extra_options=-vectorizer-maximize-bandwidth"
         ((0, 12, 0), _VNNI, "cpu", "", _SAID),
         ((0, 12, 0), _VNNI, "cpu", "--xla_dump_to=here", f"--xla_dump_to=here {_SAID}"),
         ((0, 12, 0), _VNNI, "cpu", "--xla_backend_extra_options=-x", "--xla_backend_extra_options=-x"),
+        ((0, 12, 0), _VNNI, "cpu", "flags.txt", "flags.txt"),
         ((0, 12, 0), _VNNI, "gpu", "", ""),
         ((0, 12, 0), "flags : avx2", "cpu", "", ""),
         ((0, 11, 2), _VNNI, "cpu", "", ""),
@@ -117,9 +118,36 @@ def test_platform_auto_is_the_cpu_only_where_there_can_be_no_other(monkeypatch, 
         jax.config.update("jax_platforms", before)
 
 
-@pytest.mark.parametrize("flags, expected", [("", "False"), (_SAID, "True")])
-def test_whether_loops_are_wide_is_what_xla_has_read(flags, expected):
-    code = "from paligemma_jax.compiling import uses_wide_loops; print(uses_wide_loops())"
+def _in_a_process(code: str, flags: str) -> str:
     environment = os.environ | {"XLA_FLAGS": flags}
-    found = subprocess.run([sys.executable, "-c", code], env=environment, text=True, capture_output=True, check=True)
-    assert found.stdout.strip() == expected
+    command = [sys.executable, "-c", code]
+    return subprocess.run(command, env=environment, text=True, capture_output=True, check=True).stdout.strip()
+
+
+def test_whole_products_are_exact_with_wide_loops_and_xla_tells_of_them():
+    code = """
+import jax, jax.numpy as jnp, numpy as np
+from paligemma_jax.compiling import compiled, uses_wide_loops
+from paligemma_jax.models import few_rows
+rng = np.random.default_rng(0)
+for num_rows in (1, 4, 5, 16):
+    rows, weight = rng.choice([-128, -127, 127], (num_rows, 2304)), rng.choice([0, 1, 255], (40, 2304))
+    operands = jnp.asarray(rows, jnp.int8), jnp.asarray(weight, jnp.uint8)
+    found = compiled(jax.jit(few_rows.whole_product), *operands)(*operands)
+    np.testing.assert_array_equal(found, rows @ weight.T)
+print(uses_wide_loops())
+"""
+    assert [_in_a_process(code, flags) for flags in ("", _SAID)] == ["False", "True"]
+
+
+def test_the_platform_is_selected_with_wide_loops():
+    code = f"""
+from ml_collections import ConfigDict
+from paligemma_jax import compiling
+from paligemma_jax.runs import environment
+compiling.processor = lambda: {_VNNI!r}
+environment.select_platform(ConfigDict({{"platform": "cpu"}}))
+print(compiling.uses_wide_loops())
+"""
+    first, end = compiling._WITH_WIDE_LOOPS
+    assert _in_a_process(code, "") == str(first <= jax.__version_info__ < end)

@@ -49,6 +49,14 @@ def test_another_processor_or_version_measures_for_itself(cache, monkeypatch):
         measured.remembered("waves", 2, _never)
 
 
+def test_wide_loops_are_another_compiler(monkeypatch):
+    found = set()
+    for wide in (False, True):
+        monkeypatch.setattr(measured, "uses_wide_loops", lambda wide=wide: wide)
+        found.add(measured._machine.__wrapped__())
+    assert len(found) == 2
+
+
 def test_nothing_is_kept_where_nothing_can_be_written(cache):
     cache.write_text("a file where the folder should be")
     assert len(measured.remembered("waves", 2, _calls)) == 2

@@ -214,14 +214,13 @@ def sums_win(weight: Any, num_rows: int) -> bool:
     That is so in programs of `compiling.compiled`; elsewhere floats are added up one after the other.
     """
     num_outputs, width = weight.shape
-    whole = jnp.issubdtype(weight.dtype, jnp.integer)
-    most = few_rows.MOST_WHOLE if whole else few_rows.MOST
+    most = few_rows.MOST_WHOLE if weight.dtype == jnp.uint8 else few_rows.MOST
     if not mostly_reads(weight, num_rows, most) or not few_rows.fits(num_outputs) or not _has_sums(weight.dtype):
         return False
-    if whole and num_rows > few_rows.MOST:
-        kernel, sums = _whole_times_of_most(jnp.dtype(weight.dtype), width)
-        return kernel > sums * _CLEARLY
-    if whole:
+    if num_rows > few_rows.MOST:
+        by_kernel, as_sums = _many_whole_times(width)
+        return by_kernel > as_sums  # neither would be a loss where they are alike
+    if jnp.issubdtype(weight.dtype, jnp.integer):
         return clearly_less(_whole_times(jnp.dtype(weight.dtype), width), num_rows)
     right_few, _, left, *sums = _times(jnp.dtype(weight.dtype), width)
     other = min(right_few, left)
@@ -265,7 +264,7 @@ def _has_sums(dtype: np.dtype) -> bool:
 
 def num_measured(row_bytes: int) -> int:
     """Outputs of the weight that is measured, a round number as those of networks are."""
-    return max(1, _MEASURED // row_bytes // 192) * 192
+    return max(1, _MEASURED // row_bytes // 64) * 64
 
 
 @functools.cache
@@ -289,22 +288,27 @@ def _times(dtype: np.dtype, width: int) -> list[float]:
 @functools.cache
 def _whole_times(dtype: np.dtype, width: int) -> list[float]:
     """Seconds for one row of 8 bits and for `few_rows.MOST` times a weight of such ones in XLA's kernel and as sums."""
-    return _measured_whole(dtype, width, (1, few_rows.MOST))
+
+    def calls() -> list[measured.Call]:
+        weight, most = jnp.zeros((num_measured(width), width), dtype), jnp.zeros((few_rows.MOST, width), jnp.int8)
+        return [
+            (multiply, rows, weight)
+            for multiply in (kernel(dtype), few_rows.whole_product)
+            for rows in (most[:1], most)
+        ]
+
+    with jax.ensure_compile_time_eval():
+        return measured.remembered(f"8 bits times {dtype.name} weights of {width} inputs", 4, calls)
 
 
 @functools.cache
-def _whole_times_of_most(dtype: np.dtype, width: int) -> list[float]:
-    """The same for `few_rows.MOST_WHOLE` rows."""
-    return _measured_whole(dtype, width, (few_rows.MOST_WHOLE,))
+def _many_whole_times(width: int) -> list[float]:
+    """Seconds for `few_rows.MOST_WHOLE` rows of 8 bits times a weight of unsigned ones in XLA's kernel and as sums."""
 
-
-def _measured_whole(dtype: np.dtype, width: int, counts: tuple[int, ...]) -> list[float]:
     def calls() -> list[measured.Call]:
-        weight, rows = jnp.zeros((num_measured(width), width), dtype), jnp.zeros((max(counts), width), jnp.int8)
-        return [
-            (multiply, rows[:count], weight) for multiply in (kernel(dtype), few_rows.whole_product) for count in counts
-        ]
+        weight = jnp.zeros((num_measured(width), width), jnp.uint8)
+        rows = jnp.zeros((few_rows.MOST_WHOLE, width), jnp.int8)
+        return [(multiply, rows, weight) for multiply in (_unsigned_first, few_rows.whole_product)]
 
-    name = f"{' and '.join(map(str, counts))} rows of 8 bits times {dtype.name} weights of {width} inputs"
     with jax.ensure_compile_time_eval():
-        return measured.remembered(name, 2 * len(counts), calls)
+        return measured.remembered(f"many rows of 8 bits times weights of {width} inputs", 2, calls)

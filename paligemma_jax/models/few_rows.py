@@ -16,11 +16,11 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-MOST = 4  # rows; more are slower than XLA's kernels, which are made for them
-MOST_WHOLE = 16  # rows of 8-bit numbers, where dot-product instructions take them `MOST` at a time
-_PARTS = 4  # of the weight that are gone over side by side for a single row; each reads the row once for all
+MOST = 4  # rows; more are slower than XLA's kernels, which are made for them, but for 8 bits
+MOST_WHOLE = 16  # rows of 8 bits, which dot-product instructions take `MOST` at a time
+_PARTS = 4  # of the weight that are gone over side by side; each reads a row once for all
 _FEWEST_PARTS = 2
-_MOST_PARTS = 6  # for several groups of rows: with `MOST` rows, as many sums as there are registers for
+_MOST_PARTS = 6  # for more than `MOST` rows: as many sums as there are registers for
 _OFFSET = 8  # of numbers in 4 bits
 _VECTOR = 32  # inputs that groups are whole multiples of, or their sums would cost more than their products
 
@@ -72,7 +72,7 @@ def whole_product(rows: jax.Array, weight: jax.Array) -> jax.Array:
     Bytes of which one is unsigned are what VNNI multiplies; other bytes LLVM multiplies in pairs of 16 bits.
     """
     rows = _worked_out(rows, jnp.int8 if weight.dtype == jnp.uint8 else jnp.int16)
-    return (_product if len(rows) <= MOST else _product_by_groups)(rows, weight, jnp.int32)
+    return _product(rows, weight, jnp.int32) if len(rows) <= MOST else _product_by_turns(rows, weight)
 
 
 @jax.custom_jvp
@@ -124,15 +124,19 @@ def _product(rows: jax.Array, weight: jax.Array, dtype: jnp.dtype) -> jax.Array:
     return jnp.concatenate(outputs).reshape(len(rows), -1)
 
 
-def _product_by_groups(rows: jax.Array, weight: jax.Array, dtype: jnp.dtype) -> jax.Array:
-    """The same of more rows: `MOST` at a time take turns with rows of the weight, which a cache holds meanwhile."""
+def _product_by_turns(rows: jax.Array, weight: jax.Array) -> jax.Array:
+    """`whole_product` of more than `MOST` rows with a weight of at least 25 outputs: groups of so many rows take turns
+    with each row of the parts of the weight [F / parts, D], which stay in a cache meanwhile."""
     num_rows, num_outputs = len(rows), len(weight)
-    rows = jnp.pad(rows, [(0, -num_rows % MOST), (0, 0)]).reshape(-1, MOST, rows.shape[1])
-    rows, weight = lax.optimization_barrier(([rows[:, i] for i in range(MOST)], weight))  # as in `_product`
-    parts = jnp.split(weight.astype(dtype), _PARTS if num_outputs % _MOST_PARTS else _MOST_PARTS)
-    outputs = _sums([part[:, None] * group.astype(dtype)[None] for group in rows for part in parts])
-    outputs = jnp.stack(outputs).reshape(MOST, num_outputs, -1)
-    return jnp.transpose(outputs, (2, 0, 1)).reshape(-1, num_outputs)[:num_rows]
+    groups = jnp.pad(rows, [(0, -num_rows % MOST), (0, 0)]).reshape(-1, MOST, rows.shape[1])
+    nths, weight = lax.optimization_barrier(([groups[:, i] for i in range(MOST)], weight))  # see `_product`
+    size = -(-num_outputs // _MOST_PARTS)
+    starts = [min(i * size, num_outputs - size) for i in range(_MOST_PARTS)]  # the last part may overlap another
+    parts = [lax.slice_in_dim(weight.astype(jnp.int32), start, start + size) for start in starts]
+    outputs = _sums([part[:, None] * nth.astype(jnp.int32)[None] for nth in nths for part in parts])
+    by_row = jnp.stack(outputs).reshape(MOST, _MOST_PARTS * size, -1).transpose(2, 0, 1)
+    by_row = by_row.reshape(-1, _MOST_PARTS * size)[:num_rows]
+    return jnp.concatenate([by_row[:, : starts[-1]], by_row[:, -size:]], axis=1)
 
 
 def _worked_out(rows: jax.Array, dtype: jnp.dtype) -> jax.Array:

@@ -34,11 +34,13 @@ def linear(x: jax.Array, weight: Weight) -> jax.Array:
     return y.reshape(*x.shape[:-1], weight.shape[0])
 
 
-def measure(params: Any) -> None:
-    """Measure what `linear` will ask about some parameters, which may be shapes: now, because nothing else runs."""
+def measure(params: Any, num_rows: int = 1) -> None:
+    """Measure what `linear` will ask about some parameters, which may be shapes, and one row or so many: now, because
+    nothing else runs."""
     for leaf in jax.tree.leaves(params, is_leaf=lambda x: isinstance(x, Quantized)):
         if isinstance(leaf, Quantized) and leaf.rounds:
-            quantized.sums_win(leaf, 1)
+            for count in sorted({1, num_rows}):
+                quantized.sums_win(leaf, count)
         elif leaf.ndim == 2 and jnp.issubdtype(leaf.dtype, jnp.floating):
             cpu.weight_first(leaf, 1)
             cpu.sums_win(leaf, 1)

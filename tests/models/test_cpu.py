@@ -45,18 +45,17 @@ def test_few_rows_as_sums_give_the_product(dtype, num_rows, shape):
         np.testing.assert_allclose(function(x, weight), expected, atol=1e-5 * shape[1])
 
 
-@pytest.mark.parametrize("num_outputs", [8, 24])
+@pytest.mark.parametrize("num_outputs", [28, 48])
 @pytest.mark.parametrize("num_rows", [*range(1, few_rows.MOST + 2), 13, few_rows.MOST_WHOLE])
 @pytest.mark.parametrize("dtype", ["int8", "uint8"])
 def test_sums_of_whole_numbers_are_exact_at_the_ends_of_their_range(num_rows, dtype, num_outputs):
     rng, ends = np.random.default_rng(0), np.iinfo(dtype)
     rows = rng.choice([-128, -127, 0, 127], (num_rows, 16384))
     weight = rng.choice([ends.min, ends.max], (num_outputs, 16384))
-    found = few_rows.whole_product(jnp.asarray(rows, jnp.int8), jnp.asarray(weight, dtype))
-    np.testing.assert_array_equal(found, rows @ weight.T)
+    program = compiled(jax.jit(few_rows.whole_product), jnp.asarray(rows, jnp.int8), jnp.asarray(weight, dtype))
+    np.testing.assert_array_equal(program(jnp.asarray(rows, jnp.int8), jnp.asarray(weight, dtype)), rows @ weight.T)
     rows[:], weight[:] = -128, ends.max
-    found = few_rows.whole_product(jnp.asarray(rows, jnp.int8), jnp.asarray(weight, dtype))
-    np.testing.assert_array_equal(found, rows @ weight.T)
+    np.testing.assert_array_equal(program(jnp.asarray(rows, jnp.int8), jnp.asarray(weight, dtype)), rows @ weight.T)
 
 
 @pytest.mark.parametrize(
@@ -190,13 +189,18 @@ def test_sums_of_8_bits_are_taken_by_their_own_times(monkeypatch, dtype):
     weight = jax.ShapeDtypeStruct((8192, 2048), dtype)
     for times, wins in (([1.0, 1.0, 0.5, 0.6], [1, 4]), ([1.0, 1.0, 0.95, 0.6], [4]), ([0.5, 1.0, 0.6, 0.95], [])):
         monkeypatch.setattr(cpu, "_whole_times", lambda dtype, width, times=times: times)
-        monkeypatch.setattr(cpu, "_whole_times_of_most", lambda dtype, width: [1.0, 0.95])
-        assert [count for count in (1, 4, 5) if cpu.sums_win(weight, count)] == wins
-    monkeypatch.setattr(cpu, "_whole_times_of_most", lambda dtype, width: [1.0, 0.8])
-    assert [count for count in (4, 5, 16, 17) if cpu.sums_win(weight, count)] == [5, 16]
+        assert [count for count in (1, 4) if cpu.sums_win(weight, count)] == wins
     monkeypatch.setattr(cpu, "_whole_times", lambda dtype, width: [1.0, 1.0, 0.5, 0.5])
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     assert not cpu.sums_win(weight, 1)
+
+
+def test_more_rows_of_8_bits_are_sums_where_these_are_faster(monkeypatch):
+    monkeypatch.setattr(cpu, "_whole_times", lambda dtype, width: [1.0] * 4)
+    for times, dtype, counts in (([1.0, 0.95], "uint8", [5, 16]), ([1.0, 1.05], "uint8", []), ([1.0, 0.5], "int8", [])):
+        monkeypatch.setattr(cpu, "_many_whole_times", lambda width, times=times: times)
+        weight = jax.ShapeDtypeStruct((9216, 2304), dtype)
+        assert [count for count in (4, 5, 16, 17) if cpu.sums_win(weight, count)] == counts
 
 
 def test_seconds_are_of_the_fastest_way_and_grow_with_the_weight(monkeypatch):
@@ -227,6 +231,7 @@ def test_only_large_weights_are_measured(monkeypatch):
     asked = []
     monkeypatch.setattr(cpu, "_times", lambda dtype, width: asked.append((dtype.name, width)) or [1.0] * 5)
     monkeypatch.setattr(cpu, "_whole_times", lambda dtype, width: asked.append((dtype.name, width)) or [1.0] * 4)
+    monkeypatch.setattr(cpu, "_many_whole_times", lambda width: asked.append(width) or [1.0] * 2)
     monkeypatch.setattr(quantized, "_packed_times", lambda width, groups: asked.append((width, groups)) or [1.0] * 4)
     monkeypatch.setattr(quantized, "values_dtype", lambda: np.dtype("int8"))
     small, large = (jax.ShapeDtypeStruct((rows, 2048), jnp.bfloat16) for rows in (4, 8192))
@@ -234,6 +239,11 @@ def test_only_large_weights_are_measured(monkeypatch):
     measure({"norm": jax.ShapeDtypeStruct((2**24,), jnp.bfloat16), "small": small, "large": large})
     measure([quantized.abstract(large, bits) for bits in (8, 4)])
     assert asked == [("bfloat16", 2048)] * 3 + [("int8", 2048), (2048, 16)]
+    asked.clear()
+    monkeypatch.setattr(quantized, "values_dtype", lambda: np.dtype("uint8"))
+    for count in (1, 16):
+        measure(quantized.abstract(large, 8), count)
+    assert asked == [("uint8", 2048)] * 2 + [2048]
 
 
 @pytest.mark.parametrize(

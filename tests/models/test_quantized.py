@@ -58,11 +58,17 @@ def test_product_is_that_of_rounded_activations(weight, bits, num_rows):
     np.testing.assert_allclose(found, expected, rtol=2e-5, atol=2e-5 * np.abs(expected).max(axis=0).max())
 
 
-@pytest.mark.parametrize("bits, name", [(8, "whole_product"), (4, "packed_product")])
+@pytest.mark.parametrize(
+    "bits, num_rows, num_outputs",
+    [
+        *((bits, rows, 48) for bits in (8, 4) for rows in range(1, few_rows.MOST + 1)),
+        *((8, rows, outputs) for rows in (5, 13, few_rows.MOST_WHOLE) for outputs in (48, 40)),
+    ],
+)
 @pytest.mark.parametrize("width", [128, 768, 2048, 2304, 4608])
-@pytest.mark.parametrize("num_rows", range(1, few_rows.MOST + 1))
-def test_few_rows_as_sums_are_the_same_product(monkeypatch, bits, name, width, num_rows):
-    few = quantized.quantize(jax.random.normal(jax.random.key(0), (48, width)), bits)
+def test_few_rows_as_sums_are_the_same_product(monkeypatch, bits, width, num_rows, num_outputs):
+    name = {8: "whole_product", 4: "packed_product"}[bits]
+    few = quantized.quantize(jax.random.normal(jax.random.key(0), (num_outputs, width)), bits)
     x = jax.random.normal(jax.random.key(1), (num_rows, width))
     products, taken, spelt = [], [], getattr(few_rows, name)
     monkeypatch.setattr(few_rows, name, lambda *args: taken.append(len(args[0])) or spelt(*args))

@@ -3,7 +3,6 @@
 import dataclasses
 import io
 import itertools
-import os
 import sys
 import warnings
 from collections.abc import Callable
@@ -54,7 +53,6 @@ def pictures(tmp_path_factory) -> Path:
 def main(monkeypatch, capsys):
     """main(*arguments) -> (exit status, stdout, stderr), with configs/tiny.py as the default."""
     monkeypatch.syspath_prepend(ROOT)
-    monkeypatch.setenv("XLA_FLAGS", os.environ.get("XLA_FLAGS", ""))  # the program adds to it
 
     def run(*arguments: str) -> tuple[int, str, str]:
         with warnings.catch_warnings():
