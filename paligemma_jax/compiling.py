@@ -44,8 +44,8 @@ def use_wide_loops(platform: str) -> None:
     has them and JAX is of a version that gains by it.
 
     It does so by the environment variable XLA_FLAGS, which JAX reads when it is first asked for its devices: call this
-    before, and in a process of one's own. Products of 5 to 16 rows of 8 bits gain (benchmarks/results/products.md);
-    other loops were not seen to change.
+    before, and in a process of one's own. Steps of 5 to 16 answers in 8 bits gain by it; other loops were not seen to
+    change.
 
     Args:
       platform: of the process, "auto" for what JAX finds.
