@@ -125,13 +125,13 @@ def _product(rows: jax.Array, weight: jax.Array, dtype: jnp.dtype) -> jax.Array:
 
 
 def _product_by_turns(rows: jax.Array, weight: jax.Array) -> jax.Array:
-    """`whole_product` of more than `MOST` rows with a weight of at least 25 outputs: groups of so many rows take turns
-    with each row of the parts of the weight [F / parts, D], which stay in a cache meanwhile."""
+    """`whole_product` of more than `MOST` rows: groups of so many take turns with each row of the parts of the weight,
+    which stay in a cache meanwhile."""
     num_rows, num_outputs = len(rows), len(weight)
     groups = jnp.pad(rows, [(0, -num_rows % MOST), (0, 0)]).reshape(-1, MOST, rows.shape[1])
     nths, weight = lax.optimization_barrier(([groups[:, i] for i in range(MOST)], weight))  # see `_product`
     size = -(-num_outputs // _MOST_PARTS)
-    starts = [min(i * size, num_outputs - size) for i in range(_MOST_PARTS)]  # the last part may overlap another
+    starts = [min(i * size, num_outputs - size) for i in range(_MOST_PARTS)]  # the last parts may overlap others
     parts = [lax.slice_in_dim(weight.astype(jnp.int32), start, start + size) for start in starts]
     outputs = _sums([part[:, None] * nth.astype(jnp.int32)[None] for nth in nths for part in parts])
     by_row = jnp.stack(outputs).reshape(MOST, _MOST_PARTS * size, -1).transpose(2, 0, 1)

@@ -47,7 +47,7 @@ def test_few_rows_as_sums_give_the_product(dtype, num_rows, shape):
         np.testing.assert_allclose(function(x, weight), expected, atol=1e-5 * shape[1])
 
 
-@pytest.mark.parametrize("num_outputs", [28, 48])
+@pytest.mark.parametrize("num_outputs", [8, 28])
 @pytest.mark.parametrize("num_rows", [*range(1, few_rows.MOST + 2), 13, few_rows.MOST_WHOLE])
 @pytest.mark.parametrize("dtype", ["int8", "uint8"])
 def test_sums_of_whole_numbers_are_exact_at_the_ends_of_their_range(num_rows, dtype, num_outputs):
