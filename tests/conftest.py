@@ -21,6 +21,8 @@ from paligemma_jax.config import PaliGemmaConfig, TextConfig, VisionConfig
 from paligemma_jax.processing.tokenizer import LOC_TOKENS, SEG_TOKENS, Tokenizer
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
+if "JAX_DISABLE_MOST_OPTIMIZATIONS" not in os.environ:  # compiling is what tests spend their time on
+    jax.config.update("jax_disable_most_optimizations", True)
 jax.devices()  # XLA has read its flags now, whatever a test makes of them
 
 _VISION = VisionConfig(image_size=28, patch_size=14, width=16, num_layers=2, mlp_dim=24, num_heads=2)
@@ -55,7 +57,10 @@ def random_params():
     return _random_params
 
 
-@pytest.fixture(scope="session", params=_CONFIGS, ids=str)
+@pytest.fixture(
+    scope="session",
+    params=["gemma", "gemma2", pytest.param("gemma2-mha", marks=pytest.mark.slow)],
+)
 def config(request: pytest.FixtureRequest) -> PaliGemmaConfig:
     """Small geometries, ids below 96: Gemma 1 with groups of 4, Gemma 2 with a window of 5 and groups of 2 and 1."""
     return _CONFIGS[request.param]

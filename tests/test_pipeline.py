@@ -32,6 +32,7 @@ from paligemma_jax.processing.tokenizer import SEG_TOKENS
 from paligemma_jax.tasks.detection import Detection
 
 HOT = pj.Sampling(temperature=1.0, seed=5)
+BOTH = [pytest.param(pj.Sampling(), marks=pytest.mark.slow, id="greedy"), pytest.param(HOT, id="sampled")]
 PROMPTS = ["caption en", "detect a red circle", "answer en how many"]
 
 
@@ -77,7 +78,7 @@ def test_generate_gives_one_consistent_output_per_row(model, pictures):
         assert output.timing.prefill_ms > 0 and output.timing.decode_ms_per_token > 0
 
 
-@pytest.mark.parametrize("sampling", [pj.Sampling(), HOT], ids=["greedy", "sampled"])
+@pytest.mark.parametrize("sampling", BOTH)
 def test_rows_do_not_depend_on_their_neighbours_or_turns(model, pictures, sampling):
     together = model.generate(pictures, PROMPTS, 12, sampling)
     alone = [
@@ -87,7 +88,7 @@ def test_rows_do_not_depend_on_their_neighbours_or_turns(model, pictures, sampli
     assert all(map(same, together, model.generate(pictures, PROMPTS, 12, sampling, batch_size=np.int64(2))))
 
 
-@pytest.mark.parametrize("sampling", [pj.Sampling(), HOT], ids=["greedy", "sampled"])
+@pytest.mark.parametrize("sampling", BOTH)
 def test_speculation_changes_no_answer(model, pictures, sampling, monkeypatch):
     plain = model.generate(pictures, PROMPTS, 12, sampling, speculate=False)
     monkeypatch.setattr(engine, "generate", None)  # from here on it would be an error
@@ -123,6 +124,7 @@ def test_compiled_before_there_are_weights_nothing_is_left_to_compile(model, pic
     assert set(fresh._programs) == known and len(known) >= 3  # picture encoder, prefill, decode
 
 
+@pytest.mark.slow
 def test_weights_laid_out_for_a_batch_give_the_same_answers(model, pictures, tmp_path, monkeypatch):
     model.save(tmp_path)
     monkeypatch.setattr(checkpoints, "padding", lambda weight, num_rows: 4 if num_rows > 4 else 0)
@@ -151,8 +153,15 @@ def test_weights_laid_out_for_a_batch_give_the_same_answers(model, pictures, tmp
         np.testing.assert_allclose(a, b, atol=1e-4)
 
 
-@pytest.mark.parametrize("quantization", [None, "int8", "int4"])
-@pytest.mark.parametrize("order", [None, False, True], ids=["ours", "by name", "backwards"])
+@pytest.mark.parametrize("quantization", [None, "int8", pytest.param("int4", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "order",
+    [
+        pytest.param(None, marks=pytest.mark.slow, id="ours"),
+        pytest.param(False, id="by name"),
+        pytest.param(True, marks=pytest.mark.slow, id="backwards"),
+    ],
+)
 def test_joined_weights_give_the_same_answers(model, pictures, tmp_path, monkeypatch, quantization, order):
     monkeypatch.setattr(safetensors, "_ALIGNMENT", 1)  # weights of odd sizes would lie elsewhere
     model.save(tmp_path)

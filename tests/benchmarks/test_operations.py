@@ -28,7 +28,9 @@ def test_times_add_up_by_kind_and_are_of_one_step():
     assert lines[2:] == ["| a | 1 | 4 | 80.0% |", "| 2 more | 1 | 1 | 20.0% |"]
 
 
-@pytest.mark.parametrize("stage", operations.STAGES)
+@pytest.mark.parametrize(
+    "stage", [pytest.param(stage, marks=() if stage == "decode" else pytest.mark.slow) for stage in operations.STAGES]
+)
 def test_a_stage_is_run_and_traced(stage):
     run, program, steps = operations.prepared(pj.load(TINY, dtype="float32"), stage, 2)
     found = operations.traced(run)

@@ -49,6 +49,7 @@ def test_rows_that_take_turns_make_a_longer_step(ours, monkeypatch):
     assert ours.answer(2, 9)[1] == 14.0
 
 
+@pytest.mark.slow
 def test_logits_are_those_of_the_networks_and_follow_given_tokens(ours, job):
     logits, tokens = ours.logits(None, 4)
     assert logits.shape == (len(speed.PROMPTS), 4, ours._model.config.text.vocab_size)

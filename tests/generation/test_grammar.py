@@ -47,7 +47,9 @@ def assert_well_formed(prompt: str, output: pj.Output) -> None:
     assert format_objects(found, SIZE) == output.text  # corners were in order, separators as they should be
 
 
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize(
+    "way", [pytest.param(way, marks=pytest.mark.slow if way in ("hot", "filtered") else ()) for way in WAYS]
+)
 def test_answers_are_well_formed_whatever_the_weights(model, pictures, way):
     seen = 0
     for limit in (1, 9, 40):

@@ -32,7 +32,9 @@ def test_gradients_pass_through_both_orders(monkeypatch):
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
-@pytest.mark.parametrize("num_rows", range(1, few_rows.MOST + 1))
+@pytest.mark.parametrize(
+    "num_rows", [1, *(pytest.param(rows, marks=pytest.mark.slow) for rows in range(2, few_rows.MOST)), few_rows.MOST]
+)
 @pytest.mark.parametrize("shape", [(40, 128), (24, 383), (16, 2304), (8, 2368), (64, 4096)])
 def test_few_rows_as_sums_give_the_product(dtype, num_rows, shape):
     sizes = (num_rows, shape[1]), shape

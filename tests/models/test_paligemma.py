@@ -164,7 +164,9 @@ def _shapes(module: type, config) -> dict[str, tuple[int, ...]]:
     return {path: array.shape for path, array in flatten_dict(variables["params"], sep="/").items()}
 
 
-@pytest.mark.parametrize("name", VARIANTS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=() if "3b-224" in name else pytest.mark.slow) for name in VARIANTS]
+)
 def test_released_variants_have_their_parameters(name):
     """Only the image encoder depends on the resolution, so each decoder is traced once."""
     decoder, size = name.rsplit("-", 1)

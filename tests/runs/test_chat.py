@@ -31,6 +31,7 @@ def test_the_picture_can_be_changed(chat, generate, pictures):
     assert f"picture: {other}, 20 x 30" in err
 
 
+@pytest.mark.slow
 def test_a_profile_is_written_when_it_ends(chat, tmp_path):
     status, _, err = chat("caption en", profile=tmp_path)
     [trace] = tmp_path.glob("plugins/profile/*/*.trace.json.gz")

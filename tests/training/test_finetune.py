@@ -88,6 +88,7 @@ def refused(train, capsys, tmp_path):
     return run
 
 
+@pytest.mark.slow
 def test_the_tuned_model_gives_the_answers(tuned, data):
     model = pj.load(tuned, dtype="float32")
     images = [data / f"{i}.png" for i in range(6)] + [[data / "1.png", data / "7.png"]]
@@ -96,6 +97,7 @@ def test_the_tuned_model_gives_the_answers(tuned, data):
     assert {path.name for path in tuned.iterdir()} >= {"config.json", "tokenizer.model", "preprocessor_config.json"}
 
 
+@pytest.mark.slow
 def test_training_goes_on_and_the_loss_falls(tuned):
     log = (tuned / "log.txt").read_text()
     assert "8 examples, 50 steps of 4" in log and "finetune goes on from step 7 of 50" in log
@@ -104,6 +106,7 @@ def test_training_goes_on_and_the_loss_falls(tuned):
     assert float(losses[-1]) < 0.2 * float(losses[0])
 
 
+@pytest.mark.slow
 def test_a_state_of_another_model_is_refused(train, tuned, small, random_params, processor, tmp_path, capsys):
     text = dataclasses.replace(small.text, mlp_dim=40)
     other = dataclasses.replace(small, text=text)

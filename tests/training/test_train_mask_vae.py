@@ -32,6 +32,7 @@ def test_loss_falls_and_masks_come_back(capsys):
     assert accuracy(params, unseen) > 0.8
 
 
+@pytest.mark.slow
 def test_first_step_moves_the_codebook_to_vectors_of_the_batch():
     """Each row becomes one of the batch's vectors, or the mean of the many that it stands for."""
     optimizer = make_optimizer(10, 1e-3)

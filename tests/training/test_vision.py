@@ -159,6 +159,7 @@ def test_right_answers_cost_nothing_and_unclear_patches_do_not_count(pool, codes
     assert worse > loss and metrics["box_error"] == pytest.approx(0.05, abs=1e-6)
 
 
+@pytest.mark.slow
 def test_the_encoder_learns_what_patches_show(model, params, pool, codes, capsys):
     few = {key: values[:8] for key, values in pool.items()}
     history = []
