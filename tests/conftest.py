@@ -27,7 +27,7 @@ jax.devices()  # XLA has read its flags now, whatever a test makes of them
 
 _VISION = VisionConfig(image_size=28, patch_size=14, width=16, num_layers=2, mlp_dim=24, num_heads=2)
 _GEMMA = TextConfig(
-    vocab_size=104, width=32, num_layers=3, mlp_dim=48, num_heads=4, num_kv_heads=1, head_dim=6, query_scalar=10.0
+    vocab_size=104, width=32, num_layers=2, mlp_dim=48, num_heads=4, num_kv_heads=1, head_dim=6, query_scalar=10.0
 )
 _GEMMA2 = dataclasses.replace(
     _GEMMA, version=2, num_kv_heads=2, attn_softcap=4.0, final_softcap=6.0, sliding_window=5, max_positions=256
@@ -35,7 +35,9 @@ _GEMMA2 = dataclasses.replace(
 _CONFIGS = {
     "gemma": PaliGemmaConfig(_VISION, _GEMMA, image_token_id=96),
     "gemma2": PaliGemmaConfig(_VISION, _GEMMA2, image_token_id=96),
-    "gemma2-mha": PaliGemmaConfig(_VISION, dataclasses.replace(_GEMMA2, num_kv_heads=4), image_token_id=96),
+    "gemma2-mha": PaliGemmaConfig(
+        _VISION, dataclasses.replace(_GEMMA2, num_kv_heads=4, num_layers=3), image_token_id=96
+    ),
 }
 _TEXT = "caption en detect segment answer how many what color is the a red circle and two blue squares yes no ; ? é"
 

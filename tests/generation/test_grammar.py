@@ -48,7 +48,7 @@ def assert_well_formed(prompt: str, output: pj.Output) -> None:
 
 
 @pytest.mark.parametrize(
-    "way", [pytest.param(way, marks=pytest.mark.slow if way in ("hot", "filtered") else ()) for way in WAYS]
+    "way", [pytest.param(way, marks=() if way in ("greedy", "beams") else pytest.mark.slow) for way in WAYS]
 )
 def test_answers_are_well_formed_whatever_the_weights(model, pictures, way):
     seen = 0

@@ -221,13 +221,8 @@ def test_decoding_keeps_no_second_copy_of_the_embedding_table(gemma2, random_par
     assert calls[-1].temp_size_in_bytes < params["language_model"]["embed_tokens"]["weight"].nbytes
 
 
-@pytest.mark.parametrize(
-    "sampling",
-    [
-        pytest.param(GREEDY, id="greedy"),
-        pytest.param(Sampling(temperature=0.7, top_p=0.9, seed=4), marks=pytest.mark.slow, id="sampled"),
-    ],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("sampling", [GREEDY, Sampling(temperature=0.7, top_p=0.9, seed=4)], ids=["greedy", "sampled"])
 def test_the_shipped_model_says_the_same_in_fewer_passes(shipped, sampling):
     picture = ASSETS / "examples" / "stars.png"
     prompts = ["detect star", "segment star ; circle", "caption en"]

@@ -19,7 +19,7 @@ ANSWER = "<loc0001><loc0002><loc1000><loc1023> red circle"
 @pytest.fixture(scope="session")
 def model(gemma2, random_params, tokenizer) -> pj.PaliGemma:
     """Nine patches, three layers, four heads."""
-    text = dataclasses.replace(gemma2.text, vocab_size=tokenizer.vocab_size + 8)
+    text = dataclasses.replace(gemma2.text, num_layers=3, vocab_size=tokenizer.vocab_size + 8)
     vision = dataclasses.replace(gemma2.vision, image_size=42)
     config = dataclasses.replace(gemma2, text=text, vision=vision, image_token_id=tokenizer.vocab_size)
     return pj.PaliGemma(config, random_params(config), Processor(config, tokenizer, ImageSettings(42)))

@@ -144,7 +144,13 @@ def test_write_cache_is_an_assignment_per_row_and_position(positions):
 
 @pytest.mark.parametrize("masked", [True, False])
 @pytest.mark.parametrize(
-    "num_queries, cached, count", [(96, 96 * 4 * 96, 2), (160, 1, 5), (97, 1, 1), (96, 1 << 22, 1)]
+    "num_queries, cached, count",
+    [
+        pytest.param(96, 96 * 4 * 96, 2, marks=pytest.mark.slow),
+        (160, 1, 5),
+        (97, 1, 1),
+        pytest.param(96, 1 << 22, 1, marks=pytest.mark.slow),
+    ],
 )
 def test_queries_that_take_turns_see_the_same(monkeypatch, masked, num_queries, cached, count):
     shapes = [(2, num_queries, 4, 8), (2, 2, 96, 8), (2, 2, 8, 96)]

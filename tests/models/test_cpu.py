@@ -35,7 +35,10 @@ def test_gradients_pass_through_both_orders(monkeypatch):
 @pytest.mark.parametrize(
     "num_rows", [1, *(pytest.param(rows, marks=pytest.mark.slow) for rows in range(2, few_rows.MOST)), few_rows.MOST]
 )
-@pytest.mark.parametrize("shape", [(40, 128), (24, 383), (16, 2304), (8, 2368), (64, 4096)])
+@pytest.mark.parametrize(
+    "shape",
+    [(40, 128), (24, 383), *(pytest.param(s, marks=pytest.mark.slow) for s in [(16, 2304), (8, 2368), (64, 4096)])],
+)
 def test_few_rows_as_sums_give_the_product(dtype, num_rows, shape):
     sizes = (num_rows, shape[1]), shape
     x, weight = (jax.random.normal(jax.random.key(i), size, dtype) for i, size in enumerate(sizes))

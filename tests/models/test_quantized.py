@@ -66,7 +66,9 @@ def test_product_is_that_of_rounded_activations(weight, bits, num_rows):
         *((8, rows, outputs) for rows in (5, 13, few_rows.MOST_WHOLE) for outputs in (48, 40)),
     ],
 )
-@pytest.mark.parametrize("width", [128, 768, 2048, 2304, 4608])
+@pytest.mark.parametrize(
+    "width", [128, 2304, *(pytest.param(width, marks=pytest.mark.slow) for width in (768, 2048, 4608))]
+)
 def test_few_rows_as_sums_are_the_same_product(monkeypatch, bits, width, num_rows, num_outputs):
     name = {8: "whole_product", 4: "packed_product"}[bits]
     few = quantized.quantize(jax.random.normal(jax.random.key(0), (num_outputs, width)), bits)

@@ -59,14 +59,14 @@ def test_every_map_is_written_as_a_picture_and_a_plain_array(inspect, tmp_path):
     np.testing.assert_allclose(np.load(folder / "attention.npy").sum(axis=(-2, -1)).max(), 1, atol=1e-5)
     words = json.loads((folder / "lens.json").read_text())
     assert (words["prompt"], words["answer"], len(words["patches"])) == ("detect red circle", answer, 4)
-    assert len(words["patches"][3]["layers"]) == 4 and len(words["patches"][3]["nearest"]) == 2
+    assert len(words["patches"][3]["layers"]) == 3 and len(words["patches"][3]["nearest"]) == 2
     assert words["tokens"][0]["text"] == "<loc0001>" and len(words["tokens"][0]["layers"][0]) == 2
     said = words["prompt_tokens"]
     assert said[0]["after"] == "<bos>" and "".join(item["after"] for item in said[1:]) == "detect red circle\n"
     assert said[-1]["layers"] == words["tokens"][0]["layers"]
     probabilities = np.load(folder / "lens_text_probabilities.npy")
-    assert probabilities.shape == (4, len(said) + len(words["tokens"]) - 1, 2)
-    assert probabilities[3, 0, 0] == pytest.approx(said[0]["layers"][3][0]["probability"], abs=1e-5)
+    assert probabilities.shape == (3, len(said) + len(words["tokens"]) - 1, 2)
+    assert probabilities[2, 0, 0] == pytest.approx(said[0]["layers"][2][0]["probability"], abs=1e-5)
     assert "<!DOCTYPE html>" in (folder / "report.html").read_text(encoding="utf-8")
     assert f"wrote {folder / 'attention.png'}, attention.npy" in lines
     peaks = [line for line in lines if "highest in row" in line]
@@ -138,7 +138,7 @@ def test_a_file_of_embeddings_needs_no_model(inspect, tmp_path, shape):
         ({"maps": " , "}, "maps is empty"),
         ({"layer": "top"}, "layer='top' is not possible: give mean, or a whole number"),
         ({"layer": 0}, "layer='0'"),
-        ({"layer": 4}, "layer=4 is not possible: this model has 3"),
+        ({"layer": 4}, "layer=4 is not possible: this model has 2"),
         ({"head": 9}, "head=9 is not possible: this model has 4"),
         ({"words": 0}, "words=0"),
         ({"occlusion_way": "blur"}, "give pixels, tokens"),
