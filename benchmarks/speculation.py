@@ -2,6 +2,7 @@
 
     python benchmarks/speculation.py
     python benchmarks/speculation.py --checkpoint DIR --dtype bfloat16 --scenes 1 --max_new_tokens 16 --guesses 3 4 7
+    python benchmarks/speculation.py --checkpoint DIR ... --tasks detect
 
 Asks for captions, answers, boxes and masks on the first scenes of the evaluation, one row at a time. With and without
 take turns on every prompt, after each was compiled and run once. Tokens are counted after the first one, which prefill
@@ -40,6 +41,7 @@ from paligemma_jax.training.questions import Question, caption, sample_answer, s
 
 ROOT = Path(__file__).resolve().parents[1]
 _SEED = 20_000_000  # of the evaluation's scenes
+TASKS = ("caption", "answer", "detect", "segment")
 _CHUNK = 2  # passes between two looks at what is done, as the pipeline has it on CPU
 _HEADER = """# Speculation
 
@@ -98,7 +100,8 @@ def measure(model: pj.PaliGemma, args: argparse.Namespace) -> dict[str, list[dic
     for index in range(args.scenes):
         sample = drawn_as_in_training(_SEED, index)
         for question in questions(sample, index):
-            asked[question.task].append(Asked(model, sample, question, args))
+            if question.task in args.tasks:
+                asked[question.task].append(Asked(model, sample, question, args))
     columns = [0, *args.guesses]
     total = sum(map(len, asked.values()))
     with tqdm(total=total * (args.repeats + 1), desc="measuring", unit="question") as bar:
@@ -191,6 +194,7 @@ def main() -> int:
     parser.add_argument("--name", help="what the tables call it; by default its variant, or its directory")
     parser.add_argument("--dtype", default="float32", choices=("bfloat16", "float16", "float32"))
     parser.add_argument("--scenes", default=32, type=int)
+    parser.add_argument("--tasks", default=TASKS, choices=TASKS, nargs="+", help="what is asked")
     parser.add_argument("--guesses", default=[7], type=int, nargs="+", help="how many; several are compared")
     parser.add_argument("--max_new_tokens", default=128, type=int)
     parser.add_argument("--temperature", default=0.0, type=float)

@@ -28,15 +28,19 @@ from paligemma_jax.generation import engine
 from paligemma_jax.generation.clock import Clock
 from paligemma_jax.generation.grammar import Place
 from paligemma_jax.generation.sampling import Odds, Rule, choose, move
-from paligemma_jax.models import cpu
+from paligemma_jax.models import cpu, few_rows, quantized
+from paligemma_jax.models.quantized import Quantized, Weight
 from paligemma_jax.processing.tokenizer import LOC_TOKENS, SEG_TOKENS, Tokenizer
 from paligemma_jax.tasks.classes import class_names
 from paligemma_jax.tasks.detection import NUM_CODES
 
 _NUM_GUESSES = 7  # k: a pass of eight tokens costs what one of four does on CPU (benchmarks/results/speculation.md)
+_NUM_GUESSES_WHOLE = (
+    few_rows.MOST - 1
+)  # in 8 bits, where four rows are little more than one, and eight half as much more
 _CONTEXT = 24  # tokens back that places are compared: a box, a mask and what stands before them
 _HEAVY = 2**29  # weights of a decoder that a pass spends its time reading
-_DEAREST = 1.3  # pass in products of plain steps: it has other costs too, and gains 1.6 tokens or more (the same table)
+_DEAREST = 1.3  # pass in products of plain steps: it has other costs too, and gains 1.5 tokens or more (the same table)
 _BOX = "<loc0512>" * 4
 _OBJECTS = {"detect": _BOX, "segment": _BOX + "<seg064>" * NUM_CODES}  # what stands before a label, by task
 
@@ -95,17 +99,35 @@ def hints(tokenizer: Tokenizer, prompts: Sequence[str]) -> Hints:
     return Hints(text, tuple((start, start + count) for start, count in ranges), any(expected))
 
 
-def wins(params: engine.Params, hints: Hints) -> bool:
-    """Whether to speculate by default: for one answer with boxes of a large 16-bit model, on a CPU with cheap passes.
+def num_guesses(params: engine.Params, hints: Hints, speculate: bool | None) -> int:
+    """How many tokens to guess at each pass if asked to speculate, or not: 0; None leaves it to what wins.
 
-    How cheap they are follows from what was measured of products with its weights.
+    That is for one answer with boxes of a large model in 16 bits or fewer, on a CPU with cheap passes. How cheap they
+    are follows from what was measured of products with its weights.
     """
-    if jax.default_backend() != "cpu" or len(hints.text) > 1 or not hints.outlined:
+    if speculate is False:
+        return 0
+    on_cpu = jax.default_backend() == "cpu"
+    weights = jax.tree.leaves(params["language_model"], is_leaf=lambda x: isinstance(x, Quantized))
+    whole = on_cpu and any(isinstance(x, Quantized) and x.rounds for x in weights)
+    count = _NUM_GUESSES_WHOLE if whole else _NUM_GUESSES
+    if speculate or (on_cpu and len(hints.text) == 1 and hints.outlined and _is_cheap(weights, 1 + count)):
+        return count
+    return 0
+
+
+def _is_cheap(weights: list[Weight], num_rows: int) -> bool:
+    """Whether so many rows take little more time than one."""
+    weights = [x for x in weights if len(x.shape) == 2]
+    if sum(x.size for x in weights) < _HEAVY:
         return False
-    weights = jax.tree.leaves(params["language_model"])
-    if any(x.dtype.itemsize != 2 for x in weights) or sum(x.size for x in weights) < _HEAVY:
-        return False
-    one, several = (sum(cpu.seconds(x, rows) for x in weights if x.ndim == 2) for rows in (1, 1 + _NUM_GUESSES))
+    one = several = 0.0
+    for weight in weights:
+        if not (weight.rounds if isinstance(weight, Quantized) else weight.dtype.itemsize == 2):
+            return False
+        seconds = quantized.seconds if isinstance(weight, Quantized) else cpu.seconds
+        one += seconds(weight, 1)
+        several += seconds(weight, num_rows)
     return several < _DEAREST * one
 
 

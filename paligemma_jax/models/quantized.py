@@ -211,6 +211,15 @@ def sums_win(weight: Quantized, num_rows: int) -> bool:
     return cpu.clearly_less(_packed_times(width, num_groups), num_rows)
 
 
+def seconds(weight: Quantized, num_rows: int) -> float:
+    """About how long one row, or `few_rows.MOST`, times a weight that rounds take on a CPU; it may be a shape."""
+    if weight.multiplier is None:
+        return cpu.seconds(weight.values, num_rows)
+    width = weight.shape[1]
+    least = cpu.least_of(_packed_times(width, weight.multiplier.shape[1]), num_rows)
+    return least * weight.size / (width * cpu.num_measured(width // 2))
+
+
 @functools.cache
 def _packed_times(width: int, num_groups: int) -> list[float]:
     """Seconds for one row and for `few_rows.MOST` times a weight in 4 bits by tiles and as sums."""

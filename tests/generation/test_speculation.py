@@ -11,8 +11,8 @@ import pytest
 import paligemma_jax as pj
 from paligemma_jax.generation import engine
 from paligemma_jax.generation.sampling import Sampling, row_keys
-from paligemma_jax.generation.speculation import Hints, decode, generate, guess, hints, outline, wins
-from paligemma_jax.models import cpu
+from paligemma_jax.generation.speculation import Hints, decode, generate, guess, hints, num_guesses, outline
+from paligemma_jax.models import cpu, few_rows, quantized
 from paligemma_jax.processing.image import ImageSettings
 from paligemma_jax.processing.processor import Processor
 from paligemma_jax.tasks.detection import parse
@@ -189,19 +189,30 @@ def test_hints_are_an_outline_and_the_prompt(gemma2, tokenizer):
     assert not hints(tokenizer, prompts[1:]).outlined
 
 
-def test_it_wins_for_one_outlined_row_of_a_large_16_bit_model_where_passes_are_cheap(monkeypatch):
-    def weights(size, dtype="bfloat16"):
+@pytest.mark.parametrize("bits, count", [(16, 7), (8, few_rows.MOST - 1), (4, few_rows.MOST - 1)])
+def test_it_wins_for_one_outlined_row_of_a_large_model_where_passes_are_cheap(monkeypatch, bits, count):
+    def weights(size, dtype="bfloat16", rounds=True):
         weight = jax.ShapeDtypeStruct((size // 2048, 2048), dtype)
+        if bits < 16:
+            weight = quantized.abstract(weight, bits, rounds)
         return {"language_model": {"norm": jnp.ones(2, "bfloat16"), "weight": weight}}
 
-    one, two = (Hints(np.zeros((count, 32), np.int32), KINDS, outlined=True) for count in (1, 2))
-    for times, cheap in (([3.0, 3.0, 1.2, 1.0, 2.0], True), ([1.0, 3.0, 1.4, 2.0, 2.0], False)):
-        monkeypatch.setattr(cpu, "_times", lambda dtype, width, times=times: times)
-        assert wins(weights(2**29), one) == cheap
-        assert not wins(weights(2**29), two)
-        assert not wins(weights(2**29), dataclasses.replace(one, outlined=False))
-        assert not wins(weights(2**28), one)
-        assert not wins(weights(2**30, "int8"), one)
+    one, two = (Hints(np.zeros((rows, 32), np.int32), KINDS, outlined=True) for rows in (1, 2))
+    plain = dataclasses.replace(one, outlined=False)
+    few = {True: [1.1, 3.0, 1.0, 1.2], False: [1.0, 3.0, 1.1, 1.4]}  # one row and several, in one way and the other
+    for cheap, many in ((True, [3.0, 3.0, 1.2, 1.0, 2.0]), (False, [1.0, 3.0, 1.4, 2.0, 2.0])):
+        monkeypatch.setattr(cpu, "_times", lambda dtype, width, times=many: times)
+        monkeypatch.setattr(cpu, "_whole_times", lambda dtype, width, times=few[cheap]: times)
+        monkeypatch.setattr(quantized, "_packed_times", lambda width, groups, times=few[cheap]: times)
+        assert num_guesses(weights(2**29), one, None) == cheap * count
+        assert not any(num_guesses(weights(2**29), known, None) for known in (two, plain))
+        assert num_guesses(weights(2**28), one, None) == num_guesses(weights(2**29), one, False) == 0
+        assert num_guesses(weights(2**28), plain, True) == count
+        if bits == 16:
+            assert not num_guesses(weights(2**29, "float32"), one, None)
+        else:
+            assert num_guesses(weights(2**29, "float32"), one, None) == cheap * count
+            assert not num_guesses(weights(2**29, rounds=False), one, None)
 
 
 def test_decoding_keeps_no_second_copy_of_the_embedding_table(gemma2, random_params, make_inputs, clock, monkeypatch):
