@@ -35,9 +35,7 @@ from paligemma_jax.tasks.classes import class_names
 from paligemma_jax.tasks.detection import NUM_CODES
 
 _NUM_GUESSES = 7  # k: a pass of eight tokens costs what one of four does on CPU (benchmarks/results/speculation.md)
-_NUM_GUESSES_WHOLE = (
-    few_rows.MOST - 1
-)  # in 8 bits, where four rows are little more than one, and eight half as much more
+_NUM_GUESSES_WHOLE = few_rows.MOST - 1  # in 8 bits: four rows cost little more than one, eight half as much again
 _CONTEXT = 24  # tokens back that places are compared: a box, a mask and what stands before them
 _HEAVY = 2**29  # weights of a decoder that a pass spends its time reading
 _DEAREST = 1.3  # pass in products of plain steps: it has other costs too, and gains 1.5 tokens or more (the same table)
