@@ -99,7 +99,7 @@ def test_speculation_changes_no_answer(model, pictures, sampling, monkeypatch):
         assert second.timing.new_tokens == len(second.tokens) and second.timing.decode_ms_per_token > 0
     stream = model.stream(pictures[0], PROMPTS[0], 12, sampling, speculate=True)
     assert "".join(stream) == plain[0].text and same(stream.output, plain[0])
-    monkeypatch.setattr(speculation, "wins", lambda params, hints: hints.outlined)
+    monkeypatch.setattr(speculation, "num_guesses", lambda params, hints, speculate: 3 * hints.outlined)
     assert same(model.generate(pictures[1], PROMPTS[1], 12, sampling)[0], plain[1])
 
 
@@ -177,6 +177,8 @@ def test_joined_weights_give_the_same_answers(model, pictures, tmp_path, monkeyp
     expected = {None: "q_proj+k_proj+v_proj", False: "q_proj+v_proj", True: "v_proj+q_proj"}[order]
     assert expected in whole.params["language_model"]["layers_0"]["self_attn"]
     assert all(map(same, *(loaded.generate(pictures, PROMPTS, 12) for loaded in (apart, whole))))
+    guessed = whole.generate(pictures[:1], PROMPTS[1:2], 12, speculate=True)
+    assert all(map(same, guessed, whole.generate(pictures[:1], PROMPTS[1:2], 12, speculate=False)))
     traces = [loaded.trace(pictures[0], PROMPTS[0], "a red circle") for loaded in (apart, whole)]
     np.testing.assert_allclose(traces[1].hidden, traces[0].hidden, rtol=1e-4, atol=1e-4)
 
