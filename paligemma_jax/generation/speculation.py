@@ -38,7 +38,8 @@ _NUM_GUESSES = 7  # k: a pass of eight tokens costs what one of four does on CPU
 _NUM_GUESSES_WHOLE = few_rows.MOST - 1  # in 8 bits: four rows cost little more than one, eight half as much again
 _CONTEXT = 24  # tokens back that places are compared: a box, a mask and what stands before them
 _HEAVY = 2**29  # weights of a decoder that a pass spends its time reading
-_DEAREST = 1.3  # pass in products of plain steps: it has other costs too, and gains 1.5 tokens or more (the same table)
+_DEAREST = 1.3  # pass in products of plain steps: it has other costs too, and gains 1.6 tokens or more (the same table)
+_DEAREST_WHOLE = 1.5  # in 8 bits: it gains 1.5 tokens or more, and costs less than that with much in common
 _BOX = "<loc0512>" * 4
 _OBJECTS = {"detect": _BOX, "segment": _BOX + "<seg064>" * NUM_CODES}  # what stands before a label, by task
 
@@ -108,14 +109,14 @@ def num_guesses(params: engine.Params, hints: Hints, speculate: bool | None) -> 
     on_cpu = jax.default_backend() == "cpu"
     weights = jax.tree.leaves(params["language_model"], is_leaf=lambda x: isinstance(x, Quantized))
     whole = on_cpu and any(isinstance(x, Quantized) and x.rounds for x in weights)
-    count = _NUM_GUESSES_WHOLE if whole else _NUM_GUESSES
-    if speculate or (on_cpu and len(hints.text) == 1 and hints.outlined and _is_cheap(weights, 1 + count)):
+    count, dearest = (_NUM_GUESSES_WHOLE, _DEAREST_WHOLE) if whole else (_NUM_GUESSES, _DEAREST)
+    if speculate or (on_cpu and len(hints.text) == 1 and hints.outlined and _is_cheap(weights, 1 + count, dearest)):
         return count
     return 0
 
 
-def _is_cheap(weights: list[Weight], num_rows: int) -> bool:
-    """Whether so many rows take little more time than one."""
+def _is_cheap(weights: list[Weight], num_rows: int, dearest: float) -> bool:
+    """Whether products of so many rows take less than `dearest` times those of one, and most of a pass."""
     weights = [x for x in weights if len(x.shape) == 2]
     if sum(x.size for x in weights) < _HEAVY:
         return False
@@ -126,7 +127,7 @@ def _is_cheap(weights: list[Weight], num_rows: int) -> bool:
         seconds = quantized.seconds if isinstance(weight, Quantized) else cpu.seconds
         one += seconds(weight, 1)
         several += seconds(weight, num_rows)
-    return several < _DEAREST * one
+    return several < dearest * one
 
 
 def guess(text: jax.Array, length: jax.Array, leftover: jax.Array, kinds: Kinds) -> jax.Array:
