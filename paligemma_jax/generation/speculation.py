@@ -39,7 +39,7 @@ _NUM_GUESSES_WHOLE = few_rows.MOST - 1  # in 8 bits: four rows cost little more 
 _CONTEXT = 24  # tokens back that places are compared: a box, a mask and what stands before them
 _HEAVY = 2**29  # weights of a decoder that a pass spends its time reading
 _DEAREST = 1.3  # pass in products of plain steps: it has other costs too, and gains 1.6 tokens or more (the same table)
-_DEAREST_WHOLE = 1.5  # in 8 bits: it gains 1.5 tokens or more, and costs less than that with much in common
+_DEAREST_WHOLE = 1.5  # in 8 bits: it gains 1.5 tokens or more; what it does besides products takes as long for one row
 _BOX = "<loc0512>" * 4
 _OBJECTS = {"detect": _BOX, "segment": _BOX + "<seg064>" * NUM_CODES}  # what stands before a label, by task
 
