@@ -41,7 +41,7 @@ from paligemma_jax.training.questions import Question, caption, sample_answer, s
 
 ROOT = Path(__file__).resolve().parents[1]
 _SEED = 20_000_000  # of the evaluation's scenes
-TASKS = ("caption", "answer", "detect", "segment")
+_TASKS = ("caption", "answer", "detect", "segment")
 _CHUNK = 2  # passes between two looks at what is done, as the pipeline has it on CPU
 _HEADER = """# Speculation
 
@@ -194,7 +194,7 @@ def main() -> int:
     parser.add_argument("--name", help="what the tables call it; by default its variant, or its directory")
     parser.add_argument("--dtype", default="float32", choices=("bfloat16", "float16", "float32"))
     parser.add_argument("--scenes", default=32, type=int)
-    parser.add_argument("--tasks", default=TASKS, choices=TASKS, nargs="+", help="what is asked")
+    parser.add_argument("--tasks", default=_TASKS, choices=_TASKS, nargs="+", help="what is asked")
     parser.add_argument("--guesses", default=[7], type=int, nargs="+", help="how many; several are compared")
     parser.add_argument("--max_new_tokens", default=128, type=int)
     parser.add_argument("--temperature", default=0.0, type=float)

@@ -96,7 +96,7 @@ class PaliGemma:
           batch_size: rows that run at once, fewer where prompts are so long that memory would run out; more are run
             in turn.
           speculate: guess some tokens ahead, and check them all at once: the same answers, faster or slower. None
-            leaves it to `speculation.num_guesses`.
+            leaves it to `speculation.choose_num_guesses`.
           constrain: answers to `detect` and `segment` prompts can be nothing but objects with the labels asked for, or
             empty; see `generation.grammar`. Other prompts are answered freely.
 

@@ -99,7 +99,7 @@ def test_speculation_changes_no_answer(model, pictures, sampling, monkeypatch):
         assert second.timing.new_tokens == len(second.tokens) and second.timing.decode_ms_per_token > 0
     stream = model.stream(pictures[0], PROMPTS[0], 12, sampling, speculate=True)
     assert "".join(stream) == plain[0].text and same(stream.output, plain[0])
-    monkeypatch.setattr(speculation, "num_guesses", lambda params, hints, speculate: 3 * hints.outlined)
+    monkeypatch.setattr(speculation, "choose_num_guesses", lambda params, hints, speculate: 3 * hints.outlined)
     assert same(model.generate(pictures[1], PROMPTS[1], 12, sampling)[0], plain[1])
 
 

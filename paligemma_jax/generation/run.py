@@ -74,7 +74,7 @@ class Run:
         keys = keys[np.resize(np.arange(len(keys)), len(inputs.tokens))]  # those of the padding do not matter
         arguments = (params, self.config, inputs, keys, rule, *limits)
         hints = speculation.hints(self.tokenizer, prompts)
-        if num_guesses := speculation.num_guesses(params, hints, choosing.speculate):
+        if num_guesses := speculation.choose_num_guesses(params, hints, choosing.speculate):
             return speculation.generate(*arguments, hints, num_guesses)
         return engine.generate(*arguments)
 

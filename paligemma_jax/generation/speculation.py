@@ -98,7 +98,7 @@ def hints(tokenizer: Tokenizer, prompts: Sequence[str]) -> Hints:
     return Hints(text, tuple((start, start + count) for start, count in ranges), any(expected))
 
 
-def num_guesses(params: engine.Params, hints: Hints, speculate: bool | None) -> int:
+def choose_num_guesses(params: engine.Params, hints: Hints, speculate: bool | None) -> int:
     """How many tokens to guess at each pass if asked to speculate, or not: 0; None leaves it to what wins.
 
     That is for one answer with boxes of a large model in 16 bits or fewer, on a CPU with cheap passes. How cheap they
@@ -116,7 +116,7 @@ def num_guesses(params: engine.Params, hints: Hints, speculate: bool | None) -> 
 
 
 def _is_cheap(weights: list[Weight], num_rows: int, dearest: float) -> bool:
-    """Whether products of so many rows take less than `dearest` times those of one, and most of a pass."""
+    """Whether products are most of a pass, and those of so many rows take less than `dearest` times those of one."""
     weights = [x for x in weights if len(x.shape) == 2]
     if sum(x.size for x in weights) < _HEAVY:
         return False
@@ -250,7 +250,7 @@ def generate(
     chunk: int,
     clock: Clock,
     hints: Hints,
-    num_guesses: int = _NUM_GUESSES,
+    num_guesses: int,
 ) -> Iterator[engine.Chunk]:
     """The answers of `engine.generate` as they come.
 

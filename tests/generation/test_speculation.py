@@ -11,7 +11,7 @@ import pytest
 import paligemma_jax as pj
 from paligemma_jax.generation import engine
 from paligemma_jax.generation.sampling import Sampling, row_keys
-from paligemma_jax.generation.speculation import Hints, decode, generate, guess, hints, num_guesses, outline
+from paligemma_jax.generation.speculation import Hints, choose_num_guesses, decode, generate, guess, hints, outline
 from paligemma_jax.models import cpu, few_rows, quantized
 from paligemma_jax.processing.image import ImageSettings
 from paligemma_jax.processing.processor import Processor
@@ -204,15 +204,15 @@ def test_it_wins_for_one_outlined_row_of_a_large_model_where_passes_are_cheap(mo
         monkeypatch.setattr(cpu, "_times", lambda dtype, width, times=many: times)
         monkeypatch.setattr(cpu, "_whole_times", lambda dtype, width, times=few[cheap]: times)
         monkeypatch.setattr(quantized, "_packed_times", lambda width, groups, times=few[cheap]: times)
-        assert num_guesses(weights(2**29), one, None) == cheap * count
-        assert not any(num_guesses(weights(2**29), known, None) for known in (two, plain))
-        assert num_guesses(weights(2**28), one, None) == num_guesses(weights(2**29), one, False) == 0
-        assert num_guesses(weights(2**28), plain, True) == count
+        assert choose_num_guesses(weights(2**29), one, None) == cheap * count
+        assert not any(choose_num_guesses(weights(2**29), known, None) for known in (two, plain))
+        assert choose_num_guesses(weights(2**28), one, None) == choose_num_guesses(weights(2**29), one, False) == 0
+        assert choose_num_guesses(weights(2**28), plain, True) == count
         if bits == 16:
-            assert not num_guesses(weights(2**29, "float32"), one, None)
+            assert not choose_num_guesses(weights(2**29, "float32"), one, None)
         else:
-            assert num_guesses(weights(2**29, "float32"), one, None) == cheap * count
-            assert not num_guesses(weights(2**29, rounds=False), one, None)
+            assert choose_num_guesses(weights(2**29, "float32"), one, None) == cheap * count
+            assert not choose_num_guesses(weights(2**29, rounds=False), one, None)
 
 
 def test_decoding_keeps_no_second_copy_of_the_embedding_table(gemma2, random_params, make_inputs, clock, monkeypatch):

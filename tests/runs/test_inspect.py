@@ -85,7 +85,14 @@ def test_only_what_is_asked_for(inspect, generate, tmp_path):
     assert f"attention of the answer, layer 2, head 1: {peak}" in out.splitlines()
 
 
-@pytest.mark.parametrize("keys", [{"constrain": True, "speculate": "on"}, {"num_beams": 2}])
+@pytest.mark.parametrize(
+    "keys",
+    [
+        pytest.param({"constrain": True}, marks=pytest.mark.slow),
+        {"constrain": True, "speculate": "on"},
+        {"num_beams": 2},
+    ],
+)
 def test_the_answer_is_that_of_generate(inspect, generate, keys):
     plain = inspect(maps="norms", max_new_tokens=12)[1].splitlines()[0]
     status, out, _ = inspect(maps="norms", max_new_tokens=12, **keys)
