@@ -10,6 +10,7 @@ from paligemma_jax.checkpoints.mask_vae import load_mask_vae, save_mask_vae
 from paligemma_jax.errors import CheckpointError
 from paligemma_jax.models import mask_vae
 from paligemma_jax.models.mask_vae import MaskVAE, MaskVAEConfig
+from tests.formulas import MaskFormulas
 
 SMALL = MaskVAEConfig(encoder_widths=(3, 5, 6, 8), decoder_widths=(9, 7, 6, 4, 5), code_width=10, num_codes=12)
 
@@ -73,6 +74,33 @@ def test_training_pass_decodes_the_codes_and_lets_gradients_straight_through(par
     gradients = jax.jit(jax.grad(lambda p: jnp.mean(run(p)[0] ** 2)))(params)
     assert all(np.any(np.asarray(leaf)) for leaf in jax.tree.leaves(gradients["encoder"]["down_0"]))
     assert not np.any(np.asarray(gradients["codebook"]))
+
+
+def test_it_is_that_of_the_formulas(tmp_path):
+    """From a file by hand: with biases, which `init_params` leaves at zero, and kernels without any symmetry."""
+    rng, arrays = np.random.default_rng(0), {}
+    enter, leave, width = SMALL.encoder_widths, SMALL.decoder_widths, SMALL.code_width
+    kernels = {f"encoder.{2 * i}": (b, a, 4, 4) for i, (a, b) in enumerate(itertools.pairwise((1, *enter)))}
+    kernels |= {f"decoder.{4 + 2 * i}": (a, b, 4, 4) for i, (a, b) in enumerate(itertools.pairwise(leave))}
+    for stem, channels in (("encoder.8", enter[-1]), ("encoder.9", enter[-1]), ("decoder.2", 9), ("decoder.3", 9)):
+        kernels |= {f"{stem}.net.{2 * i}": (channels, channels, size, size) for i, size in enumerate((3, 3, 1))}
+    kernels |= {"encoder.10": (width, enter[-1], 1, 1), "decoder.0": (leave[0], width, 1, 1)}
+    kernels["decoder.12"] = (1, leave[-1], 1, 1)
+    for name, shape in kernels.items():
+        outputs = shape[1] if name in ("decoder.4", "decoder.6", "decoder.8", "decoder.10") else shape[0]
+        arrays[f"{name}.weight"] = rng.normal(size=shape) * 2 * np.prod(shape[1:]) ** -0.5
+        arrays[f"{name}.bias"] = rng.normal(size=outputs) * 0.3
+    arrays["_vq_vae._embedding"] = rng.normal(size=(SMALL.num_codes, width))
+    arrays = {name: array.astype(np.float32) for name, array in arrays.items()}
+    np.savez(tmp_path / "vae.npz", **arrays)
+    params, formulas = load_mask_vae(tmp_path / "vae.npz"), MaskFormulas(arrays)
+    masks = np.zeros((3, 64, 64), np.float32)
+    masks[0, 5:40, 10:60], masks[1, 30:, :20], masks[2] = 1, 0.75, rng.random((64, 64))
+    codes = rng.integers(0, SMALL.num_codes, (3, 16), np.int32)
+    np.testing.assert_array_equal(mask_vae.encode(params, masks), [formulas.encode(mask) for mask in masks])
+    decoded = np.stack([formulas.decode(row) for row in codes])
+    np.testing.assert_allclose(mask_vae.decode(params, codes), decoded, atol=1e-4)
+    assert decoded.std() > 0.05, "masks this even would hide a mistake"
 
 
 @pytest.mark.parametrize("dtype", [np.float16, np.float32])
