@@ -54,22 +54,23 @@ class Embedded:
         """Whether there is anything to do."""
         return bool(self._file) or self._loaded is not None
 
-    def soft_tokens(self, model: pj.PaliGemma, pictures: Sequence[Image.Image]) -> jax.Array | None:
-        """Soft tokens [I, N, D] to use for the next pictures of the run; None leaves them to the model."""
-        if not self.asked:
+    def soft_tokens(self, model: pj.PaliGemma, pictures: Sequence[Image.Image | None]) -> jax.Array | None:
+        """Soft tokens [I, N, D] to use for the next pictures of the run; None leaves them to the model.
+
+        A picture that could not be read is None, and has none.
+        """
+        places = [self._used + i for i, picture in enumerate(pictures) if picture is not None]
+        self._used += len(pictures)
+        self._skipped += len(pictures) - len(places)
+        if not (self.asked and places):
             return None
         own = None
         if self._file:
-            own = model.embed_image(list(pictures), projected=self._projected)
+            readable = [picture for picture in pictures if picture is not None]
+            own = model.embed_image(readable, projected=self._projected)
             self._saved.append(np.asarray(own, np.float32))
-        given = own if self._loaded is None else self._loaded[self._used : self._used + len(pictures)]
-        self._used += len(pictures)
+        given = own if self._loaded is None else self._loaded[places]
         return jnp.asarray(given) if self._projected else model.project(given)
-
-    def skip(self) -> None:
-        """Leave out a picture that could not be read."""
-        self._used += 1
-        self._skipped += 1
 
     def close(self) -> None:
         """Write the file, and say what is in it."""

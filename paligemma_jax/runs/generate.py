@@ -74,11 +74,11 @@ def run(config: ConfigDict) -> int:
             bar.clear()
             for problem in (item for item in group if isinstance(item, ImageError)):
                 note(f"error: {problem}")
-                embedded.skip()
                 failed += 1
             sources = [source for source in group if isinstance(source, Source)]
+            pictures = [source.image if isinstance(source, Source) else None for source in group]
+            soft_tokens = embedded.soft_tokens(model, pictures)
             if sources:
-                soft_tokens = embedded.soft_tokens(model, [source.image for source in sources])
                 _answer(model, sources, asked, soft_tokens, config, sampling, results)
             bar.update(len(group))
         embedded.close()  # at the end only: what a stopped run has is not worth the file that may be there
