@@ -1,12 +1,14 @@
 """A checkpoint directory with random weights, pictures, and the command line in this process."""
 
 import dataclasses
+import inspect
 import io
 import itertools
 import sys
 import warnings
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -15,8 +17,7 @@ from PIL import Image
 
 import paligemma_jax as pj
 from paligemma_jax.checkpoints.mask_vae import save_mask_vae
-from paligemma_jax.generation.clock import Timing
-from paligemma_jax.generation.output import Output, TextStream
+from paligemma_jax.errors import CheckpointError
 from paligemma_jax.models import mask_vae
 from paligemma_jax.processing.image import ImageSettings
 from paligemma_jax.processing.processor import Processor
@@ -89,33 +90,72 @@ def refused(generate):
     return run
 
 
+def _recorded(name: str, calls: list[dict[str, Any]], act: Callable[[dict[str, Any]], Any]) -> Callable[..., Any]:
+    """A method of the model with the real one's parameters, which notes what each is and does something else."""
+    signature = inspect.signature(getattr(pj.PaliGemma, name))
+
+    def method(*args: object, **options: object) -> Any:
+        bound = signature.bind(*args, **options)  # an argument that the real one lacks is a TypeError
+        bound.apply_defaults()
+        calls.append(dict(bound.arguments))
+        return act(calls[-1])
+
+    return method
+
+
 @pytest.fixture
 def answer_with(monkeypatch):
     """answer_with(text): from now on models say this, or what a function makes of the prompt.
 
-    Each token has probability 1/2.
+    Each token has probability 1/2; another function makes log-probabilities, `near` and `expected` of the tokens.
+    Returns the list of calls to come, each the arguments by their names, those left out too.
     """
 
-    def patch(text: str | Callable[[str], str]) -> None:
-        say = text if callable(text) else lambda prompt: text
+    def even(tokens: np.ndarray) -> tuple[np.ndarray, ...]:
+        half = np.full(len(tokens), 0.5)
+        return np.log(half), half, half
 
-        def output(model: pj.PaliGemma, prompt: str) -> Output:
+    def patch(
+        text: str | Callable[[str], str], odds: Callable[[np.ndarray], tuple[np.ndarray, ...]] = even
+    ) -> list[dict[str, Any]]:
+        say = text if callable(text) else lambda prompt: text
+        calls: list[dict[str, Any]] = []
+
+        def output(model: pj.PaliGemma, prompt: str) -> pj.Output:
             said = say(prompt)
             tokens = np.array([*model.processor.tokenizer.encode(said), model.config.eos_token_id])
-            timing = Timing(0.0, 1.0, 2.0, len(tokens))
-            even = np.full(len(tokens), 0.5)
-            return Output(said, tokens, np.log(even), "eos", timing, even, even)
+            logprobs, near, expected = odds(tokens)
+            return pj.Output(said, tokens, logprobs, "eos", pj.Timing(3.0, 1.0, 2.0, len(tokens)), near, expected)
 
-        def generate(model: pj.PaliGemma, images: list, prompts: list[str], *args, **kw) -> list[Output]:
-            return [output(model, prompt) for _, prompt in zip(images, prompts, strict=True)]
+        def generate(asked: dict[str, Any]) -> list[pj.Output]:
+            prompts = [asked["prompts"]] if isinstance(asked["prompts"], str) else asked["prompts"]
+            assert not isinstance(asked["images"], list) or len(asked["images"]) == len(prompts)
+            return [output(asked["self"], prompt) for prompt in prompts]
 
-        def stream(model: pj.PaliGemma, image: object, prompt: str, *args, **kw) -> TextStream:
-            return TextStream(iter([say(prompt), output(model, prompt)]))
+        def stream(asked: dict[str, Any]) -> pj.TextStream:
+            return pj.TextStream(iter([say(asked["prompt"]), output(asked["self"], asked["prompt"])]))
 
-        monkeypatch.setattr(pj.PaliGemma, "generate", generate)
-        monkeypatch.setattr(pj.PaliGemma, "stream", stream)
+        monkeypatch.setattr(pj.PaliGemma, "generate", _recorded("generate", calls, generate))
+        monkeypatch.setattr(pj.PaliGemma, "stream", _recorded("stream", calls, stream))
+        monkeypatch.setattr(pj.PaliGemma, "compile", _recorded("compile", [], lambda asked: None))  # all in vain
+        return calls
 
     return patch
+
+
+@pytest.fixture
+def loaded_with(monkeypatch):
+    """What models are loaded with from now on, by the names of `load`'s parameters; none is: the run ends with 1."""
+    signature, calls = inspect.signature(pj.load), []
+
+    def load(*args: object, **options: object) -> pj.PaliGemma:
+        bound = signature.bind(*args, **options)
+        bound.apply_defaults()
+        calls.append(dict(bound.arguments))
+        raise CheckpointError("enough")
+
+    monkeypatch.setattr(pj, "load", load)
+    return calls
 
 
 @pytest.fixture

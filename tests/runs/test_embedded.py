@@ -1,5 +1,6 @@
 """Embeddings that a run saves or is given, and config.run=swap."""
 
+import inspect
 import json
 
 import numpy as np
@@ -60,10 +61,16 @@ def swap(main, checkpoint, pictures, tmp_path):
 
 @pytest.mark.parametrize("stage", ["projected", "features"])
 def test_four_runs_and_their_variations(swap, tmp_path, stage, monkeypatch):
-    """The answer is the mean of the embeddings: a random model would say the same of both."""
+    """Own and other_image's embeddings, a box of them, and what they are when mix and bits change them.
 
-    def generate(model, images, prompts, limit, sampling, embeddings, batch_size, **options):
-        return [pj.Output(f"{x.mean():.5f}", *[None] * 6) for x in np.asarray(embeddings)]
+    The answer is the mean of the embeddings: a random model would say the same of both.
+    """
+    signature = inspect.signature(pj.PaliGemma.generate)
+
+    def generate(*args, **options):
+        asked = signature.bind(*args, **options).arguments
+        assert asked["images"] is None and len(asked["prompts"]) == len(asked["image_embeddings"])
+        return [pj.Output(f"{x.mean():.5f}", *[None] * 6) for x in np.asarray(asked["image_embeddings"])]
 
     load, told = pj.load, []
     monkeypatch.setattr(pj, "load", lambda *args, **kw: told.append(kw["batch_size"]) or load(*args, **kw))

@@ -1,0 +1,107 @@
+"""Each key of each config file has a test that shows what another value than the default changes.
+
+The table names it; a new key without one, and a test that does not know its key, are errors. Those of make_tiny have a
+single test, which knows them all by their recipe.
+"""
+
+import ast
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+
+_HERE, _OBJECTS, _GENERATE = "runs/test_options.py", "runs/test_generate_objects.py", "runs/test_generate.py"
+_TOLD, _LOADED = (
+    f"{_HERE}::test_how_an_answer_is_made_is_told_to_the_model",
+    f"{_HERE}::test_what_is_loaded_is_what_the_config_says",
+)
+_FINETUNE = "training/test_finetune_options.py"
+COMMON = {
+    "run": "runs/test_command_line.py::test_a_config_for_another_run_is_one_line",
+    "checkpoint": _LOADED,
+    "hub_id": "runs/test_command_line.py::test_a_local_copy_of_a_published_model_is_used",
+    "dtype": _LOADED,
+    "platform": f"{_HERE}::test_platform_and_compilation_cache_are_told_to_jax",
+    "seed": _TOLD,
+    "compilation_cache": f"{_HERE}::test_platform_and_compilation_cache_are_told_to_jax",
+}
+BASE = COMMON | {
+    "quantization": _LOADED,
+    "resample": f"{_GENERATE}::test_resampling_can_be_chosen",
+    "mask_vae": f"{_HERE}::test_masks_are_those_of_the_named_decoder",
+    "image": f"{_HERE}::test_the_prompt_and_the_image_are_those_asked_about",
+    "video_fps": "runs/test_generate_video.py::test_one_result_per_frame",
+    "prompt": f"{_HERE}::test_the_prompt_and_the_image_are_those_asked_about",
+    "prompts_file": f"{_GENERATE}::test_folder_with_a_prompts_file",
+    "split_classes": f"{_OBJECTS}::test_classes_asked_one_by_one_are_reported_together",
+    "max_new_tokens": _TOLD,
+    "batch_size": f"{_HERE}::test_answers_are_worked_out_by_batch_size",
+    **dict.fromkeys(("temperature", "top_k", "top_p", "min_p", "num_beams", "constrain"), _TOLD),
+    "speculate": f"{_HERE}::test_speculate_is_on_off_or_left_to_the_model",
+    "format": f"{_GENERATE}::test_json_record",
+    "stream": f"{_GENERATE}::test_speculation_can_be_asked_for",
+    "min_score": f"{_HERE}::test_objects_of_low_score_or_much_overlap_are_left_out",
+    "nms": f"{_HERE}::test_objects_of_low_score_or_much_overlap_are_left_out",
+    "export": f"{_OBJECTS}::test_coco_files",
+    "output_dir": f"{_GENERATE}::test_boxes_and_masks_are_drawn_and_listed",
+    "save_embeddings": "runs/test_embedded.py::test_saved_is_what_the_pictures_gave_and_answered_what_was_loaded",
+    "load_embeddings": "runs/test_embedded.py::test_saved_is_what_the_pictures_gave_and_answered_what_was_loaded",
+    "embeddings": "runs/test_embedded.py::test_what_was_saved_stands_for_its_picture",
+    "profile": f"{_GENERATE}::test_a_profile_is_written_and_announced",
+    "loc_scale": f"{_HERE}::test_loc_scale_is_the_far_edge",
+    **dict.fromkeys(("measure", "data", "num_scenes", "scenes_seed"), f"{_HERE}::test_measure_is_answers_or_pointing"),
+    "output": "runs/test_evaluate.py::test_prints_a_table_and_writes_json",
+}
+_MAPS, _SWAP = (
+    "runs/test_inspect.py::test_only_what_is_asked_for",
+    "runs/test_embedded.py::test_four_runs_and_their_variations",
+)
+COVERED = {
+    "tiny": BASE,
+    "inspect": BASE
+    | {
+        "answer": "runs/test_inspect.py::test_every_map_is_written_as_a_picture_and_a_plain_array",
+        "report": "runs/test_inspect.py::test_every_map_is_written_as_a_picture_and_a_plain_array",
+        **dict.fromkeys(("maps", "layer", "head"), _MAPS),
+        "text": "runs/test_inspect.py::test_the_text_of_the_similarity",
+        "words": f"{_HERE}::test_words_is_how_many_are_named",
+        **dict.fromkeys(("occlusion_size", "occlusion_way"), f"{_HERE}::test_occlusion_hides_as_it_is_told"),
+        "embeddings_file": "runs/test_inspect.py::test_a_file_of_embeddings_needs_no_model",
+    },
+    "swap": BASE | dict.fromkeys(("other_image", "box", "mix", "bits"), _SWAP),
+    "finetune": COMMON
+    | dict.fromkeys(
+        ("learning_rate", "warmup_fraction", "weight_decay", "b2", "clip_norm"),
+        f"{_FINETUNE}::test_the_optimizer_is_that_of_the_recipe",
+    )
+    | dict.fromkeys(("data", "image_root", "epochs", "batch_size", "text_length", "seed"), f"{_FINETUNE}::test_batches")
+    | dict.fromkeys(("output_dir", "log_every", "save_every"), f"{_FINETUNE}::test_the_loop")
+    | {"label_smoothing": f"{_FINETUNE}::test_the_loss", "dtype": f"{_FINETUNE}::test_the_weights"},
+}
+
+
+@pytest.mark.parametrize("name", COVERED)
+def test_every_key_has_a_test_that_knows_it(name, main, monkeypatch):
+    """The test exists, and names the key."""
+    seen = []
+    for run in ("generate", "inspect", "swap", "train"):
+        monkeypatch.setattr(f"paligemma_jax.runs.{run}.run", lambda config: seen.append(set(config)) or 0)
+    assert main(f"--config=configs/{name}.py", "--config.compilation_cache=false")[0] == 0
+    assert seen == [set(COVERED[name])]
+    for key, test in COVERED[name].items():
+        file, _, function = test.partition("::")
+        text = (ROOT / "tests" / file).read_text(encoding="utf-8")
+        [node] = [item for item in ast.parse(text).body if getattr(item, "name", "") == function]
+        first = min(line.lineno for line in (node, *node.decorator_list))
+        source = "\n".join(text.splitlines()[first - 1 : node.end_lineno])
+        assert re.search(rf"\b{key}\b", source), (key, test)
+
+
+@pytest.mark.parametrize("name", ["mix224", "mix448", "pt224", "pt448", "pt896"])
+def test_configs_of_published_models_have_the_same_keys(name, main, monkeypatch):
+    seen = []
+    monkeypatch.setattr("paligemma_jax.runs.generate.run", lambda config: seen.append(set(config)) or 0)
+    assert main(f"--config=configs/{name}.py", "--config.compilation_cache=false")[0] == 0
+    assert seen == [set(COVERED["tiny"])]

@@ -1,0 +1,177 @@
+"""Every key of configs/finetune.py changes what it should: batches, loss, optimizer and loop, without any training."""
+
+import inspect
+import json
+import warnings
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from PIL import Image
+
+from paligemma_jax.runs import command_line
+from paligemma_jax.training import finetune
+from paligemma_jax.training.finetune import Recipe, make_optimizer
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> Path:
+    """Six examples whose pictures are in a folder of their own."""
+    folder = tmp_path_factory.mktemp("data")
+    (folder / "pictures").mkdir()
+    lines = []
+    for i in range(6):
+        Image.new("RGB", (30, 20), (40 * i,) * 3).save(folder / "pictures" / f"{i}.png")
+        lines.append({"image": f"{i}.png", "prefix": "caption en", "suffix": f"{i} stars"})
+    (folder / "data.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    return folder
+
+
+@pytest.fixture
+def planned(checkpoint, data, monkeypatch, tmp_path):
+    """planned(KEY=VALUE, ...): what would be trained, by the names of the parameters of `fit` and `suffix_loss`."""
+    plans = []
+
+    def recorded(name: str, result) -> None:
+        signature = inspect.signature(getattr(finetune, name))
+
+        def call(*args, **options):
+            bound = signature.bind(*args, **options)
+            bound.apply_defaults()
+            plans[-1][name] = dict(bound.arguments)
+            return result(bound.arguments)
+
+        monkeypatch.setattr(finetune, name, call)
+
+    recorded("suffix_loss", lambda given: (jnp.zeros(()), {}))
+    recorded("make_step", lambda given: given["loss_fn"](None, None))
+    recorded("fit", lambda given: given["state"])
+
+    def run(**keys) -> dict:
+        plans.append({})
+        defaults = {"checkpoint": checkpoint, "data": data / "data.jsonl", "image_root": data / "pictures"}
+        defaults |= {"output_dir": tmp_path / "tuned", "batch_size": 2, "epochs": 1, "compilation_cache": False}
+        arguments = [f"--config.{key}={value}" for key, value in (defaults | keys).items()]
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", r"the load_module\(\)", DeprecationWarning)  # in ml_collections
+            assert command_line.main(["--config=configs/finetune.py", *arguments], ROOT / "configs" / "tiny.py") == 0
+        return plans[-1]
+
+    return run
+
+
+def test_batches(planned, data):
+    """data, image_root, epochs, batch_size, text_length and seed."""
+    plain, more = planned(), planned(epochs=3, batch_size=3, text_length=40)
+    for plan, steps, rows, texts in ((plain, 3, 2, 128), (more, 6, 3, 40)):
+        fit = plan["fit"]
+        assert fit["num_steps"] == steps
+        batch = fit["batch_at"](0)
+        assert batch["tokens"].shape == (rows, texts + 16) and len(batch["pixels"]) == rows
+
+    def order(seed: int) -> list[float]:
+        """The pictures by their brightness: all of them, once."""
+        batch_at = planned(seed=seed)["fit"]["batch_at"]
+        return [float(pixels.mean()) for step in range(3) for pixels in batch_at(step)["pixels"]]
+
+    first, again, second = order(0), order(0), order(1)
+    assert first == again != second and sorted(first) == sorted(second) and len(set(first)) == 6
+    line = (data / "data.jsonl").read_text().splitlines()[5]
+    (data / "pictures" / "one.jsonl").write_text(line)
+    one = planned(data=data / "pictures" / "one.jsonl", image_root="", batch_size=1)["fit"]  # beside the file itself
+    assert one["num_steps"] == 1 and float(one["batch_at"](0)["pixels"].mean()) == max(first)
+
+
+def test_the_loop(planned, tmp_path):
+    """output_dir, log_every and save_every."""
+    plain, often = planned()["fit"], planned(output_dir=tmp_path / "b", log_every=3, save_every=7)["fit"]
+    assert [(fit["log_every"], fit["save_every"]) for fit in (plain, often)] == [(10, 500), (3, 7)]
+    for fit, name in ((plain, "tuned"), (often, "b")):
+        assert Path(fit["checkpoints"].directory) == tmp_path / name / "checkpoints"
+        assert (tmp_path / name / "model.safetensors").is_file()
+
+
+def test_the_loss(planned):
+    """label_smoothing; the formula itself is tested with the loss."""
+    assert [planned(**keys)["suffix_loss"]["label_smoothing"] for keys in ({}, {"label_smoothing": 0.2})] == [0.0, 0.2]
+
+
+def test_the_weights(planned):
+    """dtype: of the parameters, and so of the optimizer's state."""
+    for keys, dtype in (({}, jnp.float32), ({"dtype": "bfloat16"}, jnp.bfloat16)):
+        state = planned(**keys)["fit"]["state"]
+        moments = [leaf for leaf in jax.tree.leaves(state.opt_state) if leaf.ndim]
+        assert {leaf.dtype for leaf in [*jax.tree.leaves(state.params), *moments]} == {jnp.dtype(dtype)}
+
+
+RECIPES = {
+    "plain": {},
+    "learning_rate": {"learning_rate": 0.25},
+    "warmup_fraction": {"warmup_fraction": 0.5},
+    "weight_decay": {"weight_decay": 0.0},
+    "b2": {"b2": 0.5},
+    "clip_norm": {"clip_norm": 1.0},
+}
+
+
+def _adam(recipe: Recipe, num_steps: int, start: np.ndarray, gradients: np.ndarray) -> np.ndarray:
+    """Parameters [n] after some steps: clipping, Adam with bias correction, a warm-up to a cosine, decay of entry 0."""
+    warmup = round(recipe.warmup_fraction * num_steps)
+    params, first, second = start.astype(np.float64), np.zeros(len(start)), np.zeros(len(start))
+    for step, gradient in enumerate(gradients):
+        gradient = gradient * min(1.0, recipe.clip_norm / np.linalg.norm(gradient))
+        first = 0.9 * first + 0.1 * gradient
+        second = recipe.b2 * second + (1 - recipe.b2) * gradient**2
+        height = step / warmup if step < warmup else (1 + np.cos(np.pi * (step - warmup) / (num_steps - warmup))) / 2
+        adam = first / (1 - 0.9 ** (step + 1)) / (np.sqrt(second / (1 - recipe.b2 ** (step + 1))) + 1e-8)
+        decay = np.zeros(len(start))
+        decay[0] = recipe.weight_decay * params[0]
+        params = params - height * (recipe.learning_rate * adam + decay)
+    return params
+
+
+def test_the_optimizer_is_that_of_the_recipe(monkeypatch, planned):
+    """learning_rate, warmup_fraction, weight_decay, b2 and clip_norm, against Adam written by hand."""
+    start = np.array([2.0, -1.0, 0.5], np.float32)
+    gradients = np.array([[3.0, -0.5, 1.0], [-1.0, 2.0, 0.25], [0.5, 0.5, -4.0], [2.0, 1.0, 1.0]], np.float32)
+
+    def tree(values: np.ndarray) -> dict:
+        """Entry 0 is a kernel of the projector, which decays, 1 its bias and 2 a kernel of the decoder."""
+        linear = {"weight": values[:1].reshape(1, 1), "bias": values[1:2]}
+        return {
+            "multi_modal_projector": {"linear": linear},
+            "language_model": {"a": {"weight": values[2:].reshape(1, 1)}},
+        }
+
+    ends = {}
+    for name, changed in RECIPES.items():
+        keys = {
+            "learning_rate": 0.1,
+            "weight_decay": 0.05,
+            "b2": 0.9,
+            "clip_norm": 2.5,
+            "warmup_fraction": 0.25,
+        } | changed
+        recipe = Recipe(**keys)
+        optimizer = make_optimizer(recipe, num_steps=8)
+        params = tree(start)
+        state = optimizer.init(params)
+        for gradient in gradients:
+            updates, state = optimizer.update(tree(gradient), state, params)
+            params = jax.tree.map(np.add, params, updates)
+        linear = params["multi_modal_projector"]["linear"]
+        ends[name] = np.concatenate([linear["weight"][0], linear["bias"], params["language_model"]["a"]["weight"][0]])
+        np.testing.assert_allclose(ends[name], _adam(recipe, 8, start, gradients), rtol=1e-4)
+        assert name == "plain" or np.abs(ends[name] - ends["plain"]).max() > 1e-3
+
+    told = []
+    monkeypatch.setattr(
+        finetune, "make_optimizer", lambda recipe, steps: told.append((recipe, steps)) or make_optimizer(recipe, steps)
+    )
+    keys = {"learning_rate": 0.5, "weight_decay": 0.25, "b2": 0.75, "clip_norm": 2.0, "warmup_fraction": 0.125}
+    planned(**keys, label_smoothing=0.5)
+    assert told == [(Recipe(**keys, label_smoothing=0.5), 3)]
