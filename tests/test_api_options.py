@@ -1,0 +1,265 @@
+"""Every argument of the public API does what it says: another value than the default changes what it should."""
+
+import dataclasses
+import inspect
+import time
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+
+import paligemma_jax as pj
+from paligemma_jax.checkpoints.mask_vae import save_mask_vae
+from paligemma_jax.models import mask_vae
+from paligemma_jax.processing.image import ImageSettings
+from paligemma_jax.processing.processor import Processor
+
+PROMPTS = ["caption en", "detect a red circle", "answer en how many"]
+# Filters that leave all tokens there, so that those of the tests are values of the same program.
+HOT = pj.Sampling(temperature=1.0, top_k=10**6, top_p=1 - 1e-6, min_p=1e-9, seed=5)
+BOX = "<loc0000><loc0000><loc1023><loc0512>"
+OVERLAPS = "<loc0000><loc0219><loc1023><loc0731>"  # an IoU of 0.4 with BOX
+MASK = "".join(f"<seg{i:03d}>" for i in range(16))
+
+
+@pytest.fixture(scope="module")
+def model(gemma2, random_params, tokenizer) -> pj.PaliGemma:
+    text = dataclasses.replace(gemma2.text, vocab_size=tokenizer.vocab_size + 64)
+    config = dataclasses.replace(gemma2, text=text, image_token_id=tokenizer.vocab_size)
+    processor = Processor(config, tokenizer, ImageSettings(config.vision.image_size))
+    return pj.PaliGemma(config, random_params(config), processor)
+
+
+@pytest.fixture(scope="module")
+def pictures() -> list[np.ndarray]:
+    return list(np.random.default_rng(0).integers(0, 256, (3, 20, 30, 3), np.uint8))
+
+
+@pytest.fixture(scope="module")
+def hot(model, pictures) -> list[list[int]]:
+    """Tokens that are drawn with HOT."""
+    return tokens_of(model.generate(pictures, PROMPTS, 8, HOT))
+
+
+def tokens_of(outputs: list[pj.Output]) -> list[list[int]]:
+    return [output.tokens.tolist() for output in outputs]
+
+
+# generate and stream
+
+
+def test_filters_that_leave_one_token_are_greedy(model, pictures, hot):
+    """top_k, top_p and min_p, each alone, with the temperature and the seed of other answers."""
+    greedy = tokens_of(model.generate(pictures, PROMPTS, 8))
+    assert greedy != hot
+    for alone in ({"top_k": 1}, {"top_p": 1e-6}, {"min_p": 1.0}):
+        assert tokens_of(model.generate(pictures, PROMPTS, 8, dataclasses.replace(HOT, **alone))) == greedy
+
+
+def test_seed_and_temperature_change_what_is_drawn(model, pictures, hot):
+    for other in (dataclasses.replace(HOT, seed=6), dataclasses.replace(HOT, temperature=3.0)):
+        drawn = tokens_of(model.generate(pictures, PROMPTS, 8, other))
+        assert drawn != hot and tokens_of(model.generate(pictures, PROMPTS, 8, other)) == drawn
+    cold = model.generate(pictures, PROMPTS, 8, dataclasses.replace(HOT, temperature=1e-4))
+    assert tokens_of(cold) == tokens_of(model.generate(pictures, PROMPTS, 8))
+
+
+def test_max_new_tokens_is_the_longest_answer(model, pictures, hot):
+    for limit in (1, 3, 8):
+        outputs = model.generate(pictures, PROMPTS, limit, HOT)
+        assert tokens_of(outputs) == [tokens[:limit] for tokens in hot]
+        for output in outputs:
+            assert (output.finish_reason == "eos") == (output.tokens[-1] == model.config.eos_token_id)
+        assert model.stream(pictures[0], PROMPTS[0], limit, HOT).output is None
+
+
+def test_a_stream_takes_what_generate_takes(model, pictures):
+    """max_new_tokens, sampling and image_embeddings; speculate and constrain have tests of their own."""
+    names = [set(inspect.signature(getattr(pj.PaliGemma, name)).parameters) for name in ("generate", "stream")]
+    assert names[0] - names[1] == {"images", "prompts", "batch_size"} and names[1] - names[0] == {"image", "prompt"}
+    embeddings = model.embed_image(pictures[1])
+    options = {"max_new_tokens": 12, "sampling": HOT, "image_embeddings": embeddings}
+    [whole] = model.generate(None, PROMPTS[1], **options)
+    stream = model.stream(None, PROMPTS[1], **options)
+    assert "".join(stream) == whole.text and stream.output.tokens.tolist() == whole.tokens.tolist()
+    assert len(whole.tokens) <= 12 and whole.text != model.generate(pictures[0], PROMPTS[1], 12, HOT)[0].text
+
+
+def test_times_are_in_their_units(model, pictures):
+    """Once its programs are there, the milliseconds of a call add up to no more than it took, and not to far less."""
+    call = lambda: model.generate(pictures, PROMPTS, 8, HOT)  # noqa: E731
+    call()
+    start = time.perf_counter()
+    outputs = call()
+    took_ms = 1e3 * (time.perf_counter() - start)
+    for output in outputs:
+        assert output.timing.compile_s < took_ms / 1e3
+        assert output.timing.new_tokens == len(output.tokens)
+    steps = max(len(output.tokens) for output in outputs) - 1
+    told_ms = outputs[0].timing.prefill_ms + steps * outputs[0].timing.decode_ms_per_token
+    assert took_ms / 50 < told_ms <= took_ms
+    assert outputs[0].timing.prefill_ms > took_ms / 1000 and outputs[0].timing.decode_ms_per_token > took_ms / 10_000
+    [one] = model.generate(pictures[0], PROMPTS[0], 1, HOT)
+    assert one.timing.decode_ms_per_token is None
+
+
+# score, logits, embed_image, trace
+
+
+def test_given_embeddings_stand_for_the_picture_everywhere(model, pictures):
+    """image_embeddings of score and trace, as of generate."""
+    embeddings = model.embed_image(pictures[1])
+    own, other = (model.score(picture, PROMPTS[0], "a cat")[0] for picture in pictures[:2])
+    assert np.abs(own - other).max() > 1e-3
+    np.testing.assert_allclose(model.score(None, [PROMPTS[0]], ["a cat"], embeddings)[0], other, atol=1e-5)
+    np.testing.assert_allclose(model.score(pictures[0], PROMPTS[0], "a cat", embeddings)[0], other, atol=1e-5)
+    trace = model.trace(pictures[0], PROMPTS[0], "a cat", embeddings)
+    np.testing.assert_allclose(trace.logprobs, other, atol=1e-4)
+    np.testing.assert_array_equal(trace.soft_tokens, embeddings)
+
+
+def test_scores_of_several_rows_are_of_their_own_prefix_and_suffix(model, pictures):
+    """Each row has another picture, prefix and suffix, and none of them is without effect."""
+    suffixes = ["a cat", "two blue squares", "yes"]
+    rows = list(zip(pictures, PROMPTS, suffixes, strict=True))
+    scores = model.score(pictures, PROMPTS, suffixes)
+    for found, (picture, prompt, suffix) in zip(scores, rows, strict=True):
+        np.testing.assert_allclose(found, model.score(picture, prompt, suffix)[0], atol=1e-4)
+    turned = model.score(pictures[1:] + pictures[:1], PROMPTS, suffixes)
+    others = model.score(pictures, PROMPTS[1:] + PROMPTS[:1], suffixes)
+    for found, first, second in zip(scores, turned, others, strict=True):
+        assert np.abs(found - first).max() > 1e-3 and np.abs(found - second).max() > 1e-3
+
+
+# detect, segment, objects
+
+
+@pytest.fixture
+def answer_with(monkeypatch):
+    """answer_with(text): what models say from now on; returns the calls to come, by the names of the arguments."""
+    signature = inspect.signature(pj.PaliGemma.generate)
+
+    def patch(text: str) -> list[dict[str, Any]]:
+        calls = []
+
+        def generate(*args: object, **options: object) -> list[pj.Output]:
+            bound = signature.bind(*args, **options)
+            bound.apply_defaults()
+            calls.append(asked := bound.arguments)
+            tokens = np.array([*asked["self"].processor.tokenizer.encode(text), asked["self"].config.eos_token_id])
+            even = np.full(len(tokens), 0.5)
+            output = pj.Output(text, tokens, np.log(even), "eos", pj.Timing(0.0, 1.0, 1.0, 1), even, even)
+            return [output] * len(asked["prompts"])
+
+        monkeypatch.setattr(pj.PaliGemma, "generate", generate)
+        return calls
+
+    return patch
+
+
+@pytest.fixture(scope="module")
+def decoders(tmp_path_factory):
+    """Files of two mask VQ-VAEs: one says yes everywhere, one no."""
+    sizes = mask_vae.MaskVAEConfig((4, 4, 4, 4), (4, 4, 4, 4, 4), 8, 128)
+    params = mask_vae.init_params(jax.random.key(0, impl="rbg"), sizes)
+    files = {}
+    for word, value in (("yes", 1.0), ("no", -1.0)):
+        leaf = params["decoder"]["exit"]
+        last = {"kernel": leaf["kernel"] * 0, "bias": leaf["bias"] * 0 + value}
+        files[word] = tmp_path_factory.mktemp("masks") / f"{word}.npz"
+        save_mask_vae(files[word], params | {"decoder": params["decoder"] | {"exit": last}})
+    return files
+
+
+@pytest.mark.parametrize("task", ["detect", "segment"])
+def test_detect_and_segment_ask_and_keep_as_they_are_told(model, pictures, decoders, answer_with, task):
+    """max_new_tokens, sampling, constrain, one_by_one, loc_scale, nms and min_score, for one picture and for two."""
+    masks = MASK if task == "segment" else ""
+    calls = answer_with(f"{BOX}{masks} circle ; {OVERLAPS}{masks} circle")
+    with_masks = pj.PaliGemma(model.config, model.params, model.processor, decoders["yes"])
+    find = getattr(with_masks, task)
+    plain = find(pictures[0], "circle")
+    assert [round(item.box[2], 2) for item in plain] == [15.01, 21.44] and len({item.score for item in plain}) == 1
+    assert all((item.mask is not None) == (task == "segment") for item in plain)
+    asked = calls.pop()
+    assert (asked["max_new_tokens"], asked["sampling"], asked["constrain"]) == (256, pj.Sampling(), True)
+    find(pictures[0], "circle", 9, sampling=HOT, constrain=False)
+    asked = calls.pop()
+    assert (asked["max_new_tokens"], asked["sampling"], asked["constrain"]) == (9, HOT, False)
+    assert [len(find(pictures[0], "circle", nms=nms)) for nms in (0.3, 0.5)] == [1, 2]
+    assert [len(found) for found in find(pictures[:2], "circle", nms=0.3)] == [1, 1]
+    score = plain[0].score
+    assert [len(find(pictures[0], "circle", min_score=value)) for value in (score / 2, score * 1.5)] == [2, 0]
+    scaled = find(pictures[0], "circle", loc_scale=1024)
+    assert [round(item.box[2], 2) for item in scaled] == [15.0, 21.42]
+    assert scaled[0].expected_box[0] == pytest.approx(0.5 / 1024 * 30)
+    calls.clear()
+    find(pictures[:2], ["circle", "star"], one_by_one=True)
+    assert calls[0]["prompts"] == [f"{task} circle", f"{task} star"] * 2 and len(calls[0]["images"]) == 4
+    sizes = [picture.size for picture in calls[0]["images"]]
+    assert sizes == [(30, 20)] * 4
+
+
+def test_objects_have_masks_unless_told_otherwise(model, decoders):
+    text = f"{BOX}{MASK} circle"
+    tokens = np.array([*model.processor.tokenizer.encode(text), model.config.eos_token_id])
+    even = np.full(len(tokens), 0.5)
+    output = pj.Output(text, tokens, np.log(even), "eos", pj.Timing(0.0, 1.0, 1.0, 1), even, even)
+    with_masks = pj.PaliGemma(model.config, model.params, model.processor, decoders["yes"])
+    [plain], [bare] = with_masks.objects(output, (30, 20)), with_masks.objects(output, (30, 20), masks=False)
+    assert plain.mask.sum() == 15 * 20 and bare.mask is None
+    assert with_masks.objects(output, (30, 20), loc_scale=1024)[0].box[2] == 15.0
+
+
+def test_unequal_sides_make_a_score(model):
+    """The four locations, the label's tokens and the end each have their own numbers: each goes where it belongs."""
+    encode = model.processor.tokenizer.encode
+    text = "<loc0100><loc0300><loc0600><loc1000> red circle"
+    label = len(encode(text)) - 4
+    assert label > 1
+    tokens = np.array([*encode(text), model.config.eos_token_id])
+    chances = np.array([0.1, 0.2, 0.3, 0.4, *np.linspace(0.5, 0.9, label), 0.05])
+    near = np.array([0.9, 0.7, 0.5, 0.3, *np.full(label, 0.01), 0.02])
+    expected = np.array([110.0, 330.0, 660.0, 990.0, *np.full(label, 500.0), 5.0])
+    output = pj.Output(text, tokens, np.log(chances), "eos", pj.Timing(0.0, 1.0, 1.0, 1), near, expected)
+    [item] = model.objects(output, (1023, 2046))
+    assert item.box == pytest.approx((300, 200, 1000, 1200))
+    assert item.side_probabilities == pytest.approx((0.2, 0.1, 0.4, 0.3))
+    assert item.expected_box == pytest.approx((330, 220, 990, 1320))
+    assert item.score == pytest.approx((0.9 * 0.7 * 0.5 * 0.3) ** 0.25 * np.prod(np.linspace(0.5, 0.9, label)))
+
+
+# load
+
+
+@pytest.fixture(scope="module")
+def saved(model, tmp_path_factory, decoders):
+    """A directory whose own mask decoder says no."""
+    directory = tmp_path_factory.mktemp("api") / "saved"
+    pj.PaliGemma(model.config, model.params, model.processor, decoders["no"]).save(directory)
+    return directory
+
+
+def test_load_takes_the_mask_decoder_that_is_named(saved, decoders, answer_with, pictures, monkeypatch):
+    """mask_vae: the argument before what is beside the model, and that before the environment."""
+    answer_with(f"{BOX}{MASK} circle")
+    monkeypatch.setenv("PALIGEMMA_MASK_VAE", str(decoders["yes"]))
+    for named, count in ((None, 0), (decoders["yes"], 300)):
+        [item] = pj.load(saved, mask_vae=named).segment(pictures[0], "circle")
+        assert int(item.mask.sum()) == count
+    (saved / "vae-oid.npz").rename(saved / "aside.npz")
+    [item] = pj.load(saved).segment(pictures[0], "circle")
+    (saved / "aside.npz").rename(saved / "vae-oid.npz")
+    assert int(item.mask.sum()) == 300
+
+
+def test_load_gives_the_dtype_that_is_named(saved):
+    sizes = {}
+    for dtype in ("float32", "float16", "bfloat16"):
+        loaded = pj.load(saved, dtype=dtype)
+        leaves = jax.tree.leaves(loaded.params)
+        assert {leaf.dtype.name for leaf in leaves} == {dtype}
+        sizes[dtype] = sum(leaf.nbytes for leaf in leaves)
+    assert sizes["float32"] == 2 * sizes["float16"] == 2 * sizes["bfloat16"]
+    assert 0 < pj.load(saved).load_s < 60
