@@ -2,13 +2,12 @@
 
 import sys
 
+import huggingface_hub
 import pytest
+from huggingface_hub import constants, errors
 
 from paligemma_jax.checkpoints import hub
 from paligemma_jax.errors import CheckpointError
-
-huggingface_hub = pytest.importorskip("huggingface_hub")
-errors, constants = (pytest.importorskip(f"huggingface_hub.{name}") for name in ("errors", "constants"))
 
 
 @pytest.fixture

@@ -171,6 +171,61 @@ def test_half_a_mask_counts_half():
     assert measured["segment"]["mask_miou"] == pytest.approx(0.5, abs=0.01) and measured["segment"]["recall"] == 1
 
 
+def test_who_leaves_objects_incomplete():
+    """Every third answer ends in half an object: `malformed` is the share of such answers, and nothing else falls."""
+
+    class Mumbler(Oracle):
+        def __init__(self):
+            super().__init__()
+            self.said = {"detect": [], "segment": []}
+
+        def generate(self, pictures, prompts, max_new_tokens, constrain):
+            outputs = super().generate(pictures, prompts, max_new_tokens, constrain)
+            for prompt, output in zip(prompts, outputs, strict=True):
+                if (task := prompt.split()[0]) in self.said:
+                    broken = bool(output.things) and len(self.said[task]) % 3 == 0
+                    self.said[task].append(broken)
+                    output.text += " ; <loc0001><loc0002> half" if broken else ""
+            return outputs
+
+        def objects(self, output, size):
+            pairs = zip(parse(output.text, size)[0], output.things, strict=True)
+            return [dataclasses.replace(item, mask=thing.mask) for item, thing in pairs]
+
+    model = Mumbler()
+    measured = measure(model)
+    for task in ("detect", "segment"):
+        share = np.mean(model.said[task])
+        assert 0.1 < share < 0.4 and measured[task]["malformed"] == pytest.approx(share)
+        assert measured[task]["recall"] == measured[task]["precision"] == measured[task]["absent_empty"] == 1
+
+
+def test_recall_and_precision_are_told_apart():
+    """Who misses every second thing finds nothing that is not there; IoU is of what was matched alone."""
+
+    class Forgetful(Oracle):
+        def things(self, prefix, sample):
+            return super().things(prefix, sample)[::2]
+
+    measured = measure(Forgetful())
+    for task in ("detect", "segment"):
+        assert 0.4 < measured[task]["recall"] < 0.9 and measured[task]["precision"] == 1
+        assert measured[task]["mean_iou"] > 0.97
+    assert measured["segment"]["mask_miou"] == pytest.approx(measured["segment"]["recall"])
+
+
+def test_constrain_is_told_to_the_model():
+    class Watched(Oracle):
+        def generate(self, pictures, prompts, max_new_tokens, constrain):
+            told.add((max_new_tokens, constrain))
+            return super().generate(pictures, prompts, max_new_tokens, constrain)
+
+    for constrain in (False, True):
+        told, model = set(), Watched()
+        evaluate(model, 2, SEED, model.source, constrain)
+        assert told == {(128, constrain)}
+
+
 def test_pictures_are_those_of_the_seed_and_each_is_drawn_once(monkeypatch):
     drawn = []
 

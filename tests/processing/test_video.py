@@ -3,14 +3,13 @@
 import contextlib
 import sys
 
+import av
 import numpy as np
 import pytest
 from PIL import Image
 
 from paligemma_jax.errors import ConfigError, ImageError
 from paligemma_jax.processing import video
-
-av = pytest.importorskip("av")
 
 
 def write(path, count=50, size=(64, 48), rate=10, codec="mpeg4"):

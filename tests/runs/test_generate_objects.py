@@ -106,7 +106,6 @@ def test_an_answer_in_parts_is_cut_off_when_a_part_is():
 
 
 def test_coco_files(generate, pictures, answer_with, score_with, tmp_path):
-    pytest.importorskip("pycocotools")
     score_with(0.5)
     answer_with(lambda prompt: f"{BOX}{MASK} star ; {FAR} circle" if "star" in prompt else f"{FAR} blue circle")
     (tmp_path / "prompts.txt").write_text("segment circle ; star\ndetect blue circle\n")

@@ -9,8 +9,6 @@ from PIL import Image
 
 from paligemma_jax.processing import video
 
-pytest.importorskip("av")
-
 BOX = "<loc0000><loc0000><loc1023><loc0512>"
 
 

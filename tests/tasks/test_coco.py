@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from pycocotools import mask as reader
 
 from paligemma_jax.errors import ConfigError, DataError
 from paligemma_jax.tasks import coco
@@ -34,7 +35,6 @@ CAT, DOG = ("cat", (2, 1, 10, 11), 0.9), ("dog", (0, 0, 20, 6), 0.4)
 
 def evaluate(path, found, masks):
     """Average precision that COCOeval gives `found` against the dataset in a file."""
-    pytest.importorskip("pycocotools")
     from pycocotools.coco import COCO
     from pycocotools.cocoeval import COCOeval
 
@@ -78,7 +78,6 @@ def test_records():
 
 
 def test_the_area_of_an_object_is_its_mask():
-    pytest.importorskip("pycocotools")
     [item] = find(CAT, masks=True)
     item.mask[5] = False
     [fields] = coco.annotate([item], 1, SIZE, CLASSES)
@@ -97,7 +96,6 @@ def test_datasets_leave_out_what_has_no_area():
 @settings(deadline=None, derandomize=True)
 @given(st.integers(1, 9), st.integers(1, 9), st.randoms(use_true_random=False))
 def test_masks_round_trip(width, height, random):
-    reader = pytest.importorskip("pycocotools.mask")
     mask = np.array([[random.random() < 0.5 for _ in range(width)] for _ in range(height)])
     encoded = json.loads(json.dumps(coco.encode_mask(mask)))
     assert encoded["size"] == [height, width]

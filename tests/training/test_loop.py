@@ -1,5 +1,6 @@
 import signal
 import threading
+import time
 
 import jax
 import jax.numpy as jnp
@@ -49,6 +50,31 @@ def test_loss_falls_and_is_reported(capsys):
     assert set(logged[0]) == {"step", "steps_per_second", "loss", "off", "grad_norm"}
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 3 and lines[0].startswith(f"toy 50/130  loss {logged[0]['loss']:.4g}  grad_norm ")
+
+
+def test_a_line_tells_speed_and_time_left(monkeypatch, capsys):
+    """By a clock of its own: 4 seconds a step are 0.25 steps/s, and 90 steps of them 6 minutes."""
+    now = 100.0
+    monkeypatch.setattr(time, "perf_counter", lambda: now)
+
+    def step(state, batch):
+        nonlocal now
+        now += 4.0
+        return state, {"loss": 2.0 + batch % 2, "grad_norm": 0.5}
+
+    logged = []
+    fit(start(), step, lambda number: number, 110, log_every=20, name="toy", log=logged.append)
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[0] == "toy 20/110  loss 2.5  grad_norm 0.5  0.25 steps/s  6 min left"
+    assert lines[-1] == "toy 110/110  loss 2.5  grad_norm 0.5  0.25 steps/s  0 min left"
+    assert logged[1] == {"step": 40, "steps_per_second": 0.25, "loss": 2.5, "grad_norm": 0.5}
+
+
+def test_how_often_it_saves_is_how_often_it_is_told(tmp_path):
+    for every, kept in ((4, [8, 10]), (3, [9, 10]), (100, [10])):
+        manager = open_checkpoints(tmp_path / str(every))
+        fit(start(), STEP, batch_at, 10, checkpoints=manager, save_every=every)
+        assert manager.all_steps() == kept
 
 
 def test_means_are_over_the_steps_since_the_last_line():

@@ -1,0 +1,49 @@
+"""Small helpers around files: what a slow transfer tells."""
+
+import sys
+import time
+
+import pytest
+
+from paligemma_jax import files
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """clock(seconds): so much later; it stands still otherwise."""
+    now = 1000.0
+
+    def later(seconds: float) -> None:
+        nonlocal now
+        now += seconds
+
+    monkeypatch.setattr(time, "monotonic", lambda: now)
+    return later
+
+
+def test_a_slow_load_tells_gigabytes_and_seconds(clock, capsys):
+    """Not before two seconds, and into a file every ten at most."""
+    with files.progress("loading model", 6_000_000_000) as advance:
+        for seconds in (1, 4, 10, 4, 6):
+            clock(seconds)
+            advance(1_200_000_000)
+    lines = ["loading model: 3.6 of 6.0 GB, 15 s", "loading model: 6.0 of 6.0 GB, 25 s"]
+    assert capsys.readouterr().err.splitlines() == lines
+
+
+def test_a_terminal_sees_it_live_to_the_end(clock, capsys, monkeypatch):
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    with files.progress("loading model", 2_000_000_000) as advance:
+        clock(3)
+        advance(500_000_000)
+        clock(0.1)
+        advance(1_500_000_000)
+    assert capsys.readouterr().err == "\rloading model: 0.5 of 2.0 GB, 3 s\rloading model: 2.0 of 2.0 GB, 3 s\n"
+
+
+@pytest.mark.parametrize("enabled, seconds", [(False, 60), (True, 1)])
+def test_what_is_fast_or_not_asked_for_tells_nothing(clock, capsys, enabled, seconds):
+    with files.progress("loading model", 2_000_000_000, enabled) as advance:
+        clock(seconds)
+        advance(2_000_000_000)
+    assert capsys.readouterr().err == ""
