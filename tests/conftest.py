@@ -21,7 +21,9 @@ from paligemma_jax.config import PaliGemmaConfig, TextConfig, VisionConfig
 from paligemma_jax.processing.tokenizer import LOC_TOKENS, SEG_TOKENS, Tokenizer
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
-jax.config.update("jax_compilation_cache_dir", None)  # what is measured here is not for others
+# What is measured here is not for others; the folder is for running the same tests again and again.
+jax.config.update("jax_compilation_cache_dir", os.environ.get("PALIGEMMA_TEST_CACHE"))
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 if "JAX_DISABLE_MOST_OPTIMIZATIONS" not in os.environ:  # compiling is what tests spend their time on
     jax.config.update("jax_disable_most_optimizations", True)
 jax.devices()  # XLA has read its flags now, whatever a test makes of them

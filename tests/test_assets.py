@@ -4,6 +4,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 
 import paligemma_jax as pj
 
@@ -19,17 +20,24 @@ def test_all_shipped_files_are_at_most_12_mb():
     assert sum(path.stat().st_size for path in ASSETS.rglob("*") if path.is_file()) <= 12_000_000
 
 
-def test_the_shipped_model_speaks_about_what_it_sees(model):
-    picture = ASSETS / "examples" / "shapes.png"
-    prompts = ["caption en", "answer en what color is the star?", "detect red triangle"]
-    caption, color, absent = (output.text for output in model.generate(picture, prompts))
+@pytest.fixture(scope="module")
+def outputs(model) -> list[pj.Output]:
+    """Answers about two pictures, in one batch."""
+    prompts = ["caption en", "answer en what color is the star?", "detect red triangle", "segment star"]
+    pictures = [ASSETS / "examples" / f"{name}.png" for name in ("shapes", "shapes", "shapes", "stars")]
+    return model.generate(pictures, prompts)
+
+
+def test_the_shipped_model_speaks_about_what_it_sees(outputs):
+    caption, color, absent, _ = (output.text for output in outputs)
     assert all(word in caption for word in ("circle", "square", "star"))
     assert color == "blue" and absent == ""
 
 
-def test_masks_of_the_shipped_model_lie_in_their_boxes(model):
-    things = model.segment(ASSETS / "examples" / "stars.png", "star")
-    assert len(things) == 2
+def test_masks_of_the_shipped_model_lie_in_their_boxes(model, outputs):
+    with Image.open(ASSETS / "examples" / "stars.png") as picture:
+        things = model.objects(outputs[-1], picture.size)
+    assert [thing.label for thing in things] == ["star"] * 2
     for thing in things:
         rows, columns = np.nonzero(thing.mask)
         x0, y0, x1, y1 = thing.box

@@ -130,12 +130,14 @@ def test_every_run_has_its_module():
         assert spec is not None, name
 
 
-def _start(*arguments: str, **environment: str) -> subprocess.Popen:
+def _start(*arguments: str, **variables: str) -> subprocess.Popen:
+    """A process of its own, whose programs are compiled as those of the tests are: fast."""
     command = [sys.executable, ROOT / "main.py", *arguments]
+    environment = {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1"} | os.environ | {"JAX_PLATFORMS": "cpu"} | variables
     pipes = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
     before = signal.signal(signal.SIGINT, signal.SIG_DFL)  # a background shell ignores it, and children inherit that
     try:
-        return subprocess.Popen(command, env=os.environ | {"JAX_PLATFORMS": "cpu"} | environment, text=True, **pipes)
+        return subprocess.Popen(command, env=environment, text=True, **pipes)
     finally:
         signal.signal(signal.SIGINT, before)
 

@@ -68,18 +68,18 @@ def test_a_profile_is_written_and_announced(generate, tmp_path):
     assert f"wrote {trace}: open it at https://ui.perfetto.dev" in err
 
 
-@pytest.mark.parametrize("batch_size", (1, 16))
-def test_folder_with_a_prompts_file(generate, pictures, tmp_path, batch_size):
+def test_folder_with_a_prompts_file(generate, pictures, tmp_path):
+    """Every prompt about every picture, in whatever batches, as if each were asked alone."""
     (tmp_path / "prompts.txt").write_text("caption en\n\n  detect circle  \n", encoding="utf-8")
     keys = {"image": pictures, "prompts_file": tmp_path / "prompts.txt", "format": "json", "dtype": "float32"}
-    status, out, _ = generate(**keys, batch_size=batch_size)
-    assert status == 0
-    names = [str(pictures / name) for name in ("a.png", "b.jpg")]
-    found = [(record["image"], record["prompt"]) for record in records(out)]
-    assert found == [(name, prompt) for name in names for prompt in ("caption en", "detect circle")]
-    texts = [record["text"] for record in records(out)]
-    singles = [generate(image=name, prompt=prompt, dtype="float32")[1].removesuffix("\n") for name, prompt in found]
-    assert texts == singles
+    asked = [
+        (str(pictures / name), prompt) for name in ("a.png", "b.jpg") for prompt in ("caption en", "detect circle")
+    ]
+    singles = [generate(image=name, prompt=prompt, dtype="float32")[1].removesuffix("\n") for name, prompt in asked]
+    for batch_size in (1, 16):
+        status, out, _ = generate(**keys, batch_size=batch_size)
+        found = [(record["image"], record["prompt"], record["text"]) for record in records(out)]
+        assert status == 0 and found == [(*pair, text) for pair, text in zip(asked, singles, strict=True)]
 
 
 def test_several_answers_have_headers(generate, pictures, answer_with):

@@ -41,7 +41,7 @@ def refused(inspect):
 
 def test_every_map_is_written_as_a_picture_and_a_plain_array(inspect, tmp_path):
     answer = "<loc0001><loc0002><loc1000><loc1023> red circle"
-    status, out, _ = inspect(maps=",".join(KINDS), report=True, answer=answer)
+    status, out, _ = inspect(maps=",".join(KINDS), report=True, answer=answer, occlusion_size=2)
     lines = out.splitlines()
     assert status == 0 and lines[0] == answer
     folder = tmp_path / "out"
