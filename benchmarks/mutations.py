@@ -15,16 +15,19 @@ The table goes to benchmarks/results/mutations.md; with --only the other rows st
 import argparse
 import collections
 import dataclasses
+import importlib
 import os
 import re
 import shutil
-import subprocess
+import signal
 import sys
 import tempfile
 import time
 import tomllib
+import traceback
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NoReturn
 
 ROOT = Path(__file__).resolve().parents[1]
 FAULTS = ROOT / "benchmarks" / "mutations.toml"
@@ -98,19 +101,56 @@ def check(faults: Sequence[Fault], root: Path = ROOT) -> list[str]:
     return problems
 
 
+def import_libraries() -> None:
+    """Import what all tests do, the package excepted: every fault's process starts as a copy of this one."""
+    os.environ["JAX_PLATFORMS"] = "cpu"
+    for name in ("jax", "flax.linen", "optax", "ml_collections", "sentencepiece", "PIL.Image", "pytest"):
+        importlib.import_module(name)
+
+
 def run_tests(root: Path, tests: Sequence[str], marks: str) -> int:
-    """pytest's exit status; 1 also when it ran too long. Programs that no fault is in are compiled once for all."""
-    command = [sys.executable, "-m", "pytest", "-x", "-q", "-n", "0", "-m", marks, "-p", "no:cacheprovider", *tests]
-    environment = os.environ | {"PALIGEMMA_TEST_CACHE": str(root / "compiled")}
+    """pytest's exit status, 0 or 1; 1 also when it ran too long.
+
+    It runs in a copy of this process. Programs that no fault is in are compiled once for all, into the tree.
+    """
+    log = root / "log.txt"
+    sys.stdout.flush()
+    if not (process := os.fork()):
+        _run_here(root, tests, marks, log)
+    end = time.monotonic() + TIMEOUT_S
+    while not (done := os.waitpid(process, os.WNOHANG))[0]:
+        if time.monotonic() > end:
+            os.kill(process, signal.SIGKILL)
+            os.waitpid(process, 0)
+            return 1
+        time.sleep(0.1)
+    status = os.waitstatus_to_exitcode(done[1])
+    if status not in (0, 1):
+        tail = log.read_text(encoding="utf-8", errors="replace")[-2000:]
+        raise ListError(f"pytest ended with {status}, neither passed nor failed:\n{tail}")
+    return status
+
+
+def _run_here(root: Path, tests: Sequence[str], marks: str, log: Path) -> NoReturn:
+    """Run pytest in this process, and end it."""
+    status = 3  # pytest's own number for an internal error
     try:
-        done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, timeout=TIMEOUT_S)
-    except subprocess.TimeoutExpired:
-        return 1
-    if done.returncode not in (0, 1):
-        raise ListError(
-            f"pytest ended with {done.returncode}, which is neither passed nor failed:\n{done.stdout[-2000:]}"
-        )
-    return done.returncode
+        with log.open("wb") as file:
+            for stream in (1, 2):
+                os.dup2(file.fileno(), stream)
+        os.chdir(root)
+        ours = (ROOT, ROOT / "benchmarks")
+        sys.path[:] = [str(root), *(path for path in sys.path if Path(path).resolve() not in ours)]
+        os.environ["PALIGEMMA_TEST_CACHE"] = str(root / "compiled")
+        import pytest
+
+        status = int(pytest.main(["-x", "-q", "-n", "0", "-m", marks, "-p", "no:cacheprovider", *tests]))
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
 
 
 def run_fault(root: Path, fault: Fault) -> tuple[str, float]:
@@ -118,14 +158,21 @@ def run_fault(root: Path, fault: Fault) -> tuple[str, float]:
     path = root / fault.file
     plain = path.read_text(encoding="utf-8")
     start = time.perf_counter()
-    path.write_text(planted(plain, fault), encoding="utf-8")
+    _replace(path, planted(plain, fault))
     try:
         status = run_tests(root, fault.tests, fault.marks)
     except ListError as error:
         raise ListError(f"{fault.name}: {error}") from None
     finally:
-        path.write_text(plain, encoding="utf-8")
+        _replace(path, plain)
     return "killed" if status else "SURVIVED", time.perf_counter() - start
+
+
+def _replace(path: Path, text: str) -> None:
+    """Write a module without what Python has compiled of it: its age is told in whole seconds."""
+    path.write_text(text, encoding="utf-8")
+    for compiled in path.parent.glob(f"__pycache__/{path.stem}.*.pyc"):
+        compiled.unlink()
 
 
 def copy_tree(target: Path) -> None:
@@ -182,8 +229,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"{len(faults)} faults, each with its place and its tests")
         return 0
     results = {name: row for name, row in read_rows().items() if name in {fault.name for fault in faults}}
+    import_libraries()
     with tempfile.TemporaryDirectory() as directory:
-        root = Path(directory)
+        root = Path(directory).resolve()
         copy_tree(root)
         for marks in sorted({fault.marks for fault in chosen} if not options.skip_plain else ()):
             tests = sorted({test for fault in chosen if fault.marks == marks for test in fault.tests})
