@@ -1,10 +1,12 @@
 """config.run=evaluate: the table and the file; measuring itself is tested with evaluation/."""
 
+import inspect
 import json
 import math
 
 import pytest
 
+from paligemma_jax.evaluation import scenes
 from paligemma_jax.evaluation.foreign import drawn_by_another
 from paligemma_jax.evaluation.samples import drawn_as_in_training
 
@@ -13,9 +15,16 @@ METRICS = {"caption": {"exact_en": 0.5, "exact_de": math.nan}, "counts": {"scene
 
 @pytest.fixture(autouse=True)
 def measured(monkeypatch) -> list[dict]:
-    """Arguments that the evaluation was called with."""
-    calls = []
-    monkeypatch.setattr("paligemma_jax.evaluation.scenes.evaluate", lambda model, *args: calls.append(args) or METRICS)
+    """Arguments that the evaluation was called with, by their names."""
+    calls, signature = [], inspect.signature(scenes.evaluate)
+
+    def evaluate(*args, **options):
+        bound = signature.bind(*args, **options)
+        bound.apply_defaults()
+        calls.append({name: value for name, value in bound.arguments.items() if name != "model"})
+        return METRICS
+
+    monkeypatch.setattr(scenes, "evaluate", evaluate)
     return calls
 
 
@@ -25,12 +34,13 @@ def test_prints_a_table_and_writes_json(generate, measured, tmp_path):
     assert status == 0
     assert out == "caption exact_en  0.5000\ncaption exact_de  -\ncounts scenes     3\n"
     assert json.loads(file.read_text())["caption"] == {"exact_en": 0.5, "exact_de": None}
-    assert measured == [(3, 7, drawn_as_in_training, False)] and str(file) in err
+    expected = {"num_scenes": 3, "seed": 7, "source": drawn_as_in_training, "constrain": False}
+    assert measured == [expected] and str(file) in err
 
 
 def test_pictures_of_another_program(generate, measured):
     assert generate(run="evaluate", data="foreign", num_scenes=3)[0] == 0
-    assert measured[0][2] is drawn_by_another
+    assert measured[0]["source"] is drawn_by_another
 
 
 def test_a_profile_is_written(generate, tmp_path):

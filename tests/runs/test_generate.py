@@ -9,7 +9,6 @@ import pytest
 from PIL import Image
 
 import paligemma_jax as pj
-from paligemma_jax.errors import CheckpointError
 
 BOX = "<loc0000><loc0000><loc1023><loc0512>"
 MASK = "".join(f"<seg{i:03d}>" for i in range(16))
@@ -182,16 +181,10 @@ def test_pt_checkpoints_warn_about_free_prompts(generate, answer_with, prompt, w
     ],
 )
 def test_the_model_is_loaded_for_the_prompts_that_are_answered_at_once(
-    generate, pictures, monkeypatch, folder, keys, expected
+    generate, pictures, loaded_with, folder, keys, expected
 ):
-    def load(*_, batch_size: int, num_beams: int, **__) -> pj.PaliGemma:
-        told.append((batch_size, num_beams))
-        raise CheckpointError("enough")
-
-    told = []
-    monkeypatch.setattr(pj, "load", load)
     assert generate(image=pictures if folder else pictures / "a.png", **keys)[0] == 1
-    assert told == [expected]
+    assert [(told["batch_size"], told["num_beams"]) for told in loaded_with] == [expected]
 
 
 def test_resampling_can_be_chosen(generate, monkeypatch, answer_with):

@@ -2,6 +2,7 @@
 
 import json
 import os
+from inspect import signature as signature_of
 from pathlib import Path
 
 import numpy as np
@@ -102,10 +103,14 @@ def test_the_answer_is_that_of_generate(inspect, generate, keys):
 
 
 def test_what_is_prepared_is_what_runs(inspect, monkeypatch):
-    told = []
-    monkeypatch.setattr(pj.PaliGemma, "compile", lambda self, *_, **options: told.append(options))
-    assert inspect(maps="norms", constrain=True, speculate="off")[0] == 0
-    assert told == [{"speculate": False, "constrain": True}]
+    told, signature = [], signature_of(pj.PaliGemma.compile)
+    monkeypatch.setattr(pj.PaliGemma, "compile", lambda *args, **kw: told.append(signature.bind(*args, **kw).arguments))
+    keys = {"constrain": True, "speculate": "off", "temperature": 0.5, "max_new_tokens": 3}
+    assert inspect(maps="norms", **keys)[0] == 0
+    [asked] = told
+    assert (asked["image_groups"], asked["prompts"]) == ([[0]], "detect red circle")
+    assert (asked["max_new_tokens"], asked["sampling"]) == (3, pj.Sampling(temperature=0.5))
+    assert (asked["speculate"], asked["constrain"]) == (False, True)
 
 
 def test_a_picture_whose_name_is_not_utf_8(inspect, pictures, tmp_path):

@@ -1,8 +1,10 @@
 """Keys of the runs do what they say: another value than the default changes what it should; see test_every_key.py."""
 
 import dataclasses
+import inspect
 import json
 import re
+import types
 
 import jax
 import numpy as np
@@ -10,7 +12,9 @@ import pytest
 
 import paligemma_jax as pj
 from configs import make_tiny
+from paligemma_jax.evaluation.foreign import drawn_by_another
 from paligemma_jax.inspection import findings
+from paligemma_jax.runs import evaluate
 from paligemma_jax.training import tiny
 
 SAMPLED = {"temperature": 0.5, "top_k": 7, "top_p": 0.75, "min_p": 0.125, "seed": 3}
@@ -177,27 +181,40 @@ def test_masks_are_those_of_the_named_decoder(run, answer_with, checkpoint, name
 # Runs of their own
 
 
-def test_measure_is_answers_or_pointing(generate, monkeypatch, tmp_path):
-    """measure, data, num_scenes and scenes_seed of a pointing evaluation, and its output."""
-    from paligemma_jax.runs import evaluate
+@pytest.fixture
+def evaluated(monkeypatch):
+    """evaluated(MODULE, NAME): the calls of a measure to come, by the names of its parameters; it gives one number."""
 
-    calls = []
-    monkeypatch.setattr(evaluate, "pointing", lambda model, *asked: calls.append(asked) or {"chance": 0.25})
+    def patch(module: types.ModuleType, name: str) -> list[dict]:
+        calls, signature = [], inspect.signature(getattr(module, name))
+
+        def measure(*args, **options):
+            bound = signature.bind(*args, **options)
+            bound.apply_defaults()
+            calls.append(dict(bound.arguments))
+            return {"chance": 0.25} if name == "pointing" else {"task": {"exact": 1.0}}
+
+        monkeypatch.setattr(module, name, measure)
+        return calls
+
+    return patch
+
+
+def test_measure_is_answers_or_pointing(generate, evaluated, tmp_path):
+    """measure, data, num_scenes and scenes_seed of a pointing evaluation, and its output."""
+    calls = evaluated(evaluate, "pointing")
     keys = {"measure": "pointing", "data": "foreign", "num_scenes": 3, "scenes_seed": 9, "output": tmp_path / "m.json"}
     status, out, _ = generate(run="evaluate", **keys)
     assert (status, out) == (0, "pointing chance  0.2500\n")
-    [(count, seed, source)] = calls
-    assert (count, seed) == (3, 9) and "another" in source.__name__
+    [asked] = calls
+    assert (asked["num_scenes"], asked["seed"]) == (3, 9) and asked["source"] is drawn_by_another
     assert json.loads((tmp_path / "m.json").read_text()) == {"pointing": {"chance": 0.25}}
 
 
-def test_constrain_is_told_to_an_evaluation(generate, monkeypatch):
-    from paligemma_jax.runs import evaluate
-
-    calls = []
-    monkeypatch.setattr(evaluate.scenes, "evaluate", lambda model, *asked: calls.append(asked) or {"a": {"b": 1.0}})
+def test_constrain_is_told_to_an_evaluation(generate, evaluated):
+    calls = evaluated(evaluate.scenes, "evaluate")
     assert generate(run="evaluate", constrain=True)[0] == generate(run="evaluate")[0] == 0
-    assert [asked[-1] for asked in calls] == [True, False]
+    assert [asked["constrain"] for asked in calls] == [True, False]
 
 
 @pytest.mark.parametrize(
