@@ -14,6 +14,7 @@ from paligemma_jax.checkpoints.mask_vae import save_mask_vae
 from paligemma_jax.models import mask_vae
 from paligemma_jax.processing.image import ImageSettings
 from paligemma_jax.processing.processor import Processor
+from tests.covered import unknown
 
 PROMPTS = ["caption en", "detect a red circle", "answer en how many"]
 # Filters that leave all tokens there, so that those of the tests are values of the same program.
@@ -46,6 +47,51 @@ def tokens_of(outputs: list[pj.Output]) -> list[list[int]]:
     return [output.tokens.tolist() for output in outputs]
 
 
+_HERE = "test_api_options.py"
+_FEATURES = "models/test_inside.py::test_features_and_their_projection_are_those_of_the_formulas"
+_STREAM = f"{_HERE}::test_a_stream_takes_what_generate_takes"
+_EMBEDDINGS = f"{_HERE}::test_given_embeddings_stand_for_the_picture_everywhere"
+_SCORES = f"{_HERE}::test_scores_of_several_rows_are_of_their_own_prefix_and_suffix"
+_OBJECTS = f"{_HERE}::test_objects_have_masks_unless_told_otherwise"
+_DETECT = f"{_HERE}::test_detect_and_segment_ask_and_keep_as_they_are_told"
+_ANSWER = {
+    "max_new_tokens": f"{_HERE}::test_max_new_tokens_is_the_longest_answer",
+    **dict.fromkeys(("sampling", "image_embeddings"), _STREAM),
+}
+_FOUND = dict.fromkeys(
+    ("max_new_tokens", "sampling", "constrain", "one_by_one", "loc_scale", "nms", "min_score"), _DETECT
+)
+COVERED = {
+    pj.PaliGemma.generate: _ANSWER,
+    pj.PaliGemma.stream: _ANSWER,
+    pj.PaliGemma.score: dict.fromkeys(("images", "prefixes", "suffixes"), _SCORES) | {"image_embeddings": _EMBEDDINGS},
+    pj.PaliGemma.trace: {"image_embeddings": _EMBEDDINGS},
+    pj.PaliGemma.embed_image: {"projected": _FEATURES},
+    pj.PaliGemma.objects: dict.fromkeys(("output", "loc_scale", "masks"), _OBJECTS),
+    pj.PaliGemma.detect: _FOUND,
+    pj.PaliGemma.segment: _FOUND,
+    pj.load: {
+        "mask_vae": f"{_HERE}::test_load_takes_the_mask_decoder_that_is_named",
+        "dtype": f"{_HERE}::test_load_gives_the_dtype_that_is_named",
+    },
+    pj.parse: {"loc_scale": "tasks/test_detection.py::test_loc_scale"},
+    pj.Sampling: {
+        **dict.fromkeys(("top_k", "top_p", "min_p"), f"{_HERE}::test_filters_that_leave_one_token_are_greedy"),
+        **dict.fromkeys(("seed", "temperature"), f"{_HERE}::test_seed_and_temperature_change_what_is_drawn"),
+    },
+}
+# What every test gives, what changes no answer, and what has a file of its own: tests of generation, grammar and beams.
+ELSEWHERE = {"self", "options", "classes", "image", "images", "prompt", "prompts", "answer", "path", "text", "size"}
+ELSEWHERE |= {"batch_size", "speculate", "prepare", "join", "constrain", "num_beams", "quantization"}
+
+
+def test_every_argument_has_a_test_that_knows_it():
+    for function, table in COVERED.items():
+        assert not unknown(table)
+        left = set(inspect.signature(function).parameters) - set(table) - ELSEWHERE
+        assert not left, f"{function.__qualname__} takes {left}: show in a test what it changes, and name the test here"
+
+
 # generate and stream
 
 
@@ -66,6 +112,7 @@ def test_seed_and_temperature_change_what_is_drawn(model, pictures, hot):
 
 
 def test_max_new_tokens_is_the_longest_answer(model, pictures, hot):
+    """A smaller max_new_tokens cuts the same answer off sooner."""
     for limit in (1, 3, 8):
         outputs = model.generate(pictures, PROMPTS, limit, HOT)
         assert tokens_of(outputs) == [tokens[:limit] for tokens in hot]
@@ -120,7 +167,7 @@ def test_given_embeddings_stand_for_the_picture_everywhere(model, pictures):
 
 
 def test_scores_of_several_rows_are_of_their_own_prefix_and_suffix(model, pictures):
-    """Each row has another picture, prefix and suffix, and none of them is without effect."""
+    """None of images, prefixes and suffixes is without effect, and none goes to another row."""
     suffixes = ["a cat", "two blue squares", "yes"]
     rows = list(zip(pictures, PROMPTS, suffixes, strict=True))
     scores = model.score(pictures, PROMPTS, suffixes)
