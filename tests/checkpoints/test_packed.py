@@ -8,7 +8,7 @@ import pytest
 from flax.traverse_util import flatten_dict
 
 from paligemma_jax import checkpoints
-from paligemma_jax.checkpoints import packed, safetensors
+from paligemma_jax.checkpoints import packed, tensor_files
 from paligemma_jax.errors import CheckpointError, ConfigError
 from paligemma_jax.models import cpu, quantized
 from paligemma_jax.models.padded import Padded
@@ -77,9 +77,9 @@ def test_quantized_twice_is_refused(checkpoint, tmp_path):
 def rewrite(directory, change):
     """Apply `change` to the tensors of a checkpoint of one file."""
     path = directory / "model.safetensors"
-    tensors = {name: safetensors.read(tensor) for name, tensor in safetensors.read_header(path).items()}
+    tensors = {name: tensor_files.read(tensor) for name, tensor in tensor_files.read_header(path).items()}
     change(tensors)
-    safetensors.write(path, tensors)
+    tensor_files.write(path, tensors)
 
 
 @pytest.mark.parametrize("fast", [True, False])
