@@ -3,7 +3,7 @@
     python benchmarks/random_checkpoint.py --variant paligemma2-3b-224 --tokenizer PATH/tokenizer.model --out DIR
 
 The weights keep activations of unit size, so that half precision stays finite; what such a model says means nothing.
-One tensor is in memory at a time.
+The tensors of one file, 2 GB, are in memory at a time.
 """
 
 import argparse

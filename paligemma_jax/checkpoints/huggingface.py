@@ -241,7 +241,7 @@ def save(
     config: PaliGemmaConfig,
     params: Mapping[str, Any],
     dtype: str | None = None,
-    max_shard_bytes: int = 5_000_000_000,
+    max_shard_bytes: int = 2_000_000_000,
     processor_from: Path | None = None,
 ) -> None:
     """Write config.json and weights in layout A, each file whole or not at all; config.json comes last.
@@ -249,7 +249,8 @@ def save(
     Args:
       directory: made when absent; weights of an earlier save are replaced.
       config: geometry; `params` must have exactly its shapes.
-      params: parameter tree of numpy or JAX arrays, read one at a time.
+      params: parameter tree of numpy or JAX arrays; those that are cast, or come from an accelerator, are copied to host
+        memory a file at a time.
       dtype: to cast to; None keeps each array's own.
       max_shard_bytes: weights beyond this go to several files with an index; one tensor is never split.
       processor_from: a directory whose tokenizer and preprocessor files are copied along.

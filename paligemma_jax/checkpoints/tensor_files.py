@@ -173,7 +173,10 @@ def write(path: Path, tensors: Mapping[str, Any], dtype: np.dtype | None = None,
     note = _NOTE | {"padding": " " * _padding(arrays)}
     try:
         with replacing(path) as temporary:
+            temporary.touch()
+            mode = temporary.stat().st_mode  # what the user's umask allows; the package allows nobody else to read
             serialize_file(specs, temporary, note)
+            temporary.chmod(mode)
             _order_note(temporary, note)
     except SafetensorError as error:
         raise CheckpointError(f"{path} could not be written: {one_line(error)}") from None

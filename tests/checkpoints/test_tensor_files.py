@@ -195,3 +195,9 @@ def test_arrays_in_host_memory_are_written_from_where_they_are():
     assert np.shares_memory(tensor_files._host_array(array[1:], array.dtype, "a"), array)
     placed = jax.device_put(array, jax.devices("cpu")[0])
     assert tensor_files._host_array(placed, array.dtype, "a").ctypes.data == placed.unsafe_buffer_pointer()
+
+
+def test_a_file_may_be_read_by_whom_the_umask_allows(large):
+    path, _ = large
+    (path.parent / "other").touch()
+    assert path.stat().st_mode == (path.parent / "other").stat().st_mode
