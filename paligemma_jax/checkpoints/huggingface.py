@@ -20,7 +20,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 from paligemma_jax import files
 from paligemma_jax.checkpoints import config_json, packed, shapes, tensor_files
-from paligemma_jax.checkpoints.arrays import dtype_named
+from paligemma_jax.checkpoints.arrays import ALIGNMENT, dtype_named
 from paligemma_jax.checkpoints.place import Place, on_device
 from paligemma_jax.config import PaliGemmaConfig
 from paligemma_jax.errors import CheckpointError
@@ -249,8 +249,8 @@ def save(
     Args:
       directory: made when absent; weights of an earlier save are replaced.
       config: geometry; `params` must have exactly its shapes.
-      params: parameter tree of numpy or JAX arrays; those that are cast, or come from an accelerator, are copied to host
-        memory a file at a time.
+      params: parameter tree of numpy or JAX arrays; those that are cast or on an accelerator are copied to host memory,
+        a file at a time.
       dtype: to cast to; None keeps each array's own.
       max_shard_bytes: weights beyond this go to several files with an index; one tensor is never split.
       processor_from: a directory whose tokenizer and preprocessor files are copied along.
@@ -271,7 +271,7 @@ def save(
         key: array.size * (array.dtype if target is None or key in uncast else target).itemsize
         for key, array in tensors.items()
     }
-    shards = _split(sizes, max_shard_bytes)
+    shards = _shards(sizes, max_shard_bytes)
     count = len(shards)
     names = [SINGLE] if count == 1 else [f"model-{i:05d}-of-{count:05d}.safetensors" for i in range(1, count + 1)]
     directory.mkdir(parents=True, exist_ok=True)
@@ -290,16 +290,22 @@ def save(
     files.write_json(directory / CONFIG, config_json.to_json(config, stored.name, bits))
 
 
-def _split(sizes: dict[str, int], limit: int) -> list[list[str]]:
-    """Keys in order, cut so that each group's bytes stay within the limit."""
-    groups: list[list[str]] = [[]]
-    room = limit
-    for key, size in sizes.items():
-        if size > room and groups[-1]:
-            groups.append([])
-            room = limit
-        groups[-1].append(key)
-        room -= size
+def _shards(sizes: dict[str, int], limit: int) -> list[list[str]]:
+    """Keys of each file, whose bytes stay within the limit.
+
+    Of several files the last have what would displace others from their alignment: biases of odd sizes.
+    """
+    if sum(sizes.values()) <= limit:
+        return [list(sizes)]
+    groups: list[list[str]] = []
+    for odd in (False, True):
+        room = 0
+        for key in (key for key, size in sizes.items() if (size % ALIGNMENT > 0) == odd):
+            if sizes[key] > room:
+                groups.append([])
+                room = max(limit, sizes[key])
+            groups[-1].append(key)
+            room -= sizes[key]
     return groups
 
 

@@ -34,6 +34,7 @@ FLOATS = ("F32", "F16", "BF16")
 _CODES = {dtype: code for code, dtype in STORED.items()}
 _LARGE = 1 << 20  # bytes from which on a tensor is mapped or read in pieces
 _PIECE_ELEMENTS = 1 << 20
+_WINDOW_ELEMENTS = 1 << 26  # that are read from one mapping of the package
 _NOTE = {"format": "pt"}  # transformers insists on it
 
 
@@ -135,14 +136,16 @@ def _pieces(tensor: Tensor, by_rows: bool) -> Iterator[tuple[Any, np.ndarray]]:
     if not by_rows:
         yield ..., tensor.handle.get_tensor(tensor.name)
         return
-    handle = tensor.handle
-    with contextlib.suppress(OSError):  # a file system that cannot map: each slice takes the time of the whole tensor
-        handle = safe_open(tensor.file, "np")  # of its own, since its pages count as memory until it is closed
-    entry = handle.get_slice(tensor.name)
-    step = max(1, _PIECE_ELEMENTS // max(1, math.prod(tensor.shape[1:])))
-    for start in range(0, tensor.shape[0], step):
-        rows = slice(start, min(start + step, tensor.shape[0]))
-        yield rows, entry[rows]
+    num_rows, row_elements = tensor.shape[0], max(1, math.prod(tensor.shape[1:]))
+    step, window = max(1, _PIECE_ELEMENTS // row_elements), max(1, _WINDOW_ELEMENTS // row_elements)
+    for first in range(0, num_rows, window):
+        handle = tensor.handle
+        with contextlib.suppress(OSError):  # a file system that cannot map: each slice costs as much as the tensor
+            handle = safe_open(tensor.file, "np")  # its pages count as memory until it is closed
+        entry, end = handle.get_slice(tensor.name), min(first + window, num_rows)
+        for start in range(first, end, step):
+            rows = slice(start, min(start + step, end))
+            yield rows, entry[rows]
 
 
 def same_values(first: Tensor, second: Tensor) -> bool:
