@@ -3,7 +3,7 @@
     python benchmarks/random_checkpoint.py --variant paligemma2-3b-224 --tokenizer PATH/tokenizer.model --out DIR
 
 The weights keep activations of unit size, so that half precision stays finite; what such a model says means nothing.
-One tensor is in memory at a time.
+The tensors of one file, 2 GB, are in memory at a time.
 """
 
 import argparse
@@ -21,7 +21,7 @@ from flax.traverse_util import unflatten_dict
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from paligemma_jax import checkpoints
-from paligemma_jax.checkpoints import safetensors
+from paligemma_jax.checkpoints.arrays import dtype_named
 from paligemma_jax.config import VARIANTS
 from paligemma_jax.errors import UserError
 from paligemma_jax.files import replacing
@@ -72,7 +72,7 @@ def write(variant: str, tokenizer: Path, out: Path, dtype: str, seed: int) -> No
     config = VARIANTS[variant]
     pieces = Tokenizer.from_file(tokenizer)
     pieces.check(config)
-    stored = safetensors.dtype_named(dtype)
+    stored = dtype_named(dtype)
     shapes = checkpoints.expected_shapes(config)
     arrays = {path: RandomArray(path, shape, stored, seed) for path, shape in shapes.items()}
     checkpoints.save(out, config, unflatten_dict(arrays, sep="/"))

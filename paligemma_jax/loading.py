@@ -11,7 +11,7 @@ import jax
 from paligemma_jax import checkpoints
 from paligemma_jax.errors import CheckpointError, ConfigError
 from paligemma_jax.generation import engine
-from paligemma_jax.models import few_rows, layers
+from paligemma_jax.models import layers
 from paligemma_jax.pipeline import MASK_VAE_NAME, MASK_VAE_VARIABLE, PaliGemma
 from paligemma_jax.processing.image import ImageSettings
 from paligemma_jax.processing.processor import Processor
@@ -26,7 +26,6 @@ def load(
     prepare: Callable[[PaliGemma], None] | None = None,
     batch_size: int = 1,
     num_beams: int = 1,
-    join: bool = True,
 ) -> PaliGemma:
     """Load a model.
 
@@ -42,9 +41,6 @@ def load(
         widths up to 1.6 times as fast if they are laid out for that, which takes a second or two: they are copied
         instead of staying in the pages of their file.
       num_beams: of the `Sampling` to come; each is a row like another prompt.
-      join: let weights of the same inputs be one parameter where they lie side by side in their file, such as
-        "gate_proj+up_proj", for smaller programs, but for more than four answers at once on CPU, where XLA would copy
-        the parts of the products. False gives the names and shapes of `checkpoints.expected_shapes`.
 
     Raises:
       ConfigError, CheckpointError, TokenizerError: see the message.
@@ -61,8 +57,6 @@ def load(
     processor = Processor(config, tokenizer, ImageSettings.from_dir(directory, config.vision.image_size))
     masks = _find_mask_vae(directory, mask_vae)
     num_rows = min(batch_size, engine.most_at_once(config.vision.num_tokens)) * num_beams
-    if join and (jax.default_backend() != "cpu" or num_rows <= few_rows.MOST):
-        contents = checkpoints.join(contents)
     shapes = checkpoints.abstract(contents, dtype, quantization, num_rows)
     model = PaliGemma(config, shapes, processor, masks, directory)
     layers.measure(model.params["language_model"], num_rows)

@@ -7,12 +7,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax.traverse_util import flatten_dict
 from PIL import Image
 
 import paligemma_jax as pj
 from paligemma_jax import checkpoints
-from paligemma_jax.checkpoints import big_vision, huggingface, safetensors
+from paligemma_jax.checkpoints import big_vision, huggingface
 from paligemma_jax.checkpoints.mask_vae import save_mask_vae
 from paligemma_jax.errors import (
     CheckpointError,
@@ -151,36 +150,6 @@ def test_weights_laid_out_for_a_batch_give_the_same_answers(model, pictures, tmp
         assert all(map(same, *(loaded.generate(pictures[0], PROMPTS[1], 20, **options) for loaded in (plain, padded))))
     for a, b in zip(*(loaded.score(pictures, PROMPTS, "a red circle") for loaded in (plain, padded)), strict=True):
         np.testing.assert_allclose(a, b, atol=1e-4)
-
-
-@pytest.mark.parametrize("quantization", [None, "int8", pytest.param("int4", marks=pytest.mark.slow)])
-@pytest.mark.parametrize(
-    "order",
-    [
-        pytest.param(None, marks=pytest.mark.slow, id="ours"),
-        pytest.param(False, id="by name"),
-        pytest.param(True, marks=pytest.mark.slow, id="backwards"),
-    ],
-)
-def test_joined_weights_give_the_same_answers(model, pictures, tmp_path, monkeypatch, quantization, order):
-    monkeypatch.setattr(safetensors, "_ALIGNMENT", 1)  # weights of odd sizes would lie elsewhere
-    model.save(tmp_path)
-    if order is not None:  # by name as transformers writes them: k, o, q, v
-        path = tmp_path / "model.safetensors"
-        tensors = {name: safetensors.read(tensor) for name, tensor in safetensors.read_header(path).items()}
-        safetensors.write(path, dict(sorted(tensors.items(), reverse=order)))
-    apart, whole, many = (
-        pj.load(tmp_path, "float32", quantization, **options) for options in ({"join": False}, {}, {"batch_size": 5})
-    )
-    assert jax.tree.structure(many.params) == jax.tree.structure(apart.params)  # more rows gain nothing
-    assert set(flatten_dict(apart.params, sep="/")) == set(checkpoints.expected_shapes(model.config))
-    expected = {None: "q_proj+k_proj+v_proj", False: "q_proj+v_proj", True: "v_proj+q_proj"}[order]
-    assert expected in whole.params["language_model"]["layers_0"]["self_attn"]
-    assert all(map(same, *(loaded.generate(pictures, PROMPTS, 12) for loaded in (apart, whole))))
-    guessed = whole.generate(pictures[:1], PROMPTS[1:2], 12, speculate=True)
-    assert all(map(same, guessed, whole.generate(pictures[:1], PROMPTS[1:2], 12, speculate=False)))
-    traces = [loaded.trace(pictures[0], PROMPTS[0], "a red circle") for loaded in (apart, whole)]
-    np.testing.assert_allclose(traces[1].hidden, traces[0].hidden, rtol=1e-4, atol=1e-4)
 
 
 def test_what_is_compiled_while_loading_is_told_with_the_first_answer(model, pictures, tmp_path):

@@ -1,6 +1,5 @@
 """Files to parameter trees and back. The format is told from the path: a directory is Hugging Face's, a file .npz."""
 
-import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -8,7 +7,8 @@ from typing import Any
 import jax
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from paligemma_jax.checkpoints import big_vision, huggingface, joining, packed, safetensors
+from paligemma_jax.checkpoints import big_vision, huggingface, packed
+from paligemma_jax.checkpoints.arrays import dtype_named
 from paligemma_jax.checkpoints.hub import resolve
 from paligemma_jax.checkpoints.place import Place, on_device, padded
 from paligemma_jax.checkpoints.shapes import expected_shapes, parameter_count
@@ -17,16 +17,9 @@ from paligemma_jax.errors import ConfigError
 from paligemma_jax.models import quantized
 from paligemma_jax.models.padded import Padded, padding
 
-__all__ = ["Contents", "abstract", "expected_shapes", "join", "load", "parameter_count", "resolve", "save", "scan"]
+__all__ = ["Contents", "abstract", "expected_shapes", "load", "parameter_count", "resolve", "save", "scan"]
 
 Contents = huggingface.Contents | big_vision.Contents
-
-
-def join(contents: Contents) -> Contents:
-    """Contents whose weights of the same inputs are one where they lie side by side; see `checkpoints.joining`."""
-    if not isinstance(contents, huggingface.Contents):
-        return contents
-    return dataclasses.replace(contents, tensors=joining.join(contents.tensors, contents.config.text.num_layers))
 
 
 def scan(path: Path, config: PaliGemmaConfig | None = None) -> Contents:
@@ -77,7 +70,7 @@ def load(
 
 def abstract(contents: Contents, dtype: str, quantization: str | None = None, num_rows: int = 1) -> dict[str, Any]:
     """What `load` will give, as shapes and dtypes only."""
-    target = safetensors.dtype_named(dtype)
+    target = dtype_named(dtype)
     _check_quantization(quantization, contents)
     if isinstance(contents, huggingface.Contents):
         tensors, shapes = contents.tensors, {path: tensor.shape for path, tensor in contents.tensors.items()}

@@ -23,7 +23,8 @@ import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from paligemma_jax import files
-from paligemma_jax.checkpoints import joining, safetensors, shapes
+from paligemma_jax.checkpoints import shapes
+from paligemma_jax.checkpoints.arrays import DTYPES, cast_into, dtype_named, empty_aligned
 from paligemma_jax.checkpoints.place import Place, on_device
 from paligemma_jax.config import PaliGemmaConfig, TextConfig, VisionConfig, find_decoder
 from paligemma_jax.errors import CheckpointError, ConfigError
@@ -170,7 +171,7 @@ def scan(path: Path, config: PaliGemmaConfig | None = None) -> Contents:
     problems = shapes.differences({key: member.shape for key, member in members.items()}, expected)
     if problems:
         raise CheckpointError(f"{path}: the arrays are not those of PaliGemma {config.version}: {problems}")
-    odd = [f"{key} is {m.dtype}" for key, m in members.items() if m.dtype not in safetensors.DTYPES.values()]
+    odd = [f"{key} is {m.dtype}" for key, m in members.items() if m.dtype not in DTYPES]
     if odd:
         raise CheckpointError(f"{path}: only float32, float16 and bfloat16 arrays are read: {', '.join(odd)}")
     return Contents(path, config, members)
@@ -231,7 +232,7 @@ def load(
 
     Every row of the embedding table is kept, so that a round trip through this format changes no bit.
     """
-    target = safetensors.dtype_named(dtype) if dtype else None
+    target = dtype_named(dtype) if dtype else None
     path = contents.path
     sizes = _sizes(contents.config)
     expected = shapes.expected_shapes(contents.config)
@@ -244,19 +245,29 @@ def load(
             with archive.open(member.name) as stream:
                 _read_array_header(stream, member.name)
                 for name in _paths(array, sizes):
-                    out = safetensors.empty_aligned(expected[name], target or member.dtype)
+                    out = empty_aligned(expected[name], target or member.dtype)
                     as_stored = array.stored == array.ours and out.dtype == member.dtype
                     piece = out.reshape(shape) if as_stored else np.empty(shape, member.dtype)
                     try:
-                        safetensors.fill(piece, stream)
+                        _fill(piece, stream)
                     except (zipfile.BadZipFile, zlib.error, EOFError, OSError) as error:
                         raise CheckpointError(f"{path} is damaged or truncated ({error})") from None
                     if not as_stored:
                         ours = piece.transpose(_order(array.stored, array.ours))
-                        safetensors.cast_into(out.reshape(ours.shape), ours, name)
+                        cast_into(out.reshape(ours.shape), ours, name)
                     advance(piece.nbytes)
                     params[name] = place(name, out)
     return contents.config, unflatten_dict(params, sep="/")
+
+
+def _fill(array: np.ndarray, stream: IO[bytes]) -> None:
+    """Read a contiguous array's bytes from a stream; EOFError when there are too few."""
+    view = memoryview(array.reshape(-1).view(np.uint8))
+    while view:
+        count = stream.readinto(view)
+        if not count:
+            raise EOFError("too few bytes")
+        view = view[count:]
 
 
 def _paths(array: _Array, sizes: Mapping[str, int]) -> list[str]:
@@ -275,8 +286,8 @@ def _order(source: str, target: str) -> tuple[int, ...]:
 
 def save(path: Path, config: PaliGemmaConfig, params: Mapping[str, Any], dtype: str | None = None) -> None:
     """Write an .npz, whole or not at all; `dtype` None keeps each array's own (of its first layer)."""
-    target = safetensors.dtype_named(dtype) if dtype else None
-    flat = joining.separate(flatten_dict(params, sep="/"), config)
+    target = dtype_named(dtype) if dtype else None
+    flat = flatten_dict(params, sep="/")
     shapes.require({name: array.shape for name, array in flat.items()}, shapes.expected_shapes(config))
     sizes = _sizes(config)
     with files.replacing(path) as temporary, zipfile.ZipFile(temporary, "w", zipfile.ZIP_STORED) as archive:
@@ -292,5 +303,5 @@ def save(path: Path, config: PaliGemmaConfig, params: Mapping[str, Any], dtype: 
                     piece = ours.transpose(_order(array.ours, array.stored))
                     if piece.dtype != kind:
                         source, piece = piece, np.empty(piece.shape, kind)
-                        safetensors.cast_into(piece, source, name)
+                        cast_into(piece, source, name)
                     stream.write(np.ascontiguousarray(piece).reshape(-1).view(np.uint8))

@@ -19,7 +19,8 @@ import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from paligemma_jax import files
-from paligemma_jax.checkpoints import config_json, joining, packed, safetensors, shapes
+from paligemma_jax.checkpoints import config_json, packed, shapes, tensor_files
+from paligemma_jax.checkpoints.arrays import ALIGNMENT, dtype_named
 from paligemma_jax.checkpoints.place import Place, on_device
 from paligemma_jax.config import PaliGemmaConfig
 from paligemma_jax.errors import CheckpointError
@@ -72,7 +73,7 @@ class Contents:
 
     directory: Path
     config: PaliGemmaConfig
-    tensors: dict[str, safetensors.Tensor | packed.Packed]  # our path -> place in a file
+    tensors: dict[str, tensor_files.Tensor | packed.Packed]  # our path -> place in a file
     layout: str  # "A", "B" or "C"
     weight_files: tuple[Path, ...]
 
@@ -80,7 +81,7 @@ class Contents:
     def dtypes(self) -> Counter[str]:
         """How many tensors have each dtype ("bfloat16")."""
         return Counter(
-            tensor.bits if isinstance(tensor, packed.Packed) else safetensors.DTYPES[tensor.dtype].name
+            tensor.bits if isinstance(tensor, packed.Packed) else tensor_files.STORED[tensor.dtype].name
             for tensor in self.tensors.values()
         )
 
@@ -122,8 +123,8 @@ def scan(directory: Path) -> Contents:
     problems = shapes.differences({name: tensor.shape for name, tensor in tensors.items()}, expected)
     if problems:
         raise CheckpointError(f"{directory}: the weights do not fit config.json: {problems}{_hint(tensors, config)}")
-    plain = [tensor for tensor in tensors.values() if isinstance(tensor, safetensors.Tensor)]
-    odd = sorted({tensor.dtype for tensor in plain} - set(safetensors.DTYPES))
+    plain = [tensor for tensor in tensors.values() if isinstance(tensor, tensor_files.Tensor)]
+    odd = sorted({tensor.dtype for tensor in plain} - set(tensor_files.FLOATS))
     if odd:
         names = shapes.fold([tensor.name for tensor in plain if tensor.dtype in odd])
         raise CheckpointError(f"{directory}: only F32, F16 and BF16 weights are read, not {', '.join(odd)}: {names}")
@@ -144,7 +145,7 @@ def _layout(keys: Mapping[str, Any]) -> str:
     return "A" if any(key.startswith("vision_tower.vision_model.") for key in keys) else "C"
 
 
-def _tie_head(tensors: dict[str, safetensors.Tensor], directory: Path) -> dict[str, safetensors.Tensor]:
+def _tie_head(tensors: dict[str, tensor_files.Tensor], directory: Path) -> dict[str, tensor_files.Tensor]:
     """Let an output head stand in for the embedding table, or check that it equals it."""
     head = tensors.get(_HEAD)
     if head is None:
@@ -157,9 +158,9 @@ def _tie_head(tensors: dict[str, safetensors.Tensor], directory: Path) -> dict[s
     return {_EMBED: head} | {name: tensor for name, tensor in tensors.items() if name != _HEAD}
 
 
-def _require_equal(first: safetensors.Tensor, second: safetensors.Tensor, message: str) -> None:
-    readable = first.dtype in safetensors.DTYPES and second.dtype in safetensors.DTYPES
-    if first.shape != second.shape or not readable or not safetensors.same_values(first, second):
+def _require_equal(first: tensor_files.Tensor, second: tensor_files.Tensor, message: str) -> None:
+    readable = first.dtype in tensor_files.FLOATS and second.dtype in tensor_files.FLOATS
+    if first.shape != second.shape or not readable or not tensor_files.same_values(first, second):
         raise CheckpointError(message)
 
 
@@ -171,9 +172,9 @@ def _hint(tensors: Mapping[str, Any], config: PaliGemmaConfig) -> str:
     return f" (these are weights of {names[version]}, but text_config.model_type says {names[config.version]})"
 
 
-def _read_headers(directory: Path) -> dict[str, safetensors.Tensor]:
+def _read_headers(directory: Path) -> dict[str, tensor_files.Tensor]:
     if (directory / SINGLE).is_file():
-        return safetensors.read_header(directory / SINGLE)
+        return tensor_files.read_header(directory / SINGLE)
     index = directory / INDEX
     if not index.is_file():
         pickled = any(directory.glob("*.bin"))
@@ -188,7 +189,7 @@ def _read_headers(directory: Path) -> dict[str, safetensors.Tensor]:
     missing = [name for name in names if not (directory / name).is_file()]
     if missing:
         raise CheckpointError(f"{directory} lacks {len(missing)} of {len(names)} shards: {', '.join(missing)}")
-    shards = {name: safetensors.read_header(directory / name) for name in names}
+    shards = {name: tensor_files.read_header(directory / name) for name in names}
     absent = {name: [k for k, v in weight_map.items() if v == name and k not in shards[name]] for name in names}
     problems = [f"{name} lacks {shapes.fold(keys)}" for name, keys in absent.items() if keys]
     unlisted = [key for name in names for key in shards[name] if weight_map.get(key) != name]
@@ -217,7 +218,7 @@ def load(
       ConfigError: the dtype is unknown.
       CheckpointError: a file has become shorter, or float16 cannot hold a value.
     """
-    target = safetensors.dtype_named(dtype) if dtype else None
+    target = dtype_named(dtype) if dtype else None
     total = sum(tensor.nbytes for tensor in contents.tensors.values())
     label = f"loading {contents.directory.name}"
     with files.progress(label, total, progress) as advance, ThreadPoolExecutor(_READERS) as pool:
@@ -227,7 +228,7 @@ def load(
             if isinstance(tensor, packed.Packed):
                 numbers = target or np.dtype(ml_dtypes.bfloat16)
                 return tensor.read(path, numbers, advance, place)
-            return place(path, safetensors.read(tensor, target, advance))
+            return place(path, tensor_files.read(tensor, target, advance))
 
         # The largest first: what it takes to quantize them is gone before the others fill the memory.
         paths = sorted(contents.tensors, key=lambda path: -contents.tensors[path].nbytes)
@@ -240,23 +241,24 @@ def save(
     config: PaliGemmaConfig,
     params: Mapping[str, Any],
     dtype: str | None = None,
-    max_shard_bytes: int = 5_000_000_000,
+    max_shard_bytes: int = 2_000_000_000,
     processor_from: Path | None = None,
 ) -> None:
     """Write config.json and weights in layout A, each file whole or not at all; config.json comes last.
 
     Args:
       directory: made when absent; weights of an earlier save are replaced.
-      config: geometry; `params` must have exactly its shapes, joined (`joining`) or not.
-      params: parameter tree of numpy or JAX arrays, read one at a time.
+      config: geometry; `params` must have exactly its shapes.
+      params: parameter tree of numpy or JAX arrays; those that are cast or on an accelerator are copied to host memory,
+        a file at a time.
       dtype: to cast to; None keeps each array's own.
       max_shard_bytes: weights beyond this go to several files with an index; one tensor is never split.
       processor_from: a directory whose tokenizer and preprocessor files are copied along.
     Raises:
       CheckpointError: the parameters are not those of the geometry.
     """
-    target = safetensors.dtype_named(dtype) if dtype else None
-    flat = joining.separate(flatten_dict(params, sep="/"), config)
+    target = dtype_named(dtype) if dtype else None
+    flat = flatten_dict(params, sep="/")
     expected = shapes.expected_shapes(config)
     shapes.require({name: array.shape for name, array in flat.items()}, expected)
     tensors: dict[str, Any] = {}
@@ -265,17 +267,16 @@ def save(
         parts = packed.parts_of(key_of(name, config.version), flat[name])
         tensors |= parts
         uncast |= set(parts) if isinstance(flat[name], Quantized) else set()
-    tensors = {key: tensors[key] for key in sorted(tensors, key=packed.write_order)}
     sizes = {
         key: array.size * (array.dtype if target is None or key in uncast else target).itemsize
         for key, array in tensors.items()
     }
-    shards = _split(sizes, max_shard_bytes)
+    shards = _shards(sizes, max_shard_bytes)
     count = len(shards)
     names = [SINGLE] if count == 1 else [f"model-{i:05d}-of-{count:05d}.safetensors" for i in range(1, count + 1)]
     directory.mkdir(parents=True, exist_ok=True)
     for name, keys in zip(names, shards, strict=True):
-        safetensors.write(directory / name, {key: tensors[key] for key in keys}, target, uncast)
+        tensor_files.write(directory / name, {key: tensors[key] for key in keys}, target, uncast)
     if count > 1:
         weight_map = {key: name for name, keys in zip(names, shards, strict=True) for key in keys}
         files.write_json(directory / INDEX, {"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map})
@@ -289,16 +290,22 @@ def save(
     files.write_json(directory / CONFIG, config_json.to_json(config, stored.name, bits))
 
 
-def _split(sizes: dict[str, int], limit: int) -> list[list[str]]:
-    """Keys in order, cut so that each group's bytes stay within the limit."""
-    groups: list[list[str]] = [[]]
-    room = limit
-    for key, size in sizes.items():
-        if size > room and groups[-1]:
-            groups.append([])
-            room = limit
-        groups[-1].append(key)
-        room -= size
+def _shards(sizes: dict[str, int], limit: int) -> list[list[str]]:
+    """Keys of each file, whose bytes stay within the limit.
+
+    Of several files the last have what would displace others from their alignment: biases of odd sizes.
+    """
+    if sum(sizes.values()) <= limit:
+        return [list(sizes)]
+    groups: list[list[str]] = []
+    for odd in (False, True):
+        room = 0
+        for key in (key for key, size in sizes.items() if (size % ALIGNMENT > 0) == odd):
+            if sizes[key] > room:
+                groups.append([])
+                room = max(limit, sizes[key])
+            groups[-1].append(key)
+            room -= sizes[key]
     return groups
 
 

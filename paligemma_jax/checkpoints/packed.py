@@ -15,7 +15,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from paligemma_jax.checkpoints import safetensors
+from paligemma_jax.checkpoints import tensor_files
 from paligemma_jax.errors import CheckpointError
 from paligemma_jax.models import quantized
 from paligemma_jax.models.padded import Padded
@@ -30,9 +30,9 @@ _ENCODER = re.compile(r"vision_tower/layers_\d+/.*(_proj|fc\d)/weight")
 class Packed:
     """Where the tensors of one quantized weight lie."""
 
-    values: safetensors.Tensor
-    scale: safetensors.Tensor
-    multiplier: safetensors.Tensor | None = None
+    values: tensor_files.Tensor
+    scale: tensor_files.Tensor
+    multiplier: tensor_files.Tensor | None = None
 
     @property
     def bits(self) -> str:
@@ -48,7 +48,7 @@ class Packed:
     def nbytes(self) -> int:
         return sum(tensor.nbytes for tensor in self.parts())
 
-    def parts(self) -> list[safetensors.Tensor]:
+    def parts(self) -> list[tensor_files.Tensor]:
         """Its tensors, in the order of the fields of `Quantized`."""
         return [tensor for tensor in (self.values, self.scale, self.multiplier) if tensor is not None]
 
@@ -63,7 +63,7 @@ class Packed:
         self, path: str, dtype: np.dtype, advance: Callable[[int], None], place: Callable[[str, Any], Any]
     ) -> Quantized:
         """The weight of a parameter, each part read once and passed to `place`; it stands for numbers of `dtype`."""
-        arrays = [safetensors.read(tensor, None, advance) for tensor in self.parts()]
+        arrays = [tensor_files.read(tensor, None, advance) for tensor in self.parts()]
         if self.multiplier is None:
             arrays[0] = quantized.as_values(arrays[0], quantized.values_dtype())
         parts = [place(f"{path}/part", array) for array in arrays]
@@ -94,13 +94,13 @@ def rounds(path: str) -> bool:
     return _ENCODER.fullmatch(path) is None
 
 
-def gather(tensors: Mapping[str, safetensors.Tensor], source: Path) -> dict[str, safetensors.Tensor | Packed]:
+def gather(tensors: Mapping[str, tensor_files.Tensor], source: Path) -> dict[str, tensor_files.Tensor | Packed]:
     """Put the parts of each quantized weight together, under the name of the weight.
 
     Raises:
       CheckpointError: a part is missing, or is of another size or kind.
     """
-    found: dict[str, safetensors.Tensor | Packed] = dict(tensors)
+    found: dict[str, tensor_files.Tensor | Packed] = dict(tensors)
     for name in tensors:
         if not name.endswith(_SCALE):
             continue
@@ -117,7 +117,7 @@ def gather(tensors: Mapping[str, safetensors.Tensor], source: Path) -> dict[str,
 
 
 def _check(
-    values: safetensors.Tensor, scale: safetensors.Tensor, multiplier: safetensors.Tensor | None, source: Path
+    values: tensor_files.Tensor, scale: tensor_files.Tensor, multiplier: tensor_files.Tensor | None, source: Path
 ) -> None:
     wanted = {scale.name: (("F32",), 1), values.name: (("I8", "U8") if multiplier is None else ("U8",), 2)}
     if multiplier is not None:
@@ -131,11 +131,6 @@ def _check(
     num_groups = multiplier.shape[1] if multiplier is not None else 2
     if not num_groups or num_groups % 2 or 2 * values.shape[1] % num_groups:
         raise CheckpointError(f"{source}: {multiplier.name} has {num_groups} groups, which do not divide half a row")
-
-
-def write_order(key: str) -> int:
-    """0 for numbers, 1 for scales, 2 for multipliers: each kind together, for `joining`."""
-    return next((i for i, suffix in enumerate((_SCALE, _MULTIPLIER), 1) if key.endswith(suffix)), 0)
 
 
 def parts_of(key: str, leaf: Any) -> dict[str, Any]:

@@ -6,7 +6,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from paligemma_jax.checkpoints import safetensors
+from paligemma_jax.checkpoints.arrays import empty_aligned
 from paligemma_jax.models.padded import Padded
 
 Place = Callable[[str, Any], Any]  # (path, array) -> what the parameter tree holds
@@ -24,7 +24,7 @@ def padded(shapes: Mapping[str, Any], place: Place) -> Place:
         shape = shapes.get(path)
         if not isinstance(shape, Padded):
             return place(path, array)
-        values = safetensors.empty_aligned(shape.values.shape, array.dtype)
+        values = empty_aligned(shape.values.shape, array.dtype)
         values[:, : shape.width] = np.asarray(array)
         values[:, shape.width :] = 0
         return Padded(place(f"{path}/part", values), shape.width)

@@ -59,7 +59,7 @@ def finetune(config: ConfigDict) -> Path:
         if config[name] < 1:
             raise ConfigError(f"{name}={config[name]} is not possible: give a whole number of at least 1")
     examples = read_jsonl(config.data, config.image_root)
-    model = load(config.checkpoint, config.dtype, join=False)
+    model = load(config.checkpoint, config.dtype)
     if any(isinstance(leaf, Quantized) for leaf in flatten_dict(model.params).values()):
         raise ConfigError(f"{config.checkpoint} is quantized and cannot be trained: give the original weights")
     sizes = {name: config[name] for name in ("batch_size", "epochs", "text_length", "seed")}

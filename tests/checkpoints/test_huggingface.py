@@ -238,7 +238,7 @@ def test_values_beyond_float16_are_refused(checkpoint):
         checkpoints.load(directory, dtype="float16")
 
 
-@pytest.mark.parametrize("max_shard_bytes", (5_000_000_000, 10_000))
+@pytest.mark.parametrize("max_shard_bytes", (2_000_000_000, 10_000))
 @pytest.mark.parametrize("dtype", ("float32", "bfloat16", "float16"))
 def test_save_and_load_keep_every_bit(tmp_path, config, params, assert_same, dtype, max_shard_bytes):
     params = jax.tree.map(lambda a: a.astype(dtype), params)
@@ -334,7 +334,7 @@ def test_reads_what_transformers_saves(tmp_path, config):
 
 @pytest.mark.oracle
 @pytest.mark.filterwarnings("default")
-@pytest.mark.parametrize("max_shard_bytes", (5_000_000_000, 20_000))
+@pytest.mark.parametrize("max_shard_bytes", (2_000_000_000, 20_000))
 def test_transformers_reads_what_is_saved(tmp_path, config, params, tensors, max_shard_bytes):
     transformers = pytest.importorskip("transformers")
     huggingface.save(tmp_path, config, params, max_shard_bytes=max_shard_bytes)

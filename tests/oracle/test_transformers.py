@@ -10,7 +10,7 @@ from PIL import Image, ImageDraw
 
 import paligemma_jax
 from paligemma_jax import checkpoints
-from paligemma_jax.checkpoints import safetensors
+from paligemma_jax.checkpoints import tensor_files
 from paligemma_jax.config import PaliGemmaConfig, TextConfig, VisionConfig
 from paligemma_jax.processing.processor import Batch
 
@@ -154,7 +154,7 @@ def test_greedy_tokens_at_batch_one(reference, model, loaded, our_greedy):
 @pytest.mark.parametrize("layout", "AB")
 def test_layouts_a_and_b_hold_the_same_parameters(directory, loaded, tmp_path, layout):
     tensors = {
-        name: safetensors.read(t) for name, t in safetensors.read_header(directory / "model.safetensors").items()
+        name: tensor_files.read(t) for name, t in tensor_files.read_header(directory / "model.safetensors").items()
     }
     assert any(name.startswith("vision_tower.encoder.") for name in tensors), "transformers no longer writes layout C"
     renamed = {}
@@ -165,7 +165,7 @@ def test_layouts_a_and_b_hold_the_same_parameters(directory, loaded, tmp_path, l
         renamed[name] = tensor
     if layout == "B":
         renamed["lm_head.weight"] = renamed["model.language_model.embed_tokens.weight"]
-    safetensors.write(tmp_path / "model.safetensors", renamed)
+    tensor_files.write(tmp_path / "model.safetensors", renamed)
     (tmp_path / "config.json").write_bytes((directory / "config.json").read_bytes())
     config, params = checkpoints.load(tmp_path, "float32", progress=False)
     assert config == loaded[0]
