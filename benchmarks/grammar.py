@@ -30,12 +30,12 @@ from benchmarks import machine
 from paligemma_jax.compiling import use_wide_loops
 from paligemma_jax.config import variant_name
 from paligemma_jax.errors import UserError
-from paligemma_jax.evaluation.samples import drawn_as_in_training
 from paligemma_jax.generation import cache, engine, grammar
 from paligemma_jax.generation.clock import Clock
 from paligemma_jax.generation.sampling import Rule, row_keys
+from paligemma_jax.shapes_world.questions import sample_locate
+from paligemma_jax.shapes_world.samples import drawn_as_in_training
 from paligemma_jax.tasks.classes import class_names
-from paligemma_jax.training.questions import sample_locate
 
 ROOT = Path(__file__).resolve().parents[1]
 _SEED = 20_000_000  # of the evaluation's scenes

@@ -33,11 +33,11 @@ from benchmarks import machine
 from paligemma_jax.compiling import use_wide_loops
 from paligemma_jax.config import variant_name
 from paligemma_jax.errors import UserError
-from paligemma_jax.evaluation.samples import Sample, drawn_as_in_training
 from paligemma_jax.generation import engine, speculation
 from paligemma_jax.generation.clock import Clock
 from paligemma_jax.generation.sampling import row_keys
-from paligemma_jax.training.questions import Question, caption, sample_answer, sample_locate
+from paligemma_jax.shapes_world.questions import Question, caption, sample_answer, sample_locate
+from paligemma_jax.shapes_world.samples import Sample, drawn_as_in_training
 
 ROOT = Path(__file__).resolve().parents[1]
 _SEED = 20_000_000  # of the evaluation's scenes

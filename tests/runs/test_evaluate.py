@@ -1,12 +1,13 @@
-"""config.run=evaluate: the table and the file; measuring itself is tested with evaluation/."""
+"""config.run=evaluate: the table and the file; measuring itself is tested with shapes_world/."""
 
 import json
 import math
 
 import pytest
 
-from paligemma_jax.evaluation.foreign import drawn_by_another
-from paligemma_jax.evaluation.samples import drawn_as_in_training
+from paligemma_jax.shapes_world import evaluation
+from paligemma_jax.shapes_world.foreign_scenes import drawn_by_another
+from paligemma_jax.shapes_world.samples import drawn_as_in_training
 
 METRICS = {"caption": {"exact_en": 0.5, "exact_de": math.nan}, "counts": {"scenes": 3}}
 
@@ -15,7 +16,7 @@ METRICS = {"caption": {"exact_en": 0.5, "exact_de": math.nan}, "counts": {"scene
 def measured(monkeypatch) -> list[dict]:
     """Arguments that the evaluation was called with."""
     calls = []
-    monkeypatch.setattr("paligemma_jax.evaluation.scenes.evaluate", lambda model, *args: calls.append(args) or METRICS)
+    monkeypatch.setattr(evaluation, "evaluate", lambda model, *args: calls.append(args) or METRICS)
     return calls
 
 

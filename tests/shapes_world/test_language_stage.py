@@ -7,9 +7,8 @@ import optax
 import pytest
 
 from paligemma_jax.models.paligemma import PaliGemma
-from paligemma_jax.tasks.detection import parse
-from paligemma_jax.training import language
-from paligemma_jax.training.language import (
+from paligemma_jax.shapes_world import language_stage
+from paligemma_jax.shapes_world.language_stage import (
     QuestionBatches,
     answer_text,
     language_loss,
@@ -18,8 +17,9 @@ from paligemma_jax.training.language import (
     smooth_locations,
     soft_locations,
 )
-from paligemma_jax.training.questions import Question
-from paligemma_jax.training.vision import DenseHead, dense_losses, normalise
+from paligemma_jax.shapes_world.questions import Question
+from paligemma_jax.shapes_world.vision_stage import DenseHead, dense_losses, normalise
+from paligemma_jax.tasks.detection import parse
 
 
 @pytest.fixture(scope="module")
@@ -73,13 +73,13 @@ def test_batches_are_a_function_of_the_step(batches):
 
 def test_batches_begin_easy_and_ask_for_masks_now_and_then(batches, pool, processor, tokenizer):
     for step, most in ((0, 1), (2, 1), (5, 2), (6, 4)):
-        rows = batches._rows(language.TALK, step)
+        rows = batches._rows(language_stage.TALK, step)
         counts = (pool["shape"][rows] >= 0).sum(axis=1)
         assert counts.max() <= most and (most < 4 or counts.max() > 2)
     for step in range(9, 12):
         batch = batches(step)
         num_soft = processor.config.vision.num_tokens
-        plan = language.SEGMENT if step == 11 else language.TALK
+        plan = language_stage.SEGMENT if step == 11 else language_stage.TALK
         assert batch["tokens"].shape == (plan.num_pictures * plan.num_questions, num_soft + plan.text_length)
         assert len(batch["pixels"]) == plan.num_pictures and len(batch["dense"]["shape"]) == plan.num_pictures
         prefixes = {
@@ -92,9 +92,9 @@ def test_batches_begin_easy_and_ask_for_masks_now_and_then(batches, pool, proces
 def test_scenes_of_three_and_more_come_twice_as_often(batches, pool):
     counts = (pool["shape"] >= 0).sum(axis=1)
     hard = counts > 2
-    per_epoch = (len(counts) + hard.sum()) // language.TALK.num_pictures
+    per_epoch = (len(counts) + hard.sum()) // language_stage.TALK.num_pictures
     first = -(-6 // per_epoch) * per_epoch  # of the first epoch that is not easy
-    rows = np.concatenate([batches._rows(language.TALK, first + step) for step in range(per_epoch)])
+    rows = np.concatenate([batches._rows(language_stage.TALK, first + step) for step in range(per_epoch)])
     shown = np.bincount(rows, minlength=len(counts))
     assert shown[~hard].max() == 1 and shown[hard].max() == 2
     assert abs(shown[hard].mean() - 2 * shown[~hard].mean()) < 0.5

@@ -1,7 +1,7 @@
 """A small world to learn from: pictures of one to four coloured shapes, with exact captions, boxes and masks.
 
 A `Scene` is plain data drawn from a random generator, so the same seed always gives the same picture; `draw` turns it
-into a picture, `Scene.box` and `masks` into exact labels. What people ask about a scene is in `training/questions.py`.
+into a picture, `Scene.box` and `masks` into exact labels. What people ask about a scene is in `questions.py`.
 Coordinates are pixels with (0, 0) at the top left corner of the picture, x to the right and y down.
 """
 

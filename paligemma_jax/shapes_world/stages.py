@@ -28,12 +28,12 @@ from paligemma_jax.models.paligemma import PaliGemma
 from paligemma_jax.processing.image import ImageSettings
 from paligemma_jax.processing.processor import Processor
 from paligemma_jax.processing.tokenizer import LOC_TOKENS, SEG_TOKENS, Tokenizer
-from paligemma_jax.training import language, vision
+from paligemma_jax.shapes_world import language_stage, vision_stage
+from paligemma_jax.shapes_world.mask_vae_stage import train_mask_vae
+from paligemma_jax.shapes_world.pool import MASK_SIDE, scene_pool
+from paligemma_jax.shapes_world.questions import sample_question
+from paligemma_jax.shapes_world.scenes import MAX_OBJECTS, scene_at
 from paligemma_jax.training.loop import fit, init_state, make_step, open_checkpoints
-from paligemma_jax.training.mask_vae import train_mask_vae
-from paligemma_jax.training.pool import MASK_SIDE, scene_pool
-from paligemma_jax.training.questions import sample_question
-from paligemma_jax.training.scenes import MAX_OBJECTS, scene_at
 
 _ENCODED_TOGETHER = 512  # masks
 TASKS = ("caption", "answer", "detect", "segment")
@@ -190,19 +190,19 @@ def _unpack(packed: np.ndarray) -> np.ndarray:
 
 def train_vision(work: Path, pool: dict[str, np.ndarray], codes: np.ndarray, recipe: Recipe) -> Any:
     """Parameters of the image encoder and its dense head: {"vision_tower", "head"}."""
-    model = vision.DenseModel(VISION)
+    model = vision_stage.DenseModel(VISION)
     pixels = jnp.zeros((1, VISION.image_size, VISION.image_size, 3))
     params = jax.jit(model.init)(jax.random.key(recipe.seed), pixels, jnp.zeros((1, MAX_OBJECTS), jnp.int32))["params"]
     if recipe.start_from:
         params["vision_tower"] = _started(recipe)["vision_tower"]
     else:
-        params = vision.warm_start(params)
+        params = vision_stage.warm_start(params)
     # Stopped half way down its cosine: the next stage goes on with the encoder.
-    optimizer = language.make_optimizer(2 * recipe.vision_steps, recipe.vision_learning_rate)
+    optimizer = language_stage.make_optimizer(2 * recipe.vision_steps, recipe.vision_learning_rate)
     state = fit(
         init_state(params, optimizer),
-        make_step(functools.partial(vision.dense_loss, model), optimizer),
-        vision.DenseBatches(pool, codes, 64, recipe.seed),
+        make_step(functools.partial(vision_stage.dense_loss, model), optimizer),
+        vision_stage.DenseBatches(pool, codes, 64, recipe.seed),
         recipe.vision_steps,
         checkpoints=open_checkpoints(work / "vision"),
         name="vision",
@@ -220,24 +220,24 @@ def train_language(
     recipe: Recipe,
 ) -> Any:
     """Parameters of the whole model, the encoder starting from `dense`."""
-    model, head = PaliGemma(config), vision.DenseHead()
+    model, head = PaliGemma(config), vision_stage.DenseHead()
     if recipe.start_from:
         params = _started(recipe)
     else:
         params = init_params(model, jax.random.key(recipe.seed + 1))
         table = params["language_model"]["embed_tokens"]
         key = jax.random.key(recipe.seed + 2)
-        table["weight"] = language.smooth_locations(table["weight"], tokenizer.loc_start, key)
+        table["weight"] = language_stage.smooth_locations(table["weight"], tokenizer.loc_start, key)
     params["vision_tower"] = dense["vision_tower"]
-    soft = jnp.asarray(language.soft_locations(recipe.loc_sigma))
-    loss = functools.partial(language.language_loss, model, head, soft, tokenizer.loc_start, recipe.dense_weight)
-    optimizer = language.make_optimizer(recipe.language_steps, recipe.language_learning_rate)
-    optimizer = language.slower(optimizer, "vision_tower", recipe.vision_factor)
+    soft = jnp.asarray(language_stage.soft_locations(recipe.loc_sigma))
+    loss = functools.partial(language_stage.language_loss, model, head, soft, tokenizer.loc_start, recipe.dense_weight)
+    optimizer = language_stage.make_optimizer(recipe.language_steps, recipe.language_learning_rate)
+    optimizer = language_stage.slower(optimizer, "vision_tower", recipe.vision_factor)
     settings = ImageSettings(config.vision.image_size)
     state = fit(
         init_state({**params, "dense_head": dense["head"]}, optimizer),
         make_step(loss, optimizer),
-        language.QuestionBatches(
+        language_stage.QuestionBatches(
             pool, codes, Processor(config, tokenizer, settings), recipe.seed, recipe.easy_steps, recipe.segment_every
         ),
         recipe.language_steps,

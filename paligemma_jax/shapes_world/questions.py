@@ -9,7 +9,7 @@ from collections import Counter
 
 import numpy as np
 
-from paligemma_jax.training.scenes import COLORS, SHAPES
+from paligemma_jax.shapes_world.scenes import COLORS, SHAPES
 
 Kind = tuple[str, str]  # colour, shape
 

@@ -21,10 +21,10 @@ import optax
 from paligemma_jax.config import VisionConfig
 from paligemma_jax.models.siglip import SigLIP
 from paligemma_jax.processing.tokenizer import SEG_TOKENS
+from paligemma_jax.shapes_world.pool import epoch_rows, take
+from paligemma_jax.shapes_world.scenes import COLORS, MAX_OBJECTS, SHAPES
 from paligemma_jax.tasks.detection import NUM_CODES
 from paligemma_jax.training.loss import mean_where
-from paligemma_jax.training.pool import epoch_rows, take
-from paligemma_jax.training.scenes import COLORS, MAX_OBJECTS, SHAPES
 
 _SEEN = 0.03  # a patch belongs to a shape that covers at least this share of it
 _UNSEEN = 0.005  # and to the background when every shape covers less than this; between the two nothing is asked

@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from paligemma_jax.evaluation.foreign import drawn_by_another
-from paligemma_jax.evaluation.samples import drawn_as_in_training
+from paligemma_jax.shapes_world.foreign_scenes import drawn_by_another
+from paligemma_jax.shapes_world.samples import drawn_as_in_training
 
 
 @pytest.mark.parametrize("source", [drawn_as_in_training, drawn_by_another])

@@ -7,10 +7,10 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from paligemma_jax.evaluation.samples import Sample, drawn_as_in_training
 from paligemma_jax.inspection import maps, words
 from paligemma_jax.inspection.embeddings import grid_side
 from paligemma_jax.pipeline import PaliGemma
+from paligemma_jax.shapes_world.samples import Sample, drawn_as_in_training
 
 _MAX_NEW_TOKENS = 64
 

@@ -9,12 +9,12 @@ import numpy as np
 from tqdm import tqdm
 
 from paligemma_jax.errors import ConfigError
-from paligemma_jax.evaluation.ranking import Found, auc, match, mean_average_precision
-from paligemma_jax.evaluation.samples import Sample, drawn_as_in_training
+from paligemma_jax.evaluation.metrics import Found, auc, match, mean_average_precision
 from paligemma_jax.pipeline import PaliGemma
+from paligemma_jax.shapes_world.questions import Question, caption, sample_answer, sample_locate
+from paligemma_jax.shapes_world.samples import Sample, drawn_as_in_training
 from paligemma_jax.tasks.detection import Detection, parse
 from paligemma_jax.tasks.overlap import box_iou, mask_iou
-from paligemma_jax.training.questions import Question, caption, sample_answer, sample_locate
 
 _ANSWERS_PER_SCENE = 3
 _MAX_NEW_TOKENS = 128

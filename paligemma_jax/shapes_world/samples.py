@@ -5,8 +5,8 @@ import dataclasses
 import numpy as np
 from PIL import Image
 
+from paligemma_jax.shapes_world import scenes
 from paligemma_jax.tasks.detection import Box
-from paligemma_jax.training import scenes
 
 
 @dataclasses.dataclass(frozen=True)

@@ -7,9 +7,8 @@ import optax
 import pytest
 
 from paligemma_jax.config import VisionConfig
-from paligemma_jax.training.loop import fit, init_state, make_step
-from paligemma_jax.training.scenes import COLORS, MAX_OBJECTS, SHAPES
-from paligemma_jax.training.vision import (
+from paligemma_jax.shapes_world.scenes import COLORS, MAX_OBJECTS, SHAPES
+from paligemma_jax.shapes_world.vision_stage import (
     RELATIONS,
     DenseBatches,
     DenseModel,
@@ -21,6 +20,7 @@ from paligemma_jax.training.vision import (
     standing,
     warm_start,
 )
+from paligemma_jax.training.loop import fit, init_state, make_step
 
 CONFIG = VisionConfig(image_size=28, patch_size=7, width=16, num_layers=2, mlp_dim=24, num_heads=2)
 

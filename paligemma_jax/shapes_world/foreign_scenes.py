@@ -1,7 +1,7 @@
 """The world of shapes as another program draws it: a test of what a model learnt beyond one drawing program.
 
 Written from a description of the pictures alone. Shapes are signed distances with smooth edges, colours are named
-swatches with jitter; proportions, backgrounds and placement are its own. Nothing comes from training/scenes.py.
+swatches with jitter; proportions, backgrounds and placement are its own. Nothing comes from `scenes.py`.
 
 Axes: H and W of a picture, P corners of a shape.
 """
@@ -12,7 +12,7 @@ import io
 import numpy as np
 from PIL import Image
 
-from paligemma_jax.evaluation.samples import Sample
+from paligemma_jax.shapes_world.samples import Sample
 from paligemma_jax.tasks.detection import Box
 
 _SHAPES = ("circle", "square", "triangle", "star", "diamond")

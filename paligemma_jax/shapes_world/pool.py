@@ -13,7 +13,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from paligemma_jax.errors import DataError
-from paligemma_jax.training.scenes import COLORS, MAX_OBJECTS, SHAPES, Scene, coverage, draw, scene_at, unit_mask
+from paligemma_jax.shapes_world.scenes import COLORS, MAX_OBJECTS, SHAPES, Scene, coverage, draw, scene_at, unit_mask
 
 _CHUNK = 500
 MASK_SIDE = 64

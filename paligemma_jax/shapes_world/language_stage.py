@@ -13,12 +13,12 @@ import optax
 
 from paligemma_jax.models.paligemma import PaliGemma
 from paligemma_jax.processing.processor import Processor
+from paligemma_jax.shapes_world.pool import epoch_rows, take
+from paligemma_jax.shapes_world.questions import Question, sample_question
+from paligemma_jax.shapes_world.scenes import COLORS, MAX_OBJECTS, SHAPES
+from paligemma_jax.shapes_world.vision_stage import DenseHead, dense_losses, dense_targets, normalise
 from paligemma_jax.tasks.detection import NUM_LOCS, format_box
 from paligemma_jax.training.loss import answer_logits, mean_where
-from paligemma_jax.training.pool import epoch_rows, take
-from paligemma_jax.training.questions import Question, sample_question
-from paligemma_jax.training.scenes import COLORS, MAX_OBJECTS, SHAPES
-from paligemma_jax.training.vision import DenseHead, dense_losses, dense_targets, normalise
 
 _HARD = 3  # things in a picture
 _SHORTEST_PREFIX = 4  # bos, two words and the line break
