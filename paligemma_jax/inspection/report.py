@@ -1,10 +1,13 @@
 """Findings as one HTML file that needs nothing else: pictures are data URIs, and the script is in it.
 
+The page, its style and its script are files in `report_page/`, with {{marks}} where something is filled in.
+
 Maps are rounded to 256 steps between their own lowest and highest value; the .npy files hold them exactly.
 """
 
 import base64
 import html
+import importlib.resources
 import io
 import json
 import math
@@ -19,7 +22,6 @@ from paligemma_jax.inspection import pictures
 from paligemma_jax.inspection.embeddings import grid_side
 from paligemma_jax.inspection.findings import Findings, Ranked
 from paligemma_jax.inspection.maps import head_name, layer_name, of_head, of_layer
-from paligemma_jax.inspection.report_page import PAGE, SCRIPT, STYLE
 
 _MOST_EACH = {"nearest": 5, "said": 3, "after": 3}  # words of the vocabulary that are named at a place, by each layer
 _MOST_WORDS = 50_000  # in all; with many patches and layers fewer each
@@ -48,10 +50,15 @@ def report(findings: Findings, plates: Mapping[str, Image.Image], source: str = 
         "words": "\n".join(map(_word, (word.text for word in findings.words), _chances(findings))),
         "plates": "\n".join(_plate(title, image) for title, image in plates.items()),
         "data": _json(_data(findings, head)),
-        "style": _filled(STYLE, {"gradient": ",".join(pictures.INFERNO), "width": str(picture.width)}),
-        "script": SCRIPT,
+        "style": _filled(_read("style.css"), {"gradient": ",".join(pictures.INFERNO), "width": str(picture.width)}),
+        "script": _read("script.js"),
     }
-    return _filled(PAGE, marks)
+    return _filled(_read("page.html"), marks)
+
+
+def _read(name: str) -> str:
+    """The text of a file of the page."""
+    return (importlib.resources.files("paligemma_jax.inspection") / "report_page" / name).read_text(encoding="utf-8")
 
 
 def _filled(template: str, marks: Mapping[str, str]) -> str:

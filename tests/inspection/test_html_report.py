@@ -6,6 +6,8 @@ import html.parser
 import json
 import math
 import re
+import tomllib
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -16,6 +18,7 @@ from paligemma_jax.inspection.findings import Ranked
 from paligemma_jax.inspection.plates import plates
 from paligemma_jax.inspection.report import report
 
+ROOT = Path(__file__).resolve().parents[2]
 EVIL = "</script><script>alert(1)</script><img src=x onerror=alert(2)> \" ' & {{data}}"
 
 
@@ -53,6 +56,13 @@ def _values(item: dict) -> np.ndarray:
 @pytest.fixture(scope="module")
 def page(findings) -> str:
     return report(findings, {plate.title: plate.image for plate in plates(findings)}, "a model, a picture")
+
+
+def test_an_installed_package_carries_the_page():
+    settings = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["package-data"]
+    folder = ROOT / "paligemma_jax" / "inspection"
+    carried = {path for pattern in settings["paligemma_jax.inspection"] for path in folder.glob(pattern)}
+    assert {path.name for path in carried} == {"page.html", "style.css", "script.js"}
 
 
 def test_nothing_is_fetched(page):

@@ -1,124 +1,3 @@
-"""The report's page: HTML with {{marks}} to be filled, its style and its script; nothing is fetched from anywhere.
-
-Without the script the page still shows the picture, the words and all maps as pictures.
-"""
-
-PAGE = """<!DOCTYPE html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<meta http-equiv="Content-Security-Policy"
-  content="default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'unsafe-inline'">
-<title>{{title}}</title>
-<style>{{style}}</style>
-</head>
-<body>
-<header>
-<h1>{{prompt}}</h1>
-<p class="meta">{{meta}}</p>
-</header>
-<main id="explorer">
-<section class="stage" aria-label="Picture">
-<div class="frame" id="frame"><img src="{{image}}" alt="The picture" draggable="false"><canvas id="map"></canvas>
-<div id="cell" hidden></div></div>
-<div class="legend" hidden><span id="low"></span><div class="bar"></div><span id="high"></span></div>
-<p class="caption" id="caption" aria-live="polite"></p>
-</section>
-<section class="side">
-<h2>Answer</h2>
-<div class="answer" id="answer">{{words}}</div>
-<div class="controls" hidden>
-<h2>Map</h2>
-<div class="kinds" id="kinds" role="radiogroup" aria-label="Map"></div>
-<label id="layers">Layer <input type="range" id="layer" min="0" step="1"><output id="layer-name"></output></label>
-<label>Strength <input type="range" id="strength" min="0" max="100" value="65"></label>
-<label id="follow-row" class="check"><input type="checkbox" id="follow" checked>
-<span>Pointing at a patch shows what is like it</span></label>
-</div>
-<div class="patch" hidden>
-<h2 id="patch-title">Word or patch</h2>
-<p class="hint" id="hint">Point at a word or at the picture, or tab to it and use the arrow keys. A click holds a
-word or a patch, Escape lets go.</p>
-<div id="patch"></div>
-</div>
-<noscript><p class="hint">Scripts are off: the maps are below as pictures.</p></noscript>
-</section>
-</main>
-<section class="plates">
-<h2>All maps</h2>
-{{plates}}
-</section>
-<script type="application/json" id="data">{{data}}</script>
-<script>{{script}}</script>
-</body>
-</html>
-"""
-
-STYLE = """
-:root{color-scheme:light dark;--paper:#fbfaf8;--card:#fff;--ink:#1d1e21;--faint:#64676d;--line:#dedcd7;--mark:#b5400f;
---wash:#fbeadf}
-@media(prefers-color-scheme:dark){:root{--paper:#151517;--card:#1e1f22;--ink:#ececee;--faint:#a0a3a9;--line:#36373c;
---mark:#ff9d62;--wash:#3a2a20}}
-*{box-sizing:border-box}
-[hidden]{display:none!important}
-body{margin:0 auto;max-width:78rem;padding:1.6rem clamp(1rem,3vw,2.5rem) 4rem;background:var(--paper);color:var(--ink);
-font:16px/1.5 system-ui,-apple-system,"Segoe UI",Roboto,"Helvetica Neue",sans-serif}
-header{border-bottom:1px solid var(--line);margin-bottom:1.4rem}
-h1{font-size:clamp(1.3rem,3vw,1.9rem);line-height:1.2;margin:.1rem 0 .3rem;overflow-wrap:anywhere}
-h2{font-size:.82rem;font-weight:600;color:var(--faint);margin:1.3rem 0 .45rem}
-.side>h2:first-child{margin-top:0}
-p{margin:.3rem 0}.meta,.caption,.hint{color:var(--faint);font-size:.9rem}
-.meta{padding-bottom:.8rem;overflow-wrap:anywhere}
-main{display:grid;grid-template-columns:minmax(0,1.15fr) minmax(0,1fr);gap:2rem;align-items:start}
-@media(max-width:52rem){main{grid-template-columns:minmax(0,1fr);gap:1.2rem}}
-@media(min-width:52.01rem){.stage{position:sticky;top:1rem}}
-.frame{position:relative;line-height:0;border-radius:4px;overflow:hidden;background:#000;width:fit-content;
-max-width:100%;margin:0 auto}
-.frame img{display:block;max-width:100%;max-height:74vh;width:{{width}}px;height:auto}
-.frame canvas{position:absolute;inset:0;width:100%;height:100%;touch-action:pan-y;cursor:crosshair}
-.frame canvas:focus-visible{outline:3px solid var(--mark);outline-offset:-3px}
-#cell{position:absolute;pointer-events:none;border:2px solid #fff;outline:1px solid #000;border-radius:1px}
-.legend{display:grid;grid-template-columns:auto 1fr auto;gap:.6rem;align-items:center;margin-top:.6rem;
-font-size:.82rem;color:var(--faint);font-variant-numeric:tabular-nums}
-.bar{height:.6rem;border-radius:2px;background:linear-gradient(90deg,{{gradient}})}
-.answer{display:flex;flex-wrap:wrap;gap:.35rem}
-.word{font:inherit;font-size:.95rem;color:inherit;background:var(--card);border:1px solid var(--line);
-border-radius:4px;padding:.2rem .5rem;display:inline-flex;flex-direction:column;align-items:flex-start;
-text-align:left;max-width:100%;overflow-wrap:anywhere}
-button.word{cursor:pointer}
-.word small{color:var(--faint);font-size:.72rem;line-height:1.2;font-variant-numeric:tabular-nums}
-.word.on{border-color:var(--mark);background:var(--wash)}
-.word.held{box-shadow:0 0 0 1px var(--mark)}
-button:focus-visible,input:focus-visible,summary:focus-visible{outline:2px solid var(--mark);outline-offset:2px}
-.kinds{display:flex;flex-wrap:wrap;gap:.35rem;margin-bottom:.6rem}
-.kinds label{border:1px solid var(--line);border-radius:4px;padding:.2rem .6rem;background:var(--card);cursor:pointer;
-font-size:.92rem}
-.kinds label:has(:checked){border-color:var(--mark);background:var(--wash)}
-.kinds label:focus-within{outline:2px solid var(--mark);outline-offset:2px}
-.kinds input{position:absolute;opacity:0;width:1px;height:1px}
-.controls>label{display:grid;grid-template-columns:4.6rem minmax(6rem,12rem) 1fr;gap:.6rem;align-items:center;
-font-size:.9rem;margin:.3rem 0}
-.controls>label.check{grid-template-columns:auto 1fr;justify-content:start}
-.check input{accent-color:var(--mark);margin:0}
-@media(max-width:30rem){.controls>label:not(.check){grid-template-columns:4.6rem 1fr}output{grid-column:2}}
-input[type=range]{accent-color:var(--mark);width:100%}
-table{border-collapse:collapse;width:100%;font-size:.88rem}
-th,td{text-align:left;font-weight:400;padding:.16rem .5rem .16rem 0;vertical-align:baseline;
-border-bottom:1px solid var(--line)}
-th{color:var(--faint);white-space:nowrap;width:1%}
-td{overflow-wrap:anywhere}
-td span{display:inline-block;margin-right:.7rem;white-space:pre-wrap}
-td span small{color:var(--faint);margin-left:.25rem;font-variant-numeric:tabular-nums}
-.plates{margin-top:2.5rem;border-top:1px solid var(--line)}
-details{border-bottom:1px solid var(--line)}
-summary{cursor:pointer;padding:.55rem 0}
-details div{overflow-x:auto;padding-bottom:1rem}
-details img{display:block;max-width:100%;height:auto;background:#fff;border-radius:4px}
-details img.wide{max-width:none}
-"""
-
-SCRIPT = """
 "use strict";
 (() => {
   const data = JSON.parse(document.getElementById("data").textContent);
@@ -169,7 +48,7 @@ SCRIPT = """
   const followed = () => alike && $("follow").checked && state.patch >= 0 && state.word < 0;
 
   function caption({kind, layer}) {
-    const word = state.word < 0 ? "the whole answer" : "\\u201c" + data.words[state.word] + "\\u201d";
+    const word = state.word < 0 ? "the whole answer" : "\u201c" + data.words[state.word] + "\u201d";
     return kind.title + (kind.words ? ", " + word : "") + (kind.layers ? ", " + kind.layers[layer] : "");
   }
 
@@ -226,7 +105,7 @@ SCRIPT = """
   // The words that each layer would say in place of a word: of its one token several, else one for each.
   function describeWord(line) {
     const [start, stop] = data.spans[state.word];
-    $("patch-title").textContent = "Said in place of \\u201c" + data.words[state.word] + "\\u201d";
+    $("patch-title").textContent = "Said in place of \u201c" + data.words[state.word] + "\u201d";
     data.after.forEach((layer, i) => {
       const tokens = layer.slice(start, stop);
       ranked(line(where(i)), tokens.length > 1 ? tokens.map(token => token[0]) : tokens[0]);
@@ -340,4 +219,3 @@ SCRIPT = """
   new ResizeObserver(paint).observe(canvas);
   refresh();
 })();
-"""
