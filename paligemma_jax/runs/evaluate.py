@@ -13,11 +13,11 @@ from paligemma_jax.runs import environment, settings
 from paligemma_jax.runs import model as models
 from paligemma_jax.runs.notes import note
 from paligemma_jax.shapes_world import evaluation
-from paligemma_jax.shapes_world.foreign_scenes import drawn_by_another
+from paligemma_jax.shapes_world.foreign_scenes import foreign_sample
 from paligemma_jax.shapes_world.pointing import pointing
-from paligemma_jax.shapes_world.samples import drawn_as_in_training
+from paligemma_jax.shapes_world.samples import scene_sample
 
-_SOURCES = {"scenes": drawn_as_in_training, "foreign": drawn_by_another}  # config.data
+_SOURCES = {"scenes": scene_sample, "foreign": foreign_sample}  # config.data
 
 
 def run(config: ConfigDict) -> int:

@@ -1,1 +1,1 @@
-"""The shipped model's world, pictures of coloured shapes: scenes, questions, training stages, evaluation."""
+"""The shipped model's world, images of coloured shapes: scenes, questions, training stages, evaluation."""

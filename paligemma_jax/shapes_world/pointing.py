@@ -1,4 +1,4 @@
-"""Whether the maps point at what is named: measured where the truth is known."""
+"""How much of each inspection map lies on the object it is about, measured on scenes with known masks."""
 
 import collections
 from collections.abc import Callable
@@ -10,7 +10,7 @@ from tqdm import tqdm
 from paligemma_jax.inspection import maps, words
 from paligemma_jax.inspection.embeddings import grid_side
 from paligemma_jax.pipeline import PaliGemma
-from paligemma_jax.shapes_world.samples import Sample, drawn_as_in_training
+from paligemma_jax.shapes_world.samples import Sample, scene_sample
 
 _MAX_NEW_TOKENS = 64
 
@@ -19,39 +19,39 @@ def pointing(
     model: PaliGemma,
     num_scenes: int = 40,
     seed: int = 20_000_000,
-    source: Callable[[int, int], Sample] = drawn_as_in_training,
+    source: Callable[[int, int], Sample] = scene_sample,
 ) -> dict[str, float]:
-    """How much of each map lies on the thing that `detect` is asked for, over all things that are unique in a scene.
+    """Share of each map's mass that lies on the object that `detect` asks for, over objects that are unique in a scene.
 
-    What counts of a map is what is above its mean. The maps are those of `maps`, in the upper half of the layers and
-    the mean of the heads, with the model's own answer; the attention is that of the tokens that say the four
-    locations of the thing found first, and that of the tokens of its label.
+    A map's mass is what exceeds its mean. The maps are those of `inspection.maps`, averaged over the upper half of the
+    layers and all heads, with the model's own answer; attention is that of the four location tokens of the first object
+    of the answer, and that of the tokens of its label.
 
     Returns:
-      "chance", the mean share of a picture that a thing takes, and for each map the mean share of it that lies on the
-      thing; "mask" is the thing's own mask as a map of patches, some of which reach beyond it. Then the same of what
-      lies on any thing, in pictures of several: "chance_among", "table_among" and so on, which tell a map of the thing
-      named from one of all that stands out. Last, how many `things` there were and how many of them were `answered`:
-      only these have attention maps. NaN for what could not be measured.
+      "chance", the mean share of an image that an object covers, and for each map the mean share of its mass on the
+      object; "mask" is the object's own mask as a map of patches, an upper bound. With "_among" appended, the same
+      relative to the mass on all objects, in images of several: it tells a map of the named object from one of
+      everything salient. Last, the number of objects (`things`) and of those `answered`: only these have attention
+      maps. NaN where nothing was measured.
     """
     shares: dict[str, list[float]] = collections.defaultdict(list)
     count = 0
-    for index in tqdm(range(num_scenes), desc="pointing", unit="scene"):
-        sample = source(seed, index)
+    for scene in tqdm(range(num_scenes), desc="pointing", unit="scene"):
+        sample = source(seed, scene)
         covered = np.stack([coverage(mask, model.config.vision.num_tokens) for mask in sample.masks])
-        unique = [place for place, kind in enumerate(sample.kinds) if sample.kinds.count(kind) == 1]
+        unique = [index for index, kind in enumerate(sample.kinds) if sample.kinds.count(kind) == 1]
         count += len(unique)
         if not unique:
             continue
-        names = [" ".join(sample.kinds[place]) for place in unique]
+        names = [" ".join(sample.kinds[i]) for i in unique]
         prompts = [f"detect {name}" for name in names]
-        outputs = model.generate([sample.picture] * len(prompts), prompts, _MAX_NEW_TOKENS)
-        for place, name, output in zip(unique, names, outputs, strict=True):
-            made = _maps(model, sample.picture, name, output.text) | {"mask": _above_mean(covered[place])}
+        outputs = model.generate([sample.image] * len(prompts), prompts, _MAX_NEW_TOKENS)
+        for i, name, output in zip(unique, names, outputs, strict=True):
+            made = _maps(model, sample.image, name, output.text) | {"mask": _above_mean(covered[i])}
             for kind, values in made.items():
-                shares[kind].append(_share(values, covered[place], np.ones_like(covered[place])))
+                shares[kind].append(_share(values, covered[i], np.ones_like(covered[i])))
                 if len(covered) > 1:
-                    shares[f"{kind}_among"].append(_share(values, covered[place], covered.max(axis=0)))
+                    shares[f"{kind}_among"].append(_share(values, covered[i], covered.max(axis=0)))
     kinds = ("chance", "mask", "table", "hidden", "attention_locations", "attention_label")
     means = {key: _mean(shares[key]) for kind in kinds for key in (kind, f"{kind}_among")}
     ordered = dict(sorted(means.items(), key=lambda item: item[0].endswith("_among")))
@@ -59,16 +59,16 @@ def pointing(
 
 
 def coverage(mask: np.ndarray, num_patches: int) -> np.ndarray:
-    """How much of each patch a mask bool [H, W] covers, in 0..1: f32 [N]."""
+    """Share of each patch that a mask bool [H, W] covers, in 0..1: f32 [N]."""
     side = grid_side(num_patches)
     image = Image.fromarray(mask.astype(np.float32))
     return np.clip(np.asarray(image.resize((side, side), Image.Resampling.BOX)).reshape(-1), 0, 1)
 
 
-def _maps(model: PaliGemma, picture: Image.Image, name: str, answer: str) -> dict[str, np.ndarray]:
-    """Maps [N] of one thing; "chance" is one that makes no difference."""
+def _maps(model: PaliGemma, image: Image.Image, name: str, answer: str) -> dict[str, np.ndarray]:
+    """Maps [N] of one object; "chance" is the uniform map."""
     tokenizer, num_layers = model.processor.tokenizer, model.config.text.num_layers
-    trace = model.trace(picture, f"detect {name}", answer)
+    trace = model.trace(image, f"detect {name}", answer)
     soft_tokens = np.asarray(trace.soft_tokens[0], np.float32)
     hidden = maps.hidden_similarity(trace, maps.find_in_prompt(trace, tokenizer, name))
     found = {
@@ -76,12 +76,12 @@ def _maps(model: PaliGemma, picture: Image.Image, name: str, answer: str) -> dic
         "table": _above_mean(maps.table_similarity(model, soft_tokens, name)),
         "hidden": _above_mean(maps.upper_half(hidden, num_layers)),
     }
-    said = words.words(tokenizer, trace.tokens[trace.prefix_length :].tolist())
-    label = said[4 : 4 + len(name.split())]
+    answer_words = words.words(tokenizer, trace.tokens[trace.prefix_length :].tolist())
+    label = answer_words[4 : 4 + len(name.split())]
     if " ".join(word.text for word in label) != name:
         return found
-    attention = maps.upper_half(maps.attention(trace, renormalise=True), num_layers).mean(axis=0)  # [n, N]
-    spans = (("locations", said[0].start, said[3].stop), ("label", label[0].start, label[-1].stop))
+    attention = maps.upper_half(maps.attention(trace, renormalize=True), num_layers).mean(axis=0)  # [n, N]
+    spans = (("locations", answer_words[0].start, answer_words[3].stop), ("label", label[0].start, label[-1].stop))
     for key, start, stop in spans:
         found[f"attention_{key}"] = _above_mean(attention[start:stop].mean(axis=0))
     return found
@@ -92,7 +92,7 @@ def _above_mean(values: np.ndarray) -> np.ndarray:
 
 
 def _share(values: np.ndarray, inside: np.ndarray, among: np.ndarray) -> float:
-    """How much of what lies in `among` lies inside, patches being covered in part."""
+    """Share of the mass in `among` that lies `inside`; both are coverages of patches in 0..1."""
     total = float((values * among).sum())
     return float((values * inside).sum()) / total if total else 0.0
 

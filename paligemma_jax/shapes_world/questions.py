@@ -1,4 +1,4 @@
-"""What people ask about a scene, and the right answers: prefixes and suffixes in English and German.
+"""Questions about a scene with their answers: prefixes and suffixes in English and German.
 
 Order is fixed, so that each prompt has one right answer: captions go by shape, then by colour, in the order of the
 tables in `scenes`; boxes and masks go by the classes of the prompt, then from left to right.
@@ -34,7 +34,7 @@ _GERMAN_ENDINGS = {"m": "er", "n": "es", "f": "e"}
 
 @dataclasses.dataclass(frozen=True)
 class Question:
-    """A prompt and its answer; `objects` are the places of the things to box or mask, in order, with their labels."""
+    """A prompt and its answer; `objects` are (index, label) of the objects to box or mask, in order."""
 
     prefix: str
     suffix: str = ""
@@ -94,7 +94,7 @@ def is_there(kinds: list[Kind], color: str | None, shape: str) -> Question:
 
 
 def what_color(kinds: list[Kind], shape: str) -> Question | None:
-    """None when things of that shape differ in colour; nothing to say when there is none."""
+    """None when objects of that shape differ in colour; an empty answer when there is none."""
     colors = {c for c, s in kinds if s == shape}
     if len(colors) > 1:
         return None

@@ -1,12 +1,12 @@
-"""Teach an image encoder what each patch shows before it has to speak.
+"""The vision stage: pretrains the image encoder with dense labels before the whole model is trained.
 
-From the language loss alone a small model ignores the picture for a long time. Here a throw-away linear head names, for
-every patch, the shape, the colour and the box of the thing under it, and where that thing stands among its like: how
-many there are, and which of them it is from the left. The patch at a thing's centre also names its mask codes. Counting
+From the language loss alone a small model ignores the image for a long time. Here an auxiliary linear head predicts,
+for every patch, the shape, the colour and the box of the object under it, how many other objects are similar to it, and
+its rank among them from the left. At the patch of an object's centre it also predicts the object's mask codes. Counting
 and order are what answers need and what a small decoder is slow to find; the encoder, which sees all patches at once,
-learns them in minutes.
+learns them in minutes. The head is dropped after training.
 
-Axes: B pictures, P patches, K places for shapes, R relations, C mask codes, D encoder width.
+Axes: B images, P patches, K object slots, R relations, C mask codes, D encoder width.
 """
 
 import dataclasses
@@ -26,10 +26,10 @@ from paligemma_jax.shapes_world.scenes import COLORS, MAX_OBJECTS, SHAPES
 from paligemma_jax.tasks.detection import NUM_CODES
 from paligemma_jax.training.loss import mean_where
 
-_SEEN = 0.03  # a patch belongs to a shape that covers at least this share of it
-_UNSEEN = 0.005  # and to the background when every shape covers less than this; between the two nothing is asked
+_FOREGROUND = 0.03  # a patch is foreground when a shape covers at least this share of it
+_BACKGROUND = 0.005  # and background when every shape covers less than this; between the two nothing is supervised
 
-RELATIONS = ("any", "same shape", "same color", "same shape and color")  # what counts as being like a thing
+RELATIONS = ("any", "same shape", "same color", "same shape and color")  # when an object counts as similar to another
 
 _OUTPUTS = {  # of every patch; the last shape and colour are the background
     "shape": (len(SHAPES) + 1,),
@@ -41,9 +41,10 @@ _OUTPUTS = {  # of every patch; the last shape and colour are the background
 
 
 class DenseHead(nn.Module):
-    """Patch features [B, P, D] to one output [B, P, ...] for each of `_OUTPUTS`: boxes, and logits of all else.
+    """Linear heads over patch features [B, P, D]: one output [B, P, ...] for each of `_OUTPUTS`, boxes and else logits.
 
-    With the `centre` [B, K] of each thing, the number of a patch, also the logits of its `codes` [B, K, C, 128].
+    `centre` [B, K] is the index of the patch at each object's centre; from it come the logits of the object's mask
+    `codes` [B, K, C, 128].
     """
 
     @nn.compact
@@ -58,6 +59,8 @@ class DenseHead(nn.Module):
 
 
 class DenseModel(nn.Module):
+    """The image encoder with its dense head."""
+
     config: VisionConfig
 
     def setup(self):
@@ -70,7 +73,7 @@ class DenseModel(nn.Module):
 
 @dataclasses.dataclass(frozen=True)
 class DenseBatches:
-    """Batches with dense targets, a function of the step: pictures of a pool, half of them mirrored.
+    """Batches with dense labels as a function of the step: images of a pool, half of them mirrored.
 
     `codes` i32 [2, N, K, C] are the mask codes of every shape, as drawn and mirrored.
     """
@@ -88,70 +91,71 @@ class DenseBatches:
 
 
 def dense_targets(record: dict[str, np.ndarray], codes: np.ndarray) -> dict[str, np.ndarray]:
-    """What each patch [B, P] shows: `seen` where there is a thing, `asked` where it is clear whether there is one.
+    """Labels of each patch [B, P] and of each object [B, K], from records of a pool.
 
-    Of the thing under it: `shape`, `color`, `box` [..., 4], and by relation [..., R] how many others are like it
-    (`count`) and how many of those are left of it (`rank`). Of each thing: the patch at its `centre` [B, K], and its
-    `codes` [B, K, C], -1 where there is none.
+    Per patch: `foreground` where an object covers it, `supervised` where it is clearly foreground or background; of the
+    object that covers it most, `shape`, `color`, `box` [..., 4], and by relation [..., R] the `count` of other similar
+    objects and its `rank`, how many of those are left of it. Per object: `centre`, the index of the patch at the centre
+    of its box, and its mask `codes` [B, K, C], -1 where the slot is empty.
     """
     owner = record["coverage"].argmax(axis=1)  # [B, P]
     most = record["coverage"].max(axis=1) / 255
-    seen = most >= _SEEN
-    place = np.arange(len(owner))[:, None]
-    count, rank = standing(record)
+    foreground = most >= _FOREGROUND
+    row_index = np.arange(len(owner))[:, None]
+    count, rank = count_and_rank(record)
     y0, x0, y1, x1 = np.moveaxis(record["box"], -1, 0)
     grid = round(owner.shape[1] ** 0.5)
     row, column = ((middle * grid / 2).astype(np.int32) for middle in (y0 + y1, x0 + x1))
     return {
-        "shape": np.where(seen, record["shape"][place, owner], len(SHAPES)).astype(np.int32),
-        "color": np.where(seen, record["color"][place, owner], len(COLORS)).astype(np.int32),
-        "box": record["box"][place, owner],
-        "count": count[place, owner],
-        "rank": rank[place, owner],
+        "shape": np.where(foreground, record["shape"][row_index, owner], len(SHAPES)).astype(np.int32),
+        "color": np.where(foreground, record["color"][row_index, owner], len(COLORS)).astype(np.int32),
+        "box": record["box"][row_index, owner],
+        "count": count[row_index, owner],
+        "rank": rank[row_index, owner],
         "centre": row * grid + column,
         "codes": np.where(record["shape"][..., None] >= 0, codes.astype(np.int32), -1),
-        "seen": seen,
-        "asked": seen | (most < _UNSEEN),
+        "foreground": foreground,
+        "supervised": foreground | (most < _BACKGROUND),
     }
 
 
-def standing(record: dict[str, np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
-    """How many others are like each thing, and how many of those are left of it: two of u8 [B, K, R]."""
+def count_and_rank(record: dict[str, np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+    """How many other objects are similar to each by relation, and how many of those are left of it: u8 [B, K, R]."""
     shape, color, left = record["shape"], record["color"], record["box"][..., 1]
-    there = shape >= 0
-    both = there[:, :, None] & there[:, None, :]
+    exists = shape >= 0
+    both = exists[:, :, None] & exists[:, None, :]
     same_shape = both & (shape[:, :, None] == shape[:, None, :])
     same_color = both & (color[:, :, None] == color[:, None, :])
-    like = np.stack([both, same_shape, same_color, same_shape & same_color], axis=-1)  # [B, K, K, R]
-    like &= ~np.eye(shape.shape[1], dtype=bool)[:, :, None]
+    similar = np.stack([both, same_shape, same_color, same_shape & same_color], axis=-1)  # [B, K, K, R]
+    similar &= ~np.eye(shape.shape[1], dtype=bool)[:, :, None]
     before = (left[:, None, :] < left[:, :, None])[..., None]
-    return like.sum(axis=2, dtype=np.uint8), (like & before).sum(axis=2, dtype=np.uint8)
+    return similar.sum(axis=2, dtype=np.uint8), (similar & before).sum(axis=2, dtype=np.uint8)
 
 
-def normalise(pixels: jax.Array) -> jax.Array:
-    """Bytes to float32 in [-1, 1]."""
+def normalize(pixels: jax.Array) -> jax.Array:
+    """uint8 pixels to float32 in [-1, 1]."""
     return pixels.astype(jnp.float32) / 127.5 - 1.0
 
 
-def smooth_positions(num_positions: int, width: int) -> np.ndarray:
-    """Position embeddings [P, D] to start from: sines and cosines of row and column, so that near patches are alike."""
+def sinusoidal_positions(num_positions: int, width: int) -> np.ndarray:
+    """Initial position embeddings [P, D]: sines and cosines of row and column, so that near patches are similar."""
     grid = round(num_positions**0.5)
     row, column = np.divmod(np.arange(num_positions), grid)
     count = -(-width // 4)
     frequency = np.pi / grid * np.geomspace(0.5, grid / 2, count)
-    waves = [wave(place[:, None] * frequency) for place in (row, column) for wave in (np.sin, np.cos)]
+    waves = [wave(index[:, None] * frequency) for index in (row, column) for wave in (np.sin, np.cos)]
     return np.concatenate(waves, axis=1)[:, :width].astype(np.float32)
 
 
-def warm_start(params: dict) -> dict:
-    """Parameters of a `DenseModel` whose attention starts out looking at like patches: near ones of like colour.
+def mimetic_init(params: dict) -> dict:
+    """The parameters of a `DenseModel` with key projections equal to query projections and sinusoidal positions.
 
-    Keys start equal to queries (after "Mimetic initialization of self-attention layers", arXiv 2305.09828) and
-    positions as waves; from random ones a small encoder is slow to find that neighbours matter.
+    So attention starts on similar patches, near ones of similar colour; from random parameters a small encoder is slow
+    to find that neighbours matter. After "Mimetic initialization of self-attention layers" (arXiv 2305.09828).
     """
     tower = dict(params["vision_tower"])
     positions = tower["position_embedding"]["weight"]
-    tower["position_embedding"] = {"weight": jnp.asarray(smooth_positions(*positions.shape))}
+    tower["position_embedding"] = {"weight": jnp.asarray(sinusoidal_positions(*positions.shape))}
     for name, layer in tower.items():
         if name.startswith("layers_"):
             attention = layer["self_attn"]
@@ -161,14 +165,18 @@ def warm_start(params: dict) -> dict:
 
 def dense_loss(model: DenseModel, params: dict, batch: dict) -> tuple[jax.Array, dict[str, jax.Array]]:
     """Loss of the encoder with its head on a batch of `DenseBatches`."""
-    out = model.apply({"params": params}, normalise(batch["pixels"]), batch["centre"])
+    out = model.apply({"params": params}, normalize(batch["pixels"]), batch["centre"])
     return dense_losses(out, batch)
 
 
 def dense_losses(out: dict[str, jax.Array], targets: dict) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """Cross-entropy of shape and colour over the asked patches, of the rest and the boxes' distance over the seen."""
-    asked, seen = targets["asked"], targets["seen"]
-    there = targets["codes"][..., 0] >= 0
+    """Loss and metrics of the head's outputs.
+
+    Cross-entropy of shape and colour over the supervised patches, of count and rank over the foreground, of the codes
+    over the objects; and the L1 distance of the boxes over the foreground, relative to their sides.
+    """
+    supervised, foreground = targets["supervised"], targets["foreground"]
+    exists = targets["codes"][..., 0] >= 0
 
     def mean(values: jax.Array, where: jax.Array) -> jax.Array:
         return mean_where(jnp.mean(values.reshape(*where.shape, -1), axis=-1), where)
@@ -180,12 +188,12 @@ def dense_losses(out: dict[str, jax.Array], targets: dict) -> tuple[jax.Array, d
     def accuracy(name: str, where: jax.Array) -> jax.Array:
         return mean((jnp.argmax(out[name], -1) == targets[name]).astype(jnp.float32), where)
 
-    off = jnp.abs(out["box"] - targets["box"])
+    distance = jnp.abs(out["box"] - targets["box"])
     # A small shape needs a finer box: what counts is the error over its own side.
     height, width = targets["box"][..., 2] - targets["box"][..., 0], targets["box"][..., 3] - targets["box"][..., 1]
-    relative = off / (jnp.stack([height, width, height, width], -1) + 0.1)
-    metrics = {f"{name}_acc": accuracy(name, seen) for name in ("shape", "color", "count", "rank")}
-    metrics |= {"codes_acc": accuracy("codes", there), "box_error": mean(off, seen)}
-    loss = entropy("shape", asked) + 0.5 * entropy("color", asked) + mean(relative, seen)
-    loss = loss + entropy("count", seen) + entropy("rank", seen) + 0.5 * entropy("codes", there)
+    relative = distance / (jnp.stack([height, width, height, width], -1) + 0.1)
+    metrics = {f"{name}_acc": accuracy(name, foreground) for name in ("shape", "color", "count", "rank")}
+    metrics |= {"codes_acc": accuracy("codes", exists), "box_error": mean(distance, foreground)}
+    loss = entropy("shape", supervised) + 0.5 * entropy("color", supervised) + mean(relative, foreground)
+    loss = loss + entropy("count", foreground) + entropy("rank", foreground) + 0.5 * entropy("codes", exists)
     return loss, metrics

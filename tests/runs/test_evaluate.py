@@ -6,8 +6,8 @@ import math
 import pytest
 
 from paligemma_jax.shapes_world import evaluation
-from paligemma_jax.shapes_world.foreign_scenes import drawn_by_another
-from paligemma_jax.shapes_world.samples import drawn_as_in_training
+from paligemma_jax.shapes_world.foreign_scenes import foreign_sample
+from paligemma_jax.shapes_world.samples import scene_sample
 
 METRICS = {"caption": {"exact_en": 0.5, "exact_de": math.nan}, "counts": {"scenes": 3}}
 
@@ -26,12 +26,12 @@ def test_prints_a_table_and_writes_json(generate, measured, tmp_path):
     assert status == 0
     assert out == "caption exact_en  0.5000\ncaption exact_de  -\ncounts scenes     3\n"
     assert json.loads(file.read_text())["caption"] == {"exact_en": 0.5, "exact_de": None}
-    assert measured == [(3, 7, drawn_as_in_training, False)] and str(file) in err
+    assert measured == [(3, 7, scene_sample, False)] and str(file) in err
 
 
 def test_pictures_of_another_program(generate, measured):
     assert generate(run="evaluate", data="foreign", num_scenes=3)[0] == 0
-    assert measured[0][2] is drawn_by_another
+    assert measured[0][2] is foreign_sample
 
 
 def test_a_profile_is_written(generate, tmp_path):

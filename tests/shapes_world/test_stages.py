@@ -22,8 +22,8 @@ def test_the_tokenizer_knows_the_world(tokenizer):
     config = stages.model_config(tokenizer)
     tokenizer.check(config)
     assert config.text.vocab_size % 64 == 0 and config.text.vocab_size > config.image_token_id
-    texts = {text for text in stages.world_text(1, 50) if text}
-    assert texts == {text for text in stages.world_text(1, 50) if text} != set(stages.world_text(2, 50))
+    texts = {text for text in stages.sample_texts(1, 50) if text}
+    assert texts == {text for text in stages.sample_texts(1, 50) if text} != set(stages.sample_texts(2, 50))
     for text in texts:
         ids = tokenizer.encode(text)
         assert tokenizer.decode(ids) == text and len(ids) <= len(text.split()) + 5

@@ -9,8 +9,8 @@
   for (const kind of data.kinds) for (const map of kind.maps.flat()) map.values = bytes(map.values);
   const palette = data.colors.map(c => [1, 3, 5].map(i => parseInt(c.slice(i, i + 2), 16)));
   const color = share => {
-    const place = share * (palette.length - 1), low = Math.min(Math.floor(place), palette.length - 2);
-    return palette[low].map((v, i) => v + (palette[low + 1][i] - v) * (place - low));
+    const at = share * (palette.length - 1), low = Math.min(Math.floor(at), palette.length - 2);
+    return palette[low].map((v, i) => v + (palette[low + 1][i] - v) * (at - low));
   };
   const show = value => value && Math.abs(value) < 1e-3 ? value.toExponential(1) : String(Number(value.toPrecision(3)));
   const element = (name, text, parent) => {
@@ -20,11 +20,11 @@
     return made;
   };
 
-  const alike = data.alike;
-  if (alike) alike.values = bytes(alike.values);
-  const placed = patch => "in row " + (Math.floor(patch / side) + 1) + ", column " + (patch % side + 1);
+  const pairs = data.patch_similarity;
+  if (pairs) pairs.values = bytes(pairs.values);
+  const position = patch => "in row " + (Math.floor(patch / side) + 1) + ", column " + (patch % side + 1);
 
-  // What is chosen: a word's map where the kind has one for each word, else the only one.
+  // The selected map: of a word where the kind has one for each word, else the only one.
   function current() {
     const kind = data.kinds[state.kind];
     if (!kind) return null;
@@ -32,33 +32,33 @@
     return {kind, layer, map: row[kind.words ? state.word + 1 : 0]};
   }
 
-  // How alike all patches are to one: its pairs stand in the lower triangle. The patch itself, which is most like
-  // itself, has no say in the colours.
-  function likeness(patch) {
+  // Similarity of all patches to one, from the lower triangle of the matrix. The patch itself, always most similar,
+  // does not set the range of the colours.
+  function similarityTo(patch) {
     const pair = (i, j) => i < j ? pair(j, i) : i * (i + 1) / 2 + j;
-    const steps = Array.from({length: side * side}, (_, other) => alike.values[pair(patch, other)]);
-    const others = steps.filter((_, other) => other !== patch);
+    const levels = Array.from({length: side * side}, (_, other) => pairs.values[pair(patch, other)]);
+    const others = levels.filter((_, other) => other !== patch);
     const low = Math.min(...others, 255), high = Math.max(...others, low + 1);
-    const value = step => alike.low + (alike.high - alike.low) * step / 255;
-    const values = Uint8Array.from(steps, step => 255 * Math.min(1, (step - low) / (high - low)));
-    return {low: value(low), high: value(high), values, title: alike.title + " " + placed(patch)};
+    const value = level => pairs.low + (pairs.high - pairs.low) * level / 255;
+    const values = Uint8Array.from(levels, level => 255 * Math.min(1, (level - low) / (high - low)));
+    return {low: value(low), high: value(high), values, title: pairs.title + " " + position(patch)};
   }
 
   // A word that is pointed at or held keeps its own map.
-  const followed = () => alike && $("follow").checked && state.patch >= 0 && state.word < 0;
+  const followed = () => pairs && $("follow").checked && state.patch >= 0 && state.word < 0;
 
   function caption({kind, layer}) {
     const word = state.word < 0 ? "the whole answer" : "\u201c" + data.words[state.word] + "\u201d";
     return kind.title + (kind.words ? ", " + word : "") + (kind.layers ? ", " + kind.layers[layer] : "");
   }
 
-  // Values between the middles of patches are mixed from the four around.
+  // Bilinear interpolation between the centres of patches.
   function paint() {
     const shown = current();
     const width = canvas.width = Math.max(1, Math.min(640, canvas.clientWidth)), height = canvas.height =
       Math.max(1, Math.min(640, canvas.clientHeight));
     if (!shown) return;
-    const {kind, layer} = shown, map = followed() ? likeness(state.patch) : shown.map;
+    const {kind, layer} = shown, map = followed() ? similarityTo(state.patch) : shown.map;
     const image = context.createImageData(width, height);
     const strength = $("strength").value / 100;
     const between = (place, size) => {
@@ -102,11 +102,11 @@
     }
   }
 
-  // The words that each layer would say in place of a word: of its one token several, else one for each.
+  // The logit lens at a word: several tokens of each layer for a word of one token, else one for each of its tokens.
   function describeWord(line) {
     const [start, stop] = data.spans[state.word];
     $("patch-title").textContent = "Said in place of \u201c" + data.words[state.word] + "\u201d";
-    data.after.forEach((layer, i) => {
+    data.text_lens.forEach((layer, i) => {
       const tokens = layer.slice(start, stop);
       ranked(line(where(i)), tokens.length > 1 ? tokens.map(token => token[0]) : tokens[0]);
     });
@@ -116,7 +116,7 @@
 
   function describe() {
     const patch = state.patch, shown = current(), panel = $("patch");
-    const word = data.after && state.word >= 0 && (patch < 0 || state.word !== state.heldWord);
+    const word = data.text_lens && state.word >= 0 && (patch < 0 || state.word !== state.heldWord);
     cell.hidden = patch < 0;
     panel.replaceChildren();
     $("hint").hidden = patch >= 0 || word;
@@ -131,16 +131,16 @@
     };
     if (word) return describeWord(line);
     const row = Math.floor(patch / side), column = patch % side, part = 100 / side;
-    const places = {left: column * part, top: row * part, width: part, height: part};
-    for (const name in places) cell.style[name] = places[name] + "%";
-    $("patch-title").textContent = "Patch " + placed(patch);
+    const bounds = {left: column * part, top: row * part, width: part, height: part};
+    for (const name in bounds) cell.style[name] = bounds[name] + "%";
+    $("patch-title").textContent = "Patch " + position(patch);
     if (shown) {
       const {low, high, values} = shown.map;
       line(shown.kind.name.toLowerCase(), show(low + (high - low) * values[patch] / 255));
     }
     if (shown.kind.name !== "Norms") line("norm", show(data.norms[patch]));
     if (data.nearest) ranked(line("nearest words"), data.nearest[patch]);
-    if (data.said) data.said.forEach((layer, i) => ranked(line(where(i)), layer[patch]));
+    if (data.patch_lens) data.patch_lens.forEach((layer, i) => ranked(line(where(i)), layer[patch]));
   }
 
   function refresh() { paint(); describe(); }
@@ -155,9 +155,9 @@
   $("layer").addEventListener("input", event => { state.layer = Number(event.target.value); refresh(); });
   $("strength").addEventListener("input", paint);
   $("follow").addEventListener("change", refresh);
-  $("follow-row").hidden = !alike;
+  $("follow-row").hidden = !pairs;
 
-  // Words: pointing and focus show their map, a click holds it.
+  // Words: hovering and focus show their map, a click holds it.
   const perWord = data.kinds.findIndex(kind => kind.words);
   words.forEach((word, i) => {
     const enter = () => { state.word = i; refresh(); };
@@ -177,7 +177,7 @@
     });
   });
 
-  // Patches: pointing shows them, a click holds one and lets go of the word, arrow keys walk.
+  // Patches: hovering shows them, a click holds one and releases the word, arrow keys move.
   const point = patch => {
     if (patch === state.patch) return;
     state.patch = patch;
