@@ -48,8 +48,8 @@ def caption(kinds: list[Kind], language: str = "en") -> str:
     ordered = sorted(counts, key=lambda kind: (SHAPES.index(kind[1]), COLORS.index(kind[0])))
     name = {"en": _english, "de": _german}[language]
     parts = [name(kind, counts[kind]) for kind in ordered]
-    joined = {"en": " and ", "de": " und "}[language]
-    return parts[0] if len(parts) == 1 else ", ".join(parts[:-1]) + joined + parts[-1]
+    conjunction = {"en": " and ", "de": " und "}[language]
+    return parts[0] if len(parts) == 1 else ", ".join(parts[:-1]) + conjunction + parts[-1]
 
 
 def _english(kind: Kind, count: int) -> str:
@@ -70,7 +70,7 @@ def _german(kind: Kind, count: int) -> str:
 
 
 def matches(kind: Kind, name: str) -> bool:
-    """Does "circle" or "red circle" name this kind?"""
+    """Whether a name, such as "circle" or "red circle", is of this kind."""
     return name in (kind[1], f"{kind[0]} {kind[1]}")
 
 

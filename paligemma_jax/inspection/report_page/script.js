@@ -61,8 +61,8 @@
     const {kind, layer} = shown, map = followed() ? similarityTo(state.patch) : shown.map;
     const image = context.createImageData(width, height);
     const strength = $("strength").value / 100;
-    const between = (place, size) => {
-      const at = Math.min(Math.max((place + 0.5) * side / size - 0.5, 0), side - 1), low = Math.floor(at);
+    const between = (pixel, size) => {
+      const at = Math.min(Math.max((pixel + 0.5) * side / size - 0.5, 0), side - 1), low = Math.floor(at);
       return [low, Math.min(low + 1, side - 1), at - low];
     };
     const across = Array.from({length: width}, (_, x) => between(x, width));
@@ -185,8 +185,8 @@
   };
   const at = event => {
     const box = canvas.getBoundingClientRect();
-    const place = (value, size) => Math.min(side - 1, Math.max(0, Math.floor(value / size * side)));
-    return place(event.clientY - box.top, box.height) * side + place(event.clientX - box.left, box.width);
+    const index = (value, size) => Math.min(side - 1, Math.max(0, Math.floor(value / size * side)));
+    return index(event.clientY - box.top, box.height) * side + index(event.clientX - box.left, box.width);
   };
   canvas.tabIndex = 0;
   canvas.setAttribute("role", "application");
