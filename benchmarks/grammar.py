@@ -30,12 +30,12 @@ from benchmarks import machine
 from paligemma_jax.compiling import use_wide_loops
 from paligemma_jax.config import variant_name
 from paligemma_jax.errors import UserError
-from paligemma_jax.evaluation.samples import drawn_as_in_training
 from paligemma_jax.generation import cache, engine, grammar
 from paligemma_jax.generation.clock import Clock
 from paligemma_jax.generation.sampling import Rule, row_keys
+from paligemma_jax.shapes_world.questions import sample_locate
+from paligemma_jax.shapes_world.samples import scene_sample
 from paligemma_jax.tasks.classes import class_names
-from paligemma_jax.training.questions import sample_locate
 
 ROOT = Path(__file__).resolve().parents[1]
 _SEED = 20_000_000  # of the evaluation's scenes
@@ -53,10 +53,10 @@ def compare_answers(model: pj.PaliGemma, num_scenes: int) -> list[dict[str, Any]
     """Free and constrained answers about the same pictures, for each way of choosing."""
     pictures, prompts = [], []
     for index in range(num_scenes):
-        sample = drawn_as_in_training(_SEED, index)
+        sample = scene_sample(_SEED, index)
         rng, left = np.random.default_rng((_SEED, index, 2)), np.array([box[0] for box in sample.boxes])
         for task in ("detect", "segment"):
-            pictures.append(sample.picture)
+            pictures.append(sample.image)
             prompts.append(sample_locate(task, sample.kinds, left, rng).prefix)
     rows = []
     for temperature in tqdm((0.0, 1.0), desc="answers", unit="way") if num_scenes else ():

@@ -33,11 +33,11 @@ from benchmarks import machine
 from paligemma_jax.compiling import use_wide_loops
 from paligemma_jax.config import variant_name
 from paligemma_jax.errors import UserError
-from paligemma_jax.evaluation.samples import Sample, drawn_as_in_training
 from paligemma_jax.generation import engine, speculation
 from paligemma_jax.generation.clock import Clock
 from paligemma_jax.generation.sampling import row_keys
-from paligemma_jax.training.questions import Question, caption, sample_answer, sample_locate
+from paligemma_jax.shapes_world.questions import Question, caption, sample_answer, sample_locate
+from paligemma_jax.shapes_world.samples import Sample, scene_sample
 
 ROOT = Path(__file__).resolve().parents[1]
 _SEED = 20_000_000  # of the evaluation's scenes
@@ -58,7 +58,7 @@ class Asked:
 
     def __init__(self, model: pj.PaliGemma, sample: Sample, question: Question, args: argparse.Namespace):
         self._clock = Clock({})
-        batch = model.processor(sample.picture, question.prefix)
+        batch = model.processor(sample.image, question.prefix)
         soft_tokens = engine.embed_pictures(model.params, model.config, batch.pixels, self._clock)
         inputs = engine.prepare(batch, soft_tokens, range(1))
         sampling = pj.Sampling(temperature=args.temperature)
@@ -98,7 +98,7 @@ def measure(model: pj.PaliGemma, args: argparse.Namespace) -> dict[str, list[dic
     """For each task a row of numbers for plain decoding and for each number of guesses; progress on stderr."""
     asked: dict[str, list[Asked]] = collections.defaultdict(list)
     for index in range(args.scenes):
-        sample = drawn_as_in_training(_SEED, index)
+        sample = scene_sample(_SEED, index)
         for question in questions(sample, index):
             if question.task in args.tasks:
                 asked[question.task].append(Asked(model, sample, question, args))

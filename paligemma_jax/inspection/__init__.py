@@ -1,1 +1,1 @@
-"""What a model sees and why it answers: maps over patches, words for them, and embeddings to change."""
+"""Interpretability: similarity, attention and occlusion maps over patches, the logit lens, embeddings to edit."""

@@ -1,7 +1,7 @@
-"""Vision embeddings as files and as material: saved, loaded, swapped in part, mixed and rounded.
+"""Image embeddings as files, and edits of them: swap patches, interpolate, quantize.
 
-Embeddings are soft tokens, after the projector, or the encoder's features before it. Axes: I pictures, N patches row by
-row over a G x G grid, D width.
+Embeddings are soft tokens, after the projector, or the encoder's features before it. Axes: I images, N patches in
+row-major order over a G x G grid, D width.
 """
 
 from pathlib import Path
@@ -23,7 +23,7 @@ def save(path: str | Path, embeddings: np.ndarray) -> None:
 
 
 def load(path: str | Path) -> np.ndarray:
-    """Read embeddings float32 [I, N, D]; a file of one picture's [N, D] will do.
+    """Read embeddings float32 [I, N, D]; a file of one image's [N, D] will do.
 
     Raises:
       DataError: the file is missing or holds something else; pickles are not opened.
@@ -48,7 +48,7 @@ def load(path: str | Path) -> np.ndarray:
     return values if values.ndim == 3 else values[None]
 
 
-def check_alike(first: np.ndarray, second: np.ndarray) -> None:
+def check_same_shape(first: np.ndarray, second: np.ndarray) -> None:
     """ImageError, which names both shapes, unless they are the same."""
     if np.shape(first) != np.shape(second):
         raise ImageError(
@@ -58,7 +58,7 @@ def check_alike(first: np.ndarray, second: np.ndarray) -> None:
 
 
 def patches_in(box: Box, num_patches: int) -> np.ndarray:
-    """Which patches [N] a box meets: bool; its corners x0, y0, x1, y1 are shares of the picture's sides, 0..1.
+    """The patches in a box, bool [N]; its corners x0, y0, x1, y1 are relative to the image's sides, 0..1.
 
     A patch counts when its centre is inside; a box that holds no centre has the patch under its own.
     """
@@ -84,18 +84,18 @@ def grid_side(num_patches: int) -> int:
 
 def swap(first: np.ndarray, second: np.ndarray, patches: np.ndarray) -> np.ndarray:
     """`first` [..., N, D] with `second` at the patches [N] that are marked."""
-    check_alike(first, second)
+    check_same_shape(first, second)
     return np.where(patches[:, None], second, first)
 
 
 def mix(first: np.ndarray, second: np.ndarray, share: float) -> np.ndarray:
     """share * first + (1 - share) * second."""
-    check_alike(first, second)
+    check_same_shape(first, second)
     return share * np.asarray(first, np.float32) + (1 - share) * np.asarray(second, np.float32)
 
 
 def quantize(values: np.ndarray, bits: int) -> tuple[np.ndarray, np.ndarray]:
-    """Whole numbers of so many bits, and the scale of each token: values are about codes * scale.
+    """Symmetric quantization with a scale for each token: values are about codes * scale.
 
     Args:
       values: [..., N, D].
@@ -113,7 +113,7 @@ def quantize(values: np.ndarray, bits: int) -> tuple[np.ndarray, np.ndarray]:
     return np.clip(np.round(values / safe), -largest, largest).astype(np.int16), scales.astype(np.float32)
 
 
-def round_to(values: np.ndarray, bits: int) -> np.ndarray:
-    """Embeddings as they come back from so many bits: float32 of the same shape."""
+def fake_quantize(values: np.ndarray, bits: int) -> np.ndarray:
+    """Quantized to so many bits and dequantized: float32 of the same shape."""
     codes, scales = quantize(values, bits)
     return codes * scales

@@ -1,10 +1,13 @@
-"""Findings as one HTML file that needs nothing else: pictures are data URIs, and the script is in it.
+"""Findings as one self-contained HTML file: images are data URIs, style and script are inlined.
 
-Maps are rounded to 256 steps between their own lowest and highest value; the .npy files hold them exactly.
+The page, its style and its script are files in `report_page/`, templates with {{marks}} to fill.
+
+Maps are quantized to 256 levels between their own extremes; the .npy files hold them exactly.
 """
 
 import base64
 import html
+import importlib.resources
 import io
 import json
 import math
@@ -15,98 +18,106 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from paligemma_jax.inspection import pictures
+from paligemma_jax.inspection import rendering
 from paligemma_jax.inspection.embeddings import grid_side
-from paligemma_jax.inspection.findings import Findings, Ranked
-from paligemma_jax.inspection.maps import head_name, layer_name, of_head, of_layer
-from paligemma_jax.inspection.report_page import PAGE, SCRIPT, STYLE
+from paligemma_jax.inspection.findings import Findings, TopTokens
+from paligemma_jax.inspection.maps import head_name, layer_name, select_head, select_layer
 
-_MOST_EACH = {"nearest": 5, "said": 3, "after": 3}  # words of the vocabulary that are named at a place, by each layer
-_MOST_WORDS = 50_000  # in all; with many patches and layers fewer each
+_MAX_TOKENS_EACH = {"nearest": 5, "patch_lens": 3, "text_lens": 3}  # tokens listed at a position, of each layer
+_MAX_TOKENS = 50_000  # in all; with many patches and layers fewer each
 
-_MOST_ALIKE = 1024  # patches of which all pairs are put in: half a megabyte
-_WIDE = 1800  # pixels: a picture that is wider keeps its size and is scrolled, for it is full of words
+_MAX_PAIRED_PATCHES = 1024  # all pairs of so many patches take half a megabyte
+_WIDE = 1800  # pixels: a wider figure, full of words, keeps its size and is scrolled
 
 _MARK = re.compile(r"\{\{(\w+)\}\}")
 
 
-def report(findings: Findings, plates: Mapping[str, Image.Image], source: str = "", head: int | None = None) -> str:
+def report(findings: Findings, figures: Mapping[str, Image.Image], source: str = "", head: int | None = None) -> str:
     """The page.
 
     Args:
-      plates: all maps as pictures by title, for readers without scripts, and to be copied.
-      source: what is to be said of the model and the picture's file.
+      figures: all figures by title, for readers without scripts, and to be copied.
+      source: names of the model and of the image's file, to be shown.
       head: whose attention is shown, counted from 0; None means the mean of all.
     """
-    picture = pictures.displayed(findings.picture)
+    image = rendering.displayed(findings.image)
     described = [source, f"{len(findings.norms)} patches", f"{findings.num_layers} layers"]
     marks = {
         "title": html.escape(f"Inside: {findings.prompt}"),
         "prompt": html.escape(findings.prompt.strip() or "(no prompt)"),
         "meta": html.escape(", ".join(filter(None, described))),
-        "image": _data_uri(picture),
-        "words": "\n".join(map(_word, (word.text for word in findings.words), _chances(findings))),
-        "plates": "\n".join(_plate(title, image) for title, image in plates.items()),
+        "image": _data_uri(image),
+        "words": "\n".join(map(_word, (word.text for word in findings.words), _word_probabilities(findings))),
+        "figures": "\n".join(_figure(title, image) for title, image in figures.items()),
         "data": _json(_data(findings, head)),
-        "style": _filled(STYLE, {"gradient": ",".join(pictures.INFERNO), "width": str(picture.width)}),
-        "script": SCRIPT,
+        "style": _filled(_read("style.css"), {"gradient": ",".join(rendering.INFERNO), "width": str(image.width)}),
+        "script": _read("script.js"),
     }
-    return _filled(PAGE, marks)
+    return _filled(_read("page.html"), marks)
+
+
+def _read(name: str) -> str:
+    """A template of the page."""
+    return (importlib.resources.files("paligemma_jax.inspection") / "report_page" / name).read_text(encoding="utf-8")
 
 
 def _filled(template: str, marks: Mapping[str, str]) -> str:
-    """The template with its marks replaced, in one go: a {{mark}} in what is put in stays as it is."""
+    """The template with its marks replaced in one pass: a {{mark}} in a value stays as it is."""
     return _MARK.sub(lambda found: marks[found[1]], template)
 
 
 def _json(value: Any) -> str:
-    """JSON that can stand in a script element: no tag can begin in it."""
+    """JSON that is safe in a script element: no tag can begin in it."""
     return json.dumps(value, separators=(",", ":")).replace("<", "\\u003c").replace("&", "\\u0026")
 
 
 def _data(findings: Findings, head: int | None) -> dict[str, Any]:
     """What the script needs."""
     texts: dict[str, int] = {}
-    ranked = {"nearest": findings.nearest, "said": findings.said, "after": findings.said_after}
+    ranked = {
+        "nearest": findings.nearest_tokens,
+        "patch_lens": findings.patch_lens,
+        "text_lens": findings.text_lens,
+    }
     most = {
-        name: min(_MOST_EACH[name], max(1, _MOST_WORDS // math.prod(item.texts.shape[:-1])))
+        name: min(_MAX_TOKENS_EACH[name], max(1, _MAX_TOKENS // math.prod(item.texts.shape[:-1])))
         for name, item in ranked.items()
         if item is not None
     }
     return {
         "side": grid_side(len(findings.norms)),
-        "colors": pictures.INFERNO,
+        "colors": rendering.INFERNO,
         "words": [word.text for word in findings.words],
         "norms": [_rounded(value) for value in findings.norms],
         "kinds": _kinds(findings, head),
         "spans": _spans(findings),
-        "alike": _alike(findings.patch_similarity),
+        "patch_similarity": _pair_similarity(findings.patch_similarity),
         **{name: _ranked(ranked[name], count, texts) for name, count in most.items()},
         "texts": list(texts),
     }
 
 
 def _spans(findings: Findings) -> list[tuple[int, int]]:
-    """The places of `said_after` that give each word."""
-    first = len(findings.read) - len(findings.pieces)
+    """The positions of `text_lens` that predict each word."""
+    first = len(findings.text_pieces) - len(findings.answer_pieces)
     return [(first + word.start, first + word.stop) for word in findings.words]
 
 
-def _alike(similarity: np.ndarray | None) -> dict[str, Any] | None:
-    """How alike patches are [N, N] as one map of N (N + 1) / 2 steps: of each patch with those up to itself."""
-    if similarity is None or len(similarity) > _MOST_ALIKE:
+def _pair_similarity(similarity: np.ndarray | None) -> dict[str, Any] | None:
+    """The lower triangle of a similarity matrix [N, N], row by row: one map of N (N + 1) / 2 values."""
+    if similarity is None or len(similarity) > _MAX_PAIRED_PATCHES:
         return None
-    title = f"Likeness (cosine without the mean patch) of hidden states, {layer_name(None)}, to the patch"
+    title = f"Similarity (cosine without the mean patch) of hidden states, {layer_name(None)}, to the patch"
     return {"title": title, **_maps(similarity[np.tril_indices(len(similarity))][None])[0]}
 
 
 def _kinds(findings: Findings, head: int | None) -> list[dict[str, Any]]:
-    """The maps that can be chosen: each by layer, the mean of the upper ones first, and where they differ by word."""
+    """The maps that can be chosen: each by layer, the mean of the upper ones first, and by word where they differ."""
     after = [f"layer {i + 1}" for i in range(findings.num_layers)]
     upper = layer_name(None)
     kinds = []
     if findings.attention is not None:
-        layers = _with_upper(of_head(findings.attention, head), findings.num_layers)
+        layers = _with_upper(select_head(findings.attention, head), findings.num_layers)
         kinds.append(
             {
                 "name": "Attention",
@@ -121,64 +132,64 @@ def _kinds(findings: Findings, head: int | None) -> list[dict[str, Any]]:
         kinds.append(
             {
                 "name": "Similarity",
-                "title": f"Likeness of hidden states to “{findings.text}”",
+                "title": f"Similarity of hidden states to “{findings.text}”",
                 "maps": [_maps(layer[None]) for layer in layers],
                 "layers": [upper, "before layer 1", *(f"after {name}" for name in after)],
             }
         )
     if findings.occlusion is not None:
         title = "Log-probability that is lost where the picture is hidden"
-        summed = np.concatenate([findings.occlusion.sum(axis=0)[None], findings.of_words(findings.occlusion)])
+        summed = np.concatenate([findings.occlusion.sum(axis=0)[None], findings.word_means(findings.occlusion)])
         kinds.append({"name": "Occlusion", "title": title, "maps": [_maps(summed)], "words": True})
     if findings.table_similarity is not None:
-        title = f"Likeness of soft tokens to the table’s “{findings.text}”"
+        title = f"Similarity of soft tokens to the table’s “{findings.text}”"
         kinds.append({"name": "Table", "title": title, "maps": [_maps(findings.table_similarity[None])]})
     kinds.append({"name": "Norms", "title": "Norms of the soft tokens", "maps": [_maps(findings.norms[None])]})
     return kinds
 
 
 def _with_upper(layers: np.ndarray, num_layers: int) -> np.ndarray:
-    return np.concatenate([of_layer(layers, num_layers, None)[None], layers])
+    return np.concatenate([select_layer(layers, num_layers, None)[None], layers])
 
 
 def _by_word(findings: Findings, values: np.ndarray) -> np.ndarray:
-    """Values of tokens [n, N] as those of the whole answer and of each word [1 + words, N]."""
-    return np.concatenate([values.mean(axis=0)[None], findings.of_words(values)])
+    """Means of values of tokens [n, N] over the whole answer and over each word [1 + words, N]."""
+    return np.concatenate([values.mean(axis=0)[None], findings.word_means(values)])
 
 
 def _maps(values: np.ndarray) -> list[dict[str, Any]]:
-    """Maps [M, N] in 256 steps each, as base64."""
+    """Maps [M, N] quantized to 256 levels each, as base64."""
     found = []
     for item in values:
-        low, high = pictures.extremes(item)
-        steps = np.round(255 * np.nan_to_num(pictures.scaled(item))).astype(np.uint8)
-        packed = base64.b64encode(steps.tobytes()).decode()
+        low, high = rendering.extremes(item)
+        levels = np.round(255 * np.nan_to_num(rendering.scaled(item))).astype(np.uint8)
+        packed = base64.b64encode(levels.tobytes()).decode()
         found.append({"low": _rounded(low), "high": _rounded(high), "values": packed})
     return found
 
 
-def _ranked(ranked: Ranked, most: int, texts: dict[str, int]) -> list[Any]:
-    """Lists as deep as the arrays, of (number of a text, score); new texts are added to `texts`."""
+def _ranked(ranked: TopTokens, most: int, texts: dict[str, int]) -> list[Any]:
+    """Nested lists like the arrays, of (index of a text, score); new texts are added to `texts`."""
 
     def nested(names: np.ndarray, scores: np.ndarray) -> list[Any]:
         if names.ndim > 1:
             return [nested(*pair) for pair in zip(names, scores, strict=True)]
         pairs = list(zip(names, scores, strict=True))[:most]
-        return [(texts.setdefault(pictures.printable(name), len(texts)), _rounded(score)) for name, score in pairs]
+        return [(texts.setdefault(rendering.printable(name), len(texts)), _rounded(score)) for name, score in pairs]
 
     return nested(ranked.texts, ranked.scores)
 
 
-def _chances(findings: Findings) -> Sequence[float]:
+def _word_probabilities(findings: Findings) -> Sequence[float]:
     """The probability of each word: the product over its tokens."""
     return [math.exp(findings.logprobs[word.start : word.stop].sum()) for word in findings.words]
 
 
-def _word(text: str, chance: float) -> str:
-    return f'<button type="button" class="word">{html.escape(text)}<small>{chance:.2f}</small></button>'
+def _word(text: str, probability: float) -> str:
+    return f'<button type="button" class="word">{html.escape(text)}<small>{probability:.2f}</small></button>'
 
 
-def _plate(title: str, image: Image.Image) -> str:
+def _figure(title: str, image: Image.Image) -> str:
     name = html.escape(title)
     wide = ' class="wide"' if image.width > _WIDE else ""
     return f'<details><summary>{name}</summary><div><img src="{_data_uri(image)}" alt="{name}"{wide}></div></details>'
@@ -191,5 +202,5 @@ def _data_uri(image: Image.Image) -> str:
 
 
 def _rounded(value: float) -> float:
-    """Four digits that count, which keeps the file small."""
+    """Four significant digits, which keep the file small."""
     return float(f"{value:.4g}") if math.isfinite(value) else 0.0

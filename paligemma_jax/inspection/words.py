@@ -1,4 +1,4 @@
-"""Which tokens a word is made of: texts of single tokens, and words and phrases as spans of tokens.
+"""Texts of single tokens, and words and phrases as spans of tokens.
 
 Axes: n tokens.
 """
@@ -11,13 +11,13 @@ from collections.abc import Iterable, Sequence
 from paligemma_jax.errors import PromptError
 from paligemma_jax.processing.tokenizer import StreamDecoder, Tokenizer
 
-_MARKER = r"<loc\d{4}>|(?:<seg\d{3}>)+"  # the codes of a mask mean something together only
+_MARKER = r"<loc\d{4}>|(?:<seg\d{3}>)+"  # the codes of a mask have a meaning only together
 _WORD = re.compile(rf"{_MARKER}|(?:(?!{_MARKER})\S)+", re.ASCII)
 
 
 @dataclasses.dataclass(frozen=True)
 class Word:
-    """A word and its tokens `start` ... `stop - 1`, which may hold a neighbour's letters too."""
+    """A word and its span of tokens `start` ... `stop - 1`, which may contain letters of a neighbour too."""
 
     text: str
     start: int
@@ -37,7 +37,7 @@ def words(tokenizer: Tokenizer, ids: Sequence[int]) -> list[Word]:
 
 
 def find(tokenizer: Tokenizer, ids: Sequence[int], text: str) -> Word:
-    """The first place of a word or phrase among tokens [n], whole words before parts of others.
+    """The first occurrence of a word or phrase among tokens [n], whole words before parts of others.
 
     Raises:
       PromptError: it is not there.
@@ -51,7 +51,7 @@ def find(tokenizer: Tokenizer, ids: Sequence[int], text: str) -> Word:
 
 
 def _tokens(tokenizer: Tokenizer, ids: Sequence[int], texts: Sequence[str], span: tuple[int, int]) -> tuple[int, int]:
-    """The tokens that cover some letters, from the first byte of their first one on."""
+    """The span of tokens that covers a span of letters, from the first byte of its first letter on."""
     ends = list(itertools.accumulate(map(len, texts)))
     start = next(i for i, end in enumerate(ends) if end > span[0])
     stop = next(i for i, end in enumerate(ends) if end >= span[1]) + 1

@@ -7,17 +7,17 @@ from pathlib import Path
 from ml_collections import ConfigDict
 
 from paligemma_jax.errors import ConfigError
-from paligemma_jax.evaluation import scenes
-from paligemma_jax.evaluation.foreign import drawn_by_another
-from paligemma_jax.evaluation.samples import drawn_as_in_training
 from paligemma_jax.files import write_json
 from paligemma_jax.generation.run import BATCH_SIZE
-from paligemma_jax.inspection.pointing import pointing
 from paligemma_jax.runs import environment, settings
 from paligemma_jax.runs import model as models
 from paligemma_jax.runs.notes import note
+from paligemma_jax.shapes_world import evaluation
+from paligemma_jax.shapes_world.foreign_scenes import foreign_sample
+from paligemma_jax.shapes_world.pointing import pointing
+from paligemma_jax.shapes_world.samples import scene_sample
 
-_SOURCES = {"scenes": drawn_as_in_training, "foreign": drawn_by_another}  # config.data
+_SOURCES = {"scenes": scene_sample, "foreign": foreign_sample}  # config.data
 
 
 def run(config: ConfigDict) -> int:
@@ -34,7 +34,7 @@ def run(config: ConfigDict) -> int:
     model = models.load(config, batch_size=BATCH_SIZE if measure == "answers" else 1)
     with profile:
         if measure == "answers":
-            measured = scenes.evaluate(model, config.num_scenes, config.scenes_seed, source, config.constrain)
+            measured = evaluation.evaluate(model, config.num_scenes, config.scenes_seed, source, config.constrain)
         else:
             measured = {"pointing": pointing(model, config.num_scenes, config.scenes_seed, source)}
     metrics = {task: {name: _finite(value) for name, value in values.items()} for task, values in measured.items()}

@@ -10,17 +10,17 @@ from PIL import Image
 import paligemma_jax as pj
 from paligemma_jax.errors import ConfigError, ImageError
 from paligemma_jax.files import replacing, write_array, write_json, write_text
-from paligemma_jax.inspection import embeddings, pictures
-from paligemma_jax.inspection.findings import KINDS, Findings, Ranked, look
-from paligemma_jax.inspection.maps import head_name, layer_name, of_head, of_layer
+from paligemma_jax.inspection import embeddings, rendering
+from paligemma_jax.inspection.figures import Figure, figures
+from paligemma_jax.inspection.findings import KINDS, Findings, TopTokens, inspect_answer
+from paligemma_jax.inspection.maps import head_name, layer_name, select_head, select_layer
 from paligemma_jax.inspection.occlusion import WAYS, squares
-from paligemma_jax.inspection.plates import Plate, plates
 from paligemma_jax.inspection.report import report
 from paligemma_jax.processing.image import find_images, load_image
 from paligemma_jax.runs import environment, settings
 from paligemma_jax.runs import model as models
 
-_MOST_WORDS = 100
+_MAX_WORDS = 100
 _UNUSED = ("prompts_file", "split_classes", "stream", "export", "save_embeddings", "load_embeddings")
 
 
@@ -52,15 +52,15 @@ def run(config: ConfigDict) -> int:
         limits = (config.max_new_tokens, sampling)
         answer = config.answer or model.generate(picture, config.prompt, *limits, **options)[0].text
         hiding = (config.occlusion_size or None, config.occlusion_way)
-        findings = look(model, picture, config.prompt, answer, text, kinds, config.words, *hiding)
-    made = [plate for plate in plates(findings, layer, head) if plate.name.partition("_")[0] in kinds]
-    files = [_write(plate, directory) for plate in made]
+        findings = inspect_answer(model, picture, config.prompt, answer, text, kinds, config.words, *hiding)
+    made = [figure for figure in figures(findings, layer, head) if figure.name.partition("_")[0] in kinds]
+    files = [_write(figure, directory) for figure in made]
     if "lens" in kinds:
         files.append([directory / "lens.json"])
         write_json(files[-1][0], _lens(findings))
     if config.report:
         files.append([directory / "report.html"])
-        page = report(findings, {plate.title: plate.image for plate in made}, f"{config.checkpoint}, {name}", head)
+        page = report(findings, {figure.title: figure.image for figure in made}, f"{config.checkpoint}, {name}", head)
         write_text(files[-1][0], page)
     print("\n".join([answer, *_summary(findings, layer, head), *map(_wrote, files)]), flush=True)
     return 0
@@ -75,8 +75,8 @@ def _kinds(config: ConfigDict) -> list[str]:
             raise ConfigError(f"maps={config.maps!r} names {kind!r}, which is not known{hint}")
     if not kinds:
         raise ConfigError(f"maps is empty: give some of {', '.join(KINDS)}, with commas between")
-    if not 1 <= config.words <= _MOST_WORDS:
-        raise ConfigError(f"words={config.words} is not possible: give a whole number from 1 to {_MOST_WORDS}")
+    if not 1 <= config.words <= _MAX_WORDS:
+        raise ConfigError(f"words={config.words} is not possible: give a whole number from 1 to {_MAX_WORDS}")
     if config.occlusion_size < 0:
         raise ConfigError(f"occlusion_size={config.occlusion_size} is not possible: give a side in patches, or 0")
     settings.one_of(config, "occlusion_way", WAYS)
@@ -120,12 +120,12 @@ def _picture(config: ConfigDict) -> tuple[str, Image.Image]:
     return names[0], load_image(names[0])
 
 
-def _write(plate: Plate, directory: Path) -> list[Path]:
+def _write(figure: Figure, directory: Path) -> list[Path]:
     """Write a plate as a picture and its arrays as plain .npy; returns the files."""
-    files = [directory / f"{plate.name}.png"]
+    files = [directory / f"{figure.name}.png"]
     with replacing(files[0]) as temporary:
-        plate.image.save(temporary, format="PNG")
-    for name, values in plate.arrays.items():
+        figure.image.save(temporary, format="PNG")
+    for name, values in figure.arrays.items():
         files.append(directory / f"{name}.npy")
         write_array(files[-1], values)
     return files
@@ -138,13 +138,15 @@ def _wrote(files: list[Path]) -> str:
 def _lens(findings: Findings) -> dict[str, Any]:
     """Words for every patch, and after every token of the prompt and the answer."""
     side = embeddings.grid_side(len(findings.norms))
-    in_prompt = len(findings.read) - len(findings.pieces)  # the prompt's last token gives the answer's first
+    in_prompt = len(findings.text_pieces) - len(
+        findings.answer_pieces
+    )  # the prompt's last token gives the answer's first
 
-    def ranked(words: Ranked, name: str, place: Any) -> list[dict[str, Any]]:
+    def ranked(words: TopTokens, name: str, place: Any) -> list[dict[str, Any]]:
         pairs = zip(words.texts[place], words.scores[place], strict=True)
         return [{"text": text, name: round(float(score), 5)} for text, score in pairs]
 
-    def layers(words: Ranked, place: int) -> list[list[dict[str, Any]]]:
+    def layers(words: TopTokens, place: int) -> list[list[dict[str, Any]]]:
         return [ranked(words, "probability", (layer, place)) for layer in range(findings.num_layers + 1)]
 
     return {
@@ -155,18 +157,18 @@ def _lens(findings: Findings) -> dict[str, Any]:
                 "row": i // side,
                 "column": i % side,
                 "norm": round(float(findings.norms[i]), 5),
-                "nearest": ranked(findings.nearest, "cosine", i),
-                "layers": layers(findings.said, i),
+                "nearest": ranked(findings.nearest_tokens, "cosine", i),
+                "layers": layers(findings.patch_lens, i),
             }
             for i in range(len(findings.norms))
         ],
         "prompt_tokens": [
-            {"after": text, "layers": layers(findings.said_after, i)}
-            for i, text in enumerate(findings.read[: in_prompt + 1])
+            {"after": text, "layers": layers(findings.text_lens, i)}
+            for i, text in enumerate(findings.text_pieces[: in_prompt + 1])
         ],
         "tokens": [
-            {"text": text, "logprob": round(float(logprob), 5), "layers": layers(findings.said_after, in_prompt + i)}
-            for i, (text, logprob) in enumerate(zip(findings.pieces, findings.logprobs, strict=True))
+            {"text": text, "logprob": round(float(logprob), 5), "layers": layers(findings.text_lens, in_prompt + i)}
+            for i, (text, logprob) in enumerate(zip(findings.answer_pieces, findings.logprobs, strict=True))
         ],
     }
 
@@ -179,11 +181,11 @@ def _summary(findings: Findings, layer: int | None, head: int | None) -> list[st
         _peak("norm of a soft token", findings.norms),
     ]
     if findings.hidden_similarity is not None:
-        lines.append(_peak(f'likeness to "{findings.text}" in the table', findings.table_similarity))
-        shown = of_layer(findings.hidden_similarity, findings.num_layers, layer)
-        lines.append(_peak(f'likeness to "{findings.text}", {which}', shown))
+        lines.append(_peak(f'similarity to "{findings.text}" in the table', findings.table_similarity))
+        shown = select_layer(findings.hidden_similarity, findings.num_layers, layer)
+        lines.append(_peak(f'similarity to "{findings.text}", {which}', shown))
     if findings.attention is not None:
-        shown = of_layer(of_head(findings.attention, head), findings.num_layers, layer).mean(axis=0)
+        shown = select_layer(select_head(findings.attention, head), findings.num_layers, layer).mean(axis=0)
         lines.append(_peak(f"attention of the answer, {which}, {head_name(head)}", shown))
     if findings.occlusion is not None:
         lines.append(_peak("log-probability lost where hidden", findings.occlusion.sum(axis=0)))
@@ -199,7 +201,7 @@ def _draw_embeddings(path: Path, directory: Path) -> int:
     """The heat map of a file of embeddings."""
     values = embeddings.load(path)
     directory.mkdir(parents=True, exist_ok=True)
-    files = _write(Plate(path.stem, path.stem, pictures.embeddings(values, path.name)), directory)
-    low, high = pictures.extremes(values)
+    files = _write(Figure(path.stem, path.stem, rendering.embeddings(values, path.name)), directory)
+    low, high = rendering.extremes(values)
     print(f"{' x '.join(map(str, values.shape))} numbers from {low:.3g} to {high:.3g}\n{_wrote(files)}", flush=True)
     return 0

@@ -4,11 +4,11 @@ import dataclasses
 
 from ml_collections import ConfigDict
 
-from paligemma_jax.training import tiny
+from paligemma_jax.shapes_world import stages
 
 
 def run(config: ConfigDict) -> int:
     """Run the stages that are not done yet."""
-    recipe = tiny.Recipe(**{field.name: config[field.name] for field in dataclasses.fields(tiny.Recipe)})
-    tiny.build(config.work_dir, config.output_dir, recipe)
+    recipe = stages.Recipe(**{field.name: config[field.name] for field in dataclasses.fields(stages.Recipe)})
+    stages.build(config.work_dir, config.output_dir, recipe)
     return 0

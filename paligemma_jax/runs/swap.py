@@ -94,7 +94,7 @@ def _trials(names: list[str], own: list[np.ndarray], variations: Variations) -> 
     for share in variations.shares:
         yield Trial(f"{share:g} A + {1 - share:g} B", em.mix(a, b, share))
     for bits in variations.bits:
-        yield Trial(f"A in {bits} bits", em.round_to(a, bits))
+        yield Trial(f"A in {bits} bits", em.fake_quantize(a, bits))
 
 
 def _report(trials: list[Trial], outputs: list[pj.Output], config: ConfigDict, as_json: bool) -> None:

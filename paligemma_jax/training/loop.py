@@ -55,7 +55,7 @@ def make_step(loss_fn: LossFn, optimizer: optax.GradientTransformation) -> StepF
 
 
 def _compiler_options() -> dict[str, str]:
-    # On CPU the products of XLA's newer library are slower in training than those of the older one.
+    # On CPU XLA's YNNPACK matmuls are slower in training than the ones they replace.
     return {"xla_cpu_experimental_ynn_fusion_type": ""} if jax.default_backend() == "cpu" else {}
 
 
@@ -160,7 +160,7 @@ class _History:
         self._metrics.append(metrics)
 
     def check_finite(self) -> None:
-        """Raise ConfigError if a step since the last report has left the numbers."""
+        """Raise ConfigError if the loss or gradient of a step since the last report is not finite."""
         for step, metrics in enumerate(self._metrics, self.step - len(self._metrics) + 1):
             if not (math.isfinite(metrics["loss"]) and math.isfinite(metrics["grad_norm"])):
                 raise ConfigError(

@@ -1,6 +1,6 @@
-"""The language loss: what a model says at the places where an answer belongs.
+"""Next-token cross-entropy over suffixes.
 
-Axes: B rows, T tokens, A answer places, V vocabulary.
+Axes: B rows, T tokens, A answer positions, V vocabulary.
 """
 
 import jax
@@ -14,19 +14,19 @@ def answer_logits(
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Logits f32 [B, A, V] of the first A suffix tokens, their ids [B, A], and which of them exist, bool [B, A].
 
-    Only those places pass the last layer and meet the vocabulary: the product with it is the largest of a small batch.
+    The last layer and the unembedding, the largest matmul of a small batch, are computed at their positions only.
     """
     sequence = (batch["tokens"], batch["image_slots"], batch["prefix_length"], batch["length"])
-    place = batch["prefix_length"][:, None] + jnp.arange(num_answers)[None, :]
-    exists = place < batch["length"][:, None]
-    place = jnp.minimum(place, batch["tokens"].shape[1] - 1)
-    targets = jnp.take_along_axis(batch["tokens"], place, axis=1)
-    said, _ = model.apply({"params": params}, soft_tokens, *sequence, place - 1, method="prefill")
-    return model.apply({"params": params}, said, method="logits"), targets, exists
+    position = batch["prefix_length"][:, None] + jnp.arange(num_answers)[None, :]
+    exists = position < batch["length"][:, None]
+    position = jnp.minimum(position, batch["tokens"].shape[1] - 1)
+    targets = jnp.take_along_axis(batch["tokens"], position, axis=1)
+    hidden, _ = model.apply({"params": params}, soft_tokens, *sequence, position - 1, method="prefill")
+    return model.apply({"params": params}, hidden, method="logits"), targets, exists
 
 
 def mean_where(values: jax.Array, where: jax.Array, axis: int | None = None) -> jax.Array:
-    """Mean of the chosen values, 0 when none is."""
+    """Mean of the values where the mask is true, 0 where it is nowhere true."""
     return jnp.sum(jnp.where(where, values, 0.0), axis) / jnp.maximum(jnp.sum(where, axis), 1)
 
 
@@ -40,10 +40,10 @@ def suffix_loss(
     soft_tokens = model.apply({"params": params}, batch["pixels"], method="embed_image")
     logits, targets, exists = answer_logits(model, params, soft_tokens, batch, num_answers)
     log_probs = jax.nn.log_softmax(logits)
-    right = jnp.take_along_axis(log_probs, targets[:, :, None], axis=-1)[..., 0]
-    losses = -right
+    target_log_probs = jnp.take_along_axis(log_probs, targets[:, :, None], axis=-1)[..., 0]
+    losses = -target_log_probs
     if label_smoothing:
-        others = (jnp.sum(log_probs, axis=-1) - right) / (logits.shape[-1] - 1)
-        losses = -(1 - label_smoothing) * right - label_smoothing * others
+        others = (jnp.sum(log_probs, axis=-1) - target_log_probs) / (logits.shape[-1] - 1)
+        losses = -(1 - label_smoothing) * target_log_probs - label_smoothing * others
     accuracy = mean_where((jnp.argmax(logits, -1) == targets).astype(jnp.float32), exists)
     return jnp.mean(mean_where(losses, exists, axis=1)), {"token_acc": accuracy}

@@ -8,7 +8,7 @@ from PIL import Image
 
 import paligemma_jax as pj
 from paligemma_jax.generation.output import Trace
-from paligemma_jax.inspection.findings import KINDS, Findings, look
+from paligemma_jax.inspection.findings import KINDS, Findings, inspect_answer
 from paligemma_jax.processing.image import ImageSettings
 from paligemma_jax.processing.processor import Processor
 
@@ -38,4 +38,4 @@ def trace(model, picture) -> Trace:
 @pytest.fixture(scope="session")
 def findings(model, picture) -> Findings:
     """Everything."""
-    return look(model, picture, PROMPT, ANSWER, "red circle", KINDS, num_words=3, occlusion_size=2)
+    return inspect_answer(model, picture, PROMPT, ANSWER, "red circle", KINDS, num_words=3, occlusion_size=2)

@@ -6,16 +6,19 @@ import html.parser
 import json
 import math
 import re
+import tomllib
+from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from paligemma_jax.inspection import pictures
-from paligemma_jax.inspection.findings import Ranked
-from paligemma_jax.inspection.plates import plates
+from paligemma_jax.inspection import rendering
+from paligemma_jax.inspection.figures import figures
+from paligemma_jax.inspection.findings import TopTokens
 from paligemma_jax.inspection.report import report
 
+ROOT = Path(__file__).resolve().parents[2]
 EVIL = "</script><script>alert(1)</script><img src=x onerror=alert(2)> \" ' & {{data}}"
 
 
@@ -52,7 +55,14 @@ def _values(item: dict) -> np.ndarray:
 
 @pytest.fixture(scope="module")
 def page(findings) -> str:
-    return report(findings, {plate.title: plate.image for plate in plates(findings)}, "a model, a picture")
+    return report(findings, {figure.title: figure.image for figure in figures(findings)}, "a model, a picture")
+
+
+def test_an_installed_package_carries_the_page():
+    settings = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["package-data"]
+    folder = ROOT / "paligemma_jax" / "inspection"
+    carried = {path for pattern in settings["paligemma_jax.inspection"] for path in folder.glob(pattern)}
+    assert {path.name for path in carried} == {"page.html", "style.css", "script.js"}
 
 
 def test_nothing_is_fetched(page):
@@ -70,7 +80,7 @@ def test_it_can_be_read_without_its_script(page, findings):
     text = "".join(reader.text)
     assert all(part in text for part in (findings.prompt, "<loc1000>", "circle", "a model, a picture", "9 patches"))
     images = [attributes["alt"] for tag, attributes in reader.elements if tag == "img"]
-    assert images == ["The picture", *(plate.title for plate in plates(findings))]
+    assert images == ["The picture", *(figure.title for figure in figures(findings))]
 
 
 def test_a_wide_picture_keeps_its_size(findings):
@@ -80,11 +90,11 @@ def test_a_wide_picture_keeps_its_size(findings):
 
 
 def test_texts_are_only_text(findings, page):
-    texts = np.full_like(findings.nearest.texts, EVIL)
-    nearest = Ranked(findings.nearest.ids, texts, findings.nearest.scores)
+    texts = np.full_like(findings.nearest_tokens.texts, EVIL)
+    nearest = TopTokens(findings.nearest_tokens.ids, texts, findings.nearest_tokens.scores)
     words = [dataclasses.replace(word, text=EVIL) for word in findings.words]
-    evil = dataclasses.replace(findings, prompt=EVIL, text=EVIL, words=words, nearest=nearest)
-    images = {EVIL: next(plates(findings)).image}
+    evil = dataclasses.replace(findings, prompt=EVIL, text=EVIL, words=words, nearest_tokens=nearest)
+    images = {EVIL: next(figures(findings)).image}
     reader, plain = _Reader(found := report(evil, images, EVIL)), _Reader(page)
     assert {tag for tag, _ in reader.elements} == {tag for tag, _ in plain.elements}
     assert sum(tag == "script" for tag, _ in reader.elements) == 2
@@ -97,10 +107,10 @@ def test_maps_are_those_of_the_findings(findings, page):
     data, values = _data(page), _values
     assert [kind["name"] for kind in data["kinds"]] == ["Attention", "Similarity", "Occlusion", "Table", "Norms"]
     attention, similarity, *_, norms = data["kinds"]
-    of_words = findings.of_words(findings.attention.mean(axis=1))
+    word_means = findings.word_means(findings.attention.mean(axis=1))
     assert len(attention["maps"]) == len(attention["layers"]) == 4 and len(attention["maps"][0]) == 8
     for layer in range(3):
-        expected = of_words[layer, 2]
+        expected = word_means[layer, 2]
         np.testing.assert_allclose(
             values(attention["maps"][1 + layer][3]), expected, atol=np.ptp(expected) / 200 + 1e-6
         )
@@ -108,30 +118,30 @@ def test_maps_are_those_of_the_findings(findings, page):
     np.testing.assert_allclose(values(similarity["maps"][3][0]), expected, atol=np.ptp(expected) / 200)
     np.testing.assert_allclose(values(norms["maps"][0][0]), findings.norms, atol=np.ptp(findings.norms) / 200)
     first = [data["texts"][place] for place, _ in data["nearest"][4]]
-    assert len(first) == 3 and first[0] == (findings.nearest.texts[4, 0].strip() or first[0])
-    assert len(data["said"]) == 4 and len(data["said"][0]) == 9
+    assert len(first) == 3 and first[0] == (findings.nearest_tokens.texts[4, 0].strip() or first[0])
+    assert len(data["patch_lens"]) == 4 and len(data["patch_lens"][0]) == 9
 
 
-def test_each_patch_has_a_map_of_what_is_like_it(findings, page):
-    alike = _data(page)["alike"]
-    triangle = _values(alike)
+def test_each_patch_has_a_map_of_its_similarity_to_others(findings, page):
+    pairs = _data(page)["patch_similarity"]
+    triangle = _values(pairs)
     found = [[triangle[max(i, j) * (max(i, j) + 1) // 2 + min(i, j)] for j in range(9)] for i in range(9)]
     np.testing.assert_allclose(found, findings.patch_similarity, atol=2 / 255)
-    assert "mean of the upper layers" in alike["title"]
+    assert "mean of the upper layers" in pairs["title"]
     many = dataclasses.replace(findings, patch_similarity=np.ones((1025, 1025), np.float32))
-    assert _data(report(many, {}))["alike"] is None  # its pairs would make the file large
+    assert _data(report(many, {}))["patch_similarity"] is None  # its pairs would make the file large
 
 
 def test_what_is_said_in_place_of_each_word(findings, page):
     data = _data(page)
-    assert np.shape(data["after"]) == (4, len(findings.read), 3, 2)
-    count = len(findings.pieces)
+    assert np.shape(data["text_lens"]) == (4, len(findings.text_pieces), 3, 2)
+    count = len(findings.answer_pieces)
     for word, (start, stop) in zip(findings.words, data["spans"], strict=True):
         assert stop - start == word.stop - word.start
         for place in range(start, stop):
-            said, _ = data["after"][3][place][0]
-            said_ids = findings.said_after.texts[-1, -count:, 0]
-            assert data["texts"][said] == pictures.printable(said_ids[word.start + place - start])
+            said, _ = data["text_lens"][3][place][0]
+            said_ids = findings.text_lens.texts[-1, -count:, 0]
+            assert data["texts"][said] == rendering.printable(said_ids[word.start + place - start])
 
 
 def test_probabilities_of_words_are_shown(findings, page):
@@ -143,12 +153,17 @@ def test_probabilities_of_words_are_shown(findings, page):
 
 def test_a_head_can_be_chosen_and_little_will_do(findings):
     few = dataclasses.replace(
-        findings, table_similarity=None, hidden_similarity=None, patch_similarity=None, occlusion=None, nearest=None
+        findings,
+        table_similarity=None,
+        hidden_similarity=None,
+        patch_similarity=None,
+        occlusion=None,
+        nearest_tokens=None,
     )
-    few = dataclasses.replace(few, said=None, said_after=None)
+    few = dataclasses.replace(few, patch_lens=None, text_lens=None)
     data = _data(report(few, {}, head=2))
     assert [kind["title"] for kind in data["kinds"]] == ["Attention to the patches, head 3", "Norms of the soft tokens"]
-    assert not {"said", "after"} & set(data) and data["alike"] is None
+    assert not {"patch_lens", "text_lens"} & set(data) and data["patch_similarity"] is None
 
 
 def test_a_large_picture_makes_no_huge_file(findings):
@@ -159,8 +174,8 @@ def test_a_large_picture_makes_no_huge_file(findings):
         num_layers=26,
         norms=rng.random(1024),
         attention=rng.random((26, 1, len(findings.logprobs), 1024)),
-        said=Ranked(ids, ids.astype(str).astype(object), rng.random(ids.shape)),
-        nearest=None,
+        patch_lens=TopTokens(ids, ids.astype(str).astype(object), rng.random(ids.shape)),
+        nearest_tokens=None,
         occlusion=None,
         table_similarity=None,
         hidden_similarity=None,

@@ -18,26 +18,28 @@ def vectors() -> np.ndarray:
 
 def test_a_patch_is_most_like_itself(vectors):
     for place in range(9):
-        alone = maps.likeness(vectors, vectors[place : place + 1])
+        alone = maps.centred_similarity(vectors, vectors[place : place + 1])
         directions = vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
         expected = np.sum((directions[place] - directions.mean(axis=0)) ** 2)
         np.testing.assert_allclose(alone[place], expected, rtol=1e-4)
         assert alone.mean() == pytest.approx(0, abs=1e-6)
 
 
-def test_likeness_does_not_depend_on_lengths(vectors):
+def test_similarity_does_not_depend_on_lengths(vectors):
     text, lengths = vectors[:2], np.arange(1, 10)[:, None]
-    np.testing.assert_allclose(maps.likeness(vectors * lengths, text * 7), maps.likeness(vectors, text), atol=1e-6)
+    np.testing.assert_allclose(
+        maps.centred_similarity(vectors * lengths, text * 7), maps.centred_similarity(vectors, text), atol=1e-6
+    )
 
 
 def test_patches_that_are_all_the_same_are_like_nothing(vectors):
-    np.testing.assert_allclose(maps.likeness(np.ones((9, 16)), vectors), 0, atol=1e-6)
-    assert np.isfinite(maps.likeness(np.zeros((9, 16)), vectors)).all()
+    np.testing.assert_allclose(maps.centred_similarity(np.ones((9, 16)), vectors), 0, atol=1e-6)
+    assert np.isfinite(maps.centred_similarity(np.zeros((9, 16)), vectors)).all()
 
 
 def test_a_text_is_like_soft_tokens_that_are_its_embeddings(model):
     ids = model.processor.tokenizer.encode(" red circle and two blue squares ?")
-    rows = maps.table_rows(model.params, ids)
+    rows = maps.token_embeddings(model.params, ids)
     place = ids.index(*model.processor.tokenizer.encode(" red"))
     assert maps.table_similarity(model, 5 * rows, "red").argmax() == place
 
@@ -46,9 +48,9 @@ def test_rows_of_a_rounded_table(model):
     weight = model.params["language_model"]["embed_tokens"]["weight"]
     rounded = {"language_model": {"embed_tokens": {"weight": quantize(weight, 8)}}}
     ids = [5, 9]
-    np.testing.assert_allclose(maps.table_rows(rounded, ids), maps.table_rows(model.params, ids), atol=0.02)
+    np.testing.assert_allclose(maps.token_embeddings(rounded, ids), maps.token_embeddings(model.params, ids), atol=0.02)
     with pytest.raises(PromptError, match="give a word"):
-        maps.table_rows(model.params, [])
+        maps.token_embeddings(model.params, [])
 
 
 def test_hidden_similarity_is_of_all_states_between_layers(model, trace):
@@ -56,7 +58,7 @@ def test_hidden_similarity_is_of_all_states_between_layers(model, trace):
     found = maps.hidden_similarity(trace, word)
     assert found.shape == (4, 9) and found.dtype == np.float32
     np.testing.assert_array_equal(
-        found[0], maps.likeness(trace.soft_tokens[0], trace.hidden[0, word.start : word.stop])
+        found[0], maps.centred_similarity(trace.soft_tokens[0], trace.hidden[0, word.start : word.stop])
     )
 
 
@@ -67,7 +69,7 @@ def test_a_patch_among_the_words_is_most_like_itself(trace):
 
 
 def test_attention_sums_to_one_over_patches_or_what_text_leaves(trace):
-    shares, weights = maps.attention(trace, renormalise=True), maps.attention(trace)
+    shares, weights = maps.attention(trace, renormalize=True), maps.attention(trace)
     assert shares.shape == (3, 4, len(trace.logprobs), 9)
     sums = weights.sum(axis=-1)
     assert (sums < 1).all()
@@ -111,12 +113,12 @@ def test_several_pictures_are_as_many_squares(model, picture):
 @pytest.mark.parametrize("layer, head", [(None, None), (0, 3), (2, None), (None, 1)])
 def test_a_layer_and_a_head_or_their_means(layer, head):
     weights = np.random.default_rng(0).normal(size=(3, 4, 2, 9))
-    heads = maps.of_head(weights, head)
+    heads = maps.select_head(weights, head)
     np.testing.assert_allclose(heads, weights.mean(axis=1) if head is None else weights[:, head])
-    found = maps.of_layer(heads, 3, layer)
+    found = maps.select_layer(heads, 3, layer)
     np.testing.assert_allclose(found, heads[1:].mean(axis=0) if layer is None else heads[layer])
     states = np.concatenate([np.full_like(heads[:1], np.nan), heads])  # before the first layer
-    np.testing.assert_array_equal(maps.of_layer(states, 3, layer), found)
+    np.testing.assert_array_equal(maps.select_layer(states, 3, layer), found)
 
 
 def test_patches_are_most_like_themselves(trace):
@@ -127,7 +129,7 @@ def test_patches_are_most_like_themselves(trace):
     assert (found <= 1 + 1e-5).all() and (found >= -1 - 1e-5).all() and np.ptp(found) > 0.5
 
 
-def test_the_likeness_of_patches_is_that_of_their_differences_from_the_mean(trace):
+def test_the_similarity_of_patches_is_that_of_their_differences_from_the_mean(trace):
     hidden = np.random.default_rng(0).normal(size=trace.hidden.shape) + 2
     found = maps.patch_similarity(dataclasses.replace(trace, hidden=hidden))
     directions = hidden[2:, trace.patches >= 0]

@@ -1,4 +1,4 @@
-"""config.run=evaluate: the table and the file; measuring itself is tested with evaluation/."""
+"""config.run=evaluate: the table and the file; measuring itself is tested with shapes_world/."""
 
 import inspect
 import json
@@ -6,9 +6,9 @@ import math
 
 import pytest
 
-from paligemma_jax.evaluation import scenes
-from paligemma_jax.evaluation.foreign import drawn_by_another
-from paligemma_jax.evaluation.samples import drawn_as_in_training
+from paligemma_jax.shapes_world import evaluation
+from paligemma_jax.shapes_world.foreign_scenes import foreign_sample
+from paligemma_jax.shapes_world.samples import scene_sample
 
 METRICS = {"caption": {"exact_en": 0.5, "exact_de": math.nan}, "counts": {"scenes": 3}}
 
@@ -16,7 +16,7 @@ METRICS = {"caption": {"exact_en": 0.5, "exact_de": math.nan}, "counts": {"scene
 @pytest.fixture(autouse=True)
 def measured(monkeypatch) -> list[dict]:
     """Arguments that the evaluation was called with, by their names."""
-    calls, signature = [], inspect.signature(scenes.evaluate)
+    calls, signature = [], inspect.signature(evaluation.evaluate)
 
     def evaluate(*args, **options):
         bound = signature.bind(*args, **options)
@@ -24,7 +24,7 @@ def measured(monkeypatch) -> list[dict]:
         calls.append({name: value for name, value in bound.arguments.items() if name != "model"})
         return METRICS
 
-    monkeypatch.setattr(scenes, "evaluate", evaluate)
+    monkeypatch.setattr(evaluation, "evaluate", evaluate)
     return calls
 
 
@@ -34,13 +34,13 @@ def test_prints_a_table_and_writes_json(generate, measured, tmp_path):
     assert status == 0
     assert out == "caption exact_en  0.5000\ncaption exact_de  -\ncounts scenes     3\n"
     assert json.loads(file.read_text())["caption"] == {"exact_en": 0.5, "exact_de": None}
-    expected = {"num_scenes": 3, "seed": 7, "source": drawn_as_in_training, "constrain": False}
+    expected = {"num_scenes": 3, "seed": 7, "source": scene_sample, "constrain": False}
     assert measured == [expected] and str(file) in err
 
 
 def test_pictures_of_another_program(generate, measured):
     assert generate(run="evaluate", data="foreign", num_scenes=3)[0] == 0
-    assert measured[0]["source"] is drawn_by_another
+    assert measured[0]["source"] is foreign_sample
 
 
 def test_a_profile_is_written(generate, tmp_path):

@@ -131,7 +131,7 @@ def test_a_picture_whose_name_is_not_utf_8(inspect, pictures, tmp_path):
 )
 def test_the_text_of_the_similarity(inspect, keys, text):
     status, out, _ = inspect(maps="similarity", **keys)
-    assert status == 0 and f'likeness to "{text}", mean of the upper layers' in out
+    assert status == 0 and f'similarity to "{text}", mean of the upper layers' in out
 
 
 @pytest.mark.parametrize("shape", [(4, 32), (2, 4, 32)])

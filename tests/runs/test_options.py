@@ -12,10 +12,10 @@ import pytest
 
 import paligemma_jax as pj
 from configs import make_tiny
-from paligemma_jax.evaluation.foreign import drawn_by_another
 from paligemma_jax.inspection import findings
 from paligemma_jax.runs import evaluate
-from paligemma_jax.training import tiny
+from paligemma_jax.shapes_world import stages
+from paligemma_jax.shapes_world.foreign_scenes import foreign_sample
 
 SAMPLED = {"temperature": 0.5, "top_k": 7, "top_p": 0.75, "min_p": 0.125, "seed": 3}
 BOX = "<loc0000><loc0000><loc1023><loc0512>"
@@ -207,12 +207,12 @@ def test_measure_is_answers_or_pointing(generate, evaluated, tmp_path):
     status, out, _ = generate(run="evaluate", **keys)
     assert (status, out) == (0, "pointing chance  0.2500\n")
     [asked] = calls
-    assert (asked["num_scenes"], asked["seed"]) == (3, 9) and asked["source"] is drawn_by_another
+    assert (asked["num_scenes"], asked["seed"]) == (3, 9) and asked["source"] is foreign_sample
     assert json.loads((tmp_path / "m.json").read_text()) == {"pointing": {"chance": 0.25}}
 
 
 def test_constrain_is_told_to_an_evaluation(generate, evaluated):
-    calls = evaluated(evaluate.scenes, "evaluate")
+    calls = evaluated(evaluate.evaluation, "evaluate")
     assert generate(run="evaluate", constrain=True)[0] == generate(run="evaluate")[0] == 0
     assert [asked["constrain"] for asked in calls] == [True, False]
 
@@ -245,8 +245,8 @@ def test_words_is_how_many_are_named(run, tmp_path):
 
 def test_stages_of_make_tiny_are_told_every_number(main, monkeypatch, tmp_path):
     calls = []
-    monkeypatch.setattr(tiny, "build", lambda work, output, recipe: calls.append((work, output, recipe)))
-    names = [field.name for field in dataclasses.fields(tiny.Recipe)]
+    monkeypatch.setattr(stages, "build", lambda work, output, recipe: calls.append((work, output, recipe)))
+    names = [field.name for field in dataclasses.fields(stages.Recipe)]
     changed = {name: 2 + i for i, name in enumerate(names)} | {"start_from": "earlier"}
     keys = changed | {"work_dir": tmp_path / "work", "output_dir": tmp_path / "out", "compilation_cache": False}
     assert set(make_tiny.get_config()) - set(keys) == {"run", "checkpoint", "hub_id", "dtype", "platform"}

@@ -1,4 +1,4 @@
-"""What was found against what is there: which is which, and how well scores tell right from wrong."""
+"""Detection metrics: matching to the ground truth, AUC of the scores, COCO's average precision."""
 
 import contextlib
 import io
@@ -9,13 +9,13 @@ import numpy as np
 from paligemma_jax.tasks import coco
 from paligemma_jax.tasks.detection import Detection
 
-Found = tuple[list[Detection], list[Detection], tuple[int, int]]  # found, true, (width, height) in pixels
+ImageDetections = tuple[list[Detection], list[Detection], tuple[int, int]]  # predicted, true, (width, height)
 
 
 def match(overlap: np.ndarray, threshold: float = 0.5) -> list[tuple[int, int]]:
-    """Pair found things with true ones, best first: (found, true) for each entry of [F, T] of at least `threshold`.
+    """Greedy matching of predicted and true objects by overlap [P, T], best first: pairs (predicted, true).
 
-    Each thing is used once.
+    A pair overlaps by at least `threshold`; each object is used once.
     """
     pairs = []
     rest = overlap.copy()
@@ -26,15 +26,15 @@ def match(overlap: np.ndarray, threshold: float = 0.5) -> list[tuple[int, int]]:
     return pairs
 
 
-def auc(right: Sequence[float], wrong: Sequence[float]) -> float:
-    """The chance that a right one scores higher than a wrong one, a tie counting half; NaN when one kind is missing."""
-    if not len(right) or not len(wrong):
+def auc(positives: Sequence[float], negatives: Sequence[float]) -> float:
+    """Area under the ROC curve of scores, a tie counting half; NaN without positives or without negatives."""
+    if not len(positives) or not len(negatives):
         return float("nan")
-    difference = np.subtract.outer(np.asarray(right, float), np.asarray(wrong, float))
+    difference = np.subtract.outer(np.asarray(positives, float), np.asarray(negatives, float))
     return float((difference > 0).mean() + 0.5 * (difference == 0).mean())
 
 
-def mean_average_precision(pictures: Sequence[Found]) -> dict[str, float]:
+def mean_average_precision(pictures: Sequence[ImageDetections]) -> dict[str, float]:
     """COCO's box metrics over all labels: `map` (mean over IoU 0.50:0.95), `map_50` and `map_75`; NaN without truth.
 
     Raises:
@@ -54,7 +54,7 @@ def mean_average_precision(pictures: Sequence[Found]) -> dict[str, float]:
         return dict.fromkeys(("map", "map_50", "map_75"), float("nan"))
     if not results:
         return dict.fromkeys(("map", "map_50", "map_75"), 0.0)
-    with contextlib.redirect_stdout(io.StringIO()):  # it talks
+    with contextlib.redirect_stdout(io.StringIO()):  # pycocotools prints
         reference = COCO()
         reference.dataset = {"info": {}} | coco.to_dataset(images, truth, classes)
         reference.createIndex()

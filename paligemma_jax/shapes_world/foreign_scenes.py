@@ -1,9 +1,9 @@
-"""The world of shapes as another program draws it: a test of what a model learnt beyond one drawing program.
+"""The same kind of scenes drawn by a second, independent program: an out-of-distribution test set.
 
-Written from a description of the pictures alone. Shapes are signed distances with smooth edges, colours are named
-swatches with jitter; proportions, backgrounds and placement are its own. Nothing comes from training/scenes.py.
+Written from a description of the images alone. Shapes are signed distances with smooth edges, colours are named
+swatches with jitter; proportions, backgrounds and placement are its own. Nothing comes from `scenes.py`.
 
-Axes: H and W of a picture, P corners of a shape.
+Axes: H and W of an image, P corners of a shape.
 """
 
 import colorsys
@@ -12,13 +12,13 @@ import io
 import numpy as np
 from PIL import Image
 
-from paligemma_jax.evaluation.samples import Sample
+from paligemma_jax.shapes_world.samples import Sample
 from paligemma_jax.tasks.detection import Box
 
 _SHAPES = ("circle", "square", "triangle", "star", "diamond")
-_SIZES = (1 / 8, 1 / 2)  # greater side of a shape's box, of the picture's shorter side
-_MAX_TURN = 15.0  # degrees
-_GAP = 0.025  # free space between shapes, of the picture's shorter side
+_SIZES = (1 / 8, 1 / 2)  # greater side of a shape's box, of the image's shorter side
+_MAX_ROTATION = 15.0  # degrees
+_GAP = 0.025  # free space between shapes, of the image's shorter side
 
 _SWATCHES = {  # what people call by these names: CSS, plotting libraries, crayons
     "red": "ff0000 dc143c d62728 e31a1c c1121f e6194b cc0000 ee2222 b22222",
@@ -38,10 +38,10 @@ _LIMITS = {  # hue in degrees, least saturation, least and greatest value: beyon
 }
 
 
-def drawn_by_another(seed: int, index: int) -> Sample:
-    """A picture of this program with one to four things; every other one was compressed as JPEG."""
+def foreign_sample(seed: int, index: int) -> Sample:
+    """An image of this program with one to four objects; every other one was compressed as JPEG."""
     rng = np.random.default_rng((seed, index))
-    width, height = _picture_size(rng)
+    width, height = _image_size(rng)
     canvas, shades = _background(height, width, rng)
     figures: list[_Figure] = []
     kinds: list[tuple[str, str]] = []
@@ -54,13 +54,13 @@ def drawn_by_another(seed: int, index: int) -> Sample:
             _fill(canvas, figure, rgb)
     y, x = np.mgrid[:height, :width] + 0.5
     masks = np.stack([figure.distance(x, y) < 0 for figure in figures])
-    picture = Image.fromarray(np.round(np.clip(canvas, 0, 1) * 255).astype(np.uint8))
+    image = Image.fromarray(np.round(np.clip(canvas, 0, 1) * 255).astype(np.uint8))
     if rng.random() < 0.5:
         file = io.BytesIO()
-        picture.save(file, "JPEG", quality=int(rng.integers(70, 96)))
-        picture = Image.open(file)
-        picture.load()
-    return Sample(picture, kinds, [figure.box for figure in figures], masks)
+        image.save(file, "JPEG", quality=int(rng.integers(70, 96)))
+        image = Image.open(file)
+        image.load()
+    return Sample(image, kinds, [figure.box for figure in figures], masks)
 
 
 class _Figure:
@@ -70,8 +70,8 @@ class _Figure:
         self.center, self.radius = np.zeros(2), extent / 2
         self.corners = _corners(shape, rng)
         if self.corners is not None:
-            turn = np.radians(rng.uniform(-_MAX_TURN, _MAX_TURN))
-            self.corners = self.corners @ np.array([[np.cos(turn), np.sin(turn)], [-np.sin(turn), np.cos(turn)]])
+            angle = np.radians(rng.uniform(-_MAX_ROTATION, _MAX_ROTATION))
+            self.corners = self.corners @ np.array([[np.cos(angle), np.sin(angle)], [-np.sin(angle), np.cos(angle)]])
             self.corners *= extent / np.ptp(self.corners, axis=0).max()
         self.move(-np.array(self.box[:2]))
 
@@ -120,7 +120,7 @@ def _corners(shape: str, rng: np.random.Generator) -> np.ndarray | None:
 
 
 def _placed(shape: str, others: list[_Figure], size: tuple[int, int], rng: np.random.Generator) -> _Figure | None:
-    """The shape at a free place inside the picture, smaller where it is crowded; None when there is no room."""
+    """The shape at a free position inside the image, smaller where it is crowded; None when there is no room."""
     side, largest = min(size), _SIZES[1]
     for _ in range(40):
         figure = _Figure(shape, side * rng.uniform(_SIZES[0], largest), rng)
@@ -153,7 +153,7 @@ def _fill(canvas: np.ndarray, figure: _Figure, rgb: np.ndarray) -> None:
 def _next_kind(
     kinds: list[tuple[str, str]], shades: np.ndarray, rng: np.random.Generator
 ) -> tuple[str, str, np.ndarray]:
-    """Colour name, shape and colour; now and then those of one that is there, so that things come in twos."""
+    """Colour name, shape and colour; now and then those of an earlier object, so that objects repeat."""
     while True:
         color, shape = str(rng.choice(list(_SWATCHES))), str(rng.choice(_SHAPES))
         echo = rng.random()
@@ -194,7 +194,7 @@ def _lab(rgb: np.ndarray) -> np.ndarray:
     return np.stack([116 * f[..., 1] - 16, 500 * (f[..., 0] - f[..., 1]), 200 * (f[..., 1] - f[..., 2])], axis=-1)
 
 
-def _picture_size(rng: np.random.Generator) -> tuple[int, int]:
+def _image_size(rng: np.random.Generator) -> tuple[int, int]:
     """Width and height from 200 to 900 pixels, at most 1:2."""
     while True:
         side, aspect = np.exp(rng.uniform(np.log(200), np.log(900))), 2 ** rng.uniform(-1, 1)

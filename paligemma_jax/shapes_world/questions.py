@@ -1,4 +1,4 @@
-"""What people ask about a scene, and the right answers: prefixes and suffixes in English and German.
+"""Questions about a scene with their answers: prefixes and suffixes in English and German.
 
 Order is fixed, so that each prompt has one right answer: captions go by shape, then by colour, in the order of the
 tables in `scenes`; boxes and masks go by the classes of the prompt, then from left to right.
@@ -9,7 +9,7 @@ from collections import Counter
 
 import numpy as np
 
-from paligemma_jax.training.scenes import COLORS, SHAPES
+from paligemma_jax.shapes_world.scenes import COLORS, SHAPES
 
 Kind = tuple[str, str]  # colour, shape
 
@@ -34,7 +34,7 @@ _GERMAN_ENDINGS = {"m": "er", "n": "es", "f": "e"}
 
 @dataclasses.dataclass(frozen=True)
 class Question:
-    """A prompt and its answer; `objects` are the places of the things to box or mask, in order, with their labels."""
+    """A prompt and its answer; `objects` are (index, label) of the objects to box or mask, in order."""
 
     prefix: str
     suffix: str = ""
@@ -48,8 +48,8 @@ def caption(kinds: list[Kind], language: str = "en") -> str:
     ordered = sorted(counts, key=lambda kind: (SHAPES.index(kind[1]), COLORS.index(kind[0])))
     name = {"en": _english, "de": _german}[language]
     parts = [name(kind, counts[kind]) for kind in ordered]
-    joined = {"en": " and ", "de": " und "}[language]
-    return parts[0] if len(parts) == 1 else ", ".join(parts[:-1]) + joined + parts[-1]
+    conjunction = {"en": " and ", "de": " und "}[language]
+    return parts[0] if len(parts) == 1 else ", ".join(parts[:-1]) + conjunction + parts[-1]
 
 
 def _english(kind: Kind, count: int) -> str:
@@ -70,7 +70,7 @@ def _german(kind: Kind, count: int) -> str:
 
 
 def matches(kind: Kind, name: str) -> bool:
-    """Does "circle" or "red circle" name this kind?"""
+    """Whether a name, such as "circle" or "red circle", is of this kind."""
     return name in (kind[1], f"{kind[0]} {kind[1]}")
 
 
@@ -94,7 +94,7 @@ def is_there(kinds: list[Kind], color: str | None, shape: str) -> Question:
 
 
 def what_color(kinds: list[Kind], shape: str) -> Question | None:
-    """None when things of that shape differ in colour; nothing to say when there is none."""
+    """None when objects of that shape differ in colour; an empty answer when there is none."""
     colors = {c for c, s in kinds if s == shape}
     if len(colors) > 1:
         return None

@@ -7,20 +7,20 @@ import optax
 import pytest
 
 from paligemma_jax.config import VisionConfig
-from paligemma_jax.training.loop import fit, init_state, make_step
-from paligemma_jax.training.scenes import COLORS, MAX_OBJECTS, SHAPES
-from paligemma_jax.training.vision import (
+from paligemma_jax.shapes_world.scenes import COLORS, MAX_OBJECTS, SHAPES
+from paligemma_jax.shapes_world.vision_stage import (
     RELATIONS,
     DenseBatches,
     DenseModel,
+    count_and_rank,
     dense_loss,
     dense_losses,
     dense_targets,
-    normalise,
-    smooth_positions,
-    standing,
-    warm_start,
+    mimetic_init,
+    normalize,
+    sinusoidal_positions,
 )
+from paligemma_jax.training.loop import fit, init_state, make_step
 
 CONFIG = VisionConfig(image_size=28, patch_size=7, width=16, num_layers=2, mlp_dim=24, num_heads=2)
 
@@ -38,20 +38,20 @@ def params(model):
 
 def test_targets_say_what_covers_each_patch_most(pool, codes):
     found = dense_targets(pool, codes[0])
-    count, rank = standing(pool)
+    count, rank = count_and_rank(pool)
     for row, patch in np.ndindex(len(pool["shape"]), 16):
         shares = pool["coverage"][row, :, patch] / 255
         owner = int(np.argmax(shares))
         there = shares[owner] >= 0.03
-        assert found["seen"][row, patch] == there
-        assert found["asked"][row, patch] == (there or shares[owner] < 0.005)
+        assert found["foreground"][row, patch] == there
+        assert found["supervised"][row, patch] == (there or shares[owner] < 0.005)
         assert found["shape"][row, patch] == (pool["shape"][row, owner] if there else len(SHAPES))
         assert found["color"][row, patch] == (pool["color"][row, owner] if there else len(COLORS))
         if there:
             np.testing.assert_array_equal(found["box"][row, patch], pool["box"][row, owner])
             np.testing.assert_array_equal(found["count"][row, patch], count[row, owner])
             np.testing.assert_array_equal(found["rank"][row, patch], rank[row, owner])
-    assert found["seen"].any(axis=1).all() and not found["asked"].all()
+    assert found["foreground"].any(axis=1).all() and not found["supervised"].all()
 
 
 def test_codes_belong_to_the_patch_at_the_middle_of_the_box(pool, codes):
@@ -67,7 +67,7 @@ def test_codes_belong_to_the_patch_at_the_middle_of_the_box(pool, codes):
 
 
 def test_standing_counts_one_by_one(pool):
-    count, rank = standing(pool)
+    count, rank = count_and_rank(pool)
     alike = {
         "any": lambda a, b: True,
         "same shape": lambda a, b: a[0] == b[0],
@@ -102,7 +102,7 @@ def test_batches_are_a_function_of_the_step(pool, codes):
 
 @pytest.mark.parametrize("count, width", [(16, 16), (64, 10)])
 def test_near_positions_are_alike(count, width):
-    table = smooth_positions(count, width)
+    table = sinusoidal_positions(count, width)
     assert table.shape == (count, width) and table.dtype == np.float32
     place = np.stack(np.divmod(np.arange(count), round(count**0.5)), axis=1)
     apart = np.linalg.norm(place[:, None] - place[None], axis=-1)
@@ -112,7 +112,7 @@ def test_near_positions_are_alike(count, width):
 
 
 def test_warm_start_leaves_all_else_alone(params):
-    started = jax.jit(warm_start)(params)
+    started = jax.jit(mimetic_init)(params)
     changed = set()
     for (path, old), (_, new) in zip(*(jax.tree_util.tree_leaves_with_path(p) for p in (params, started)), strict=True):
         assert old.shape == new.shape
@@ -126,7 +126,7 @@ def test_warm_start_leaves_all_else_alone(params):
 
 def test_bytes_become_what_the_processor_gives(processor):
     values = np.arange(256, dtype=np.uint8)
-    table = np.asarray(normalise(values))
+    table = np.asarray(normalize(values))
     np.testing.assert_allclose(table, values / 127.5 - 1, atol=1e-6)
     assert (table[0], table[-1]) == (-1, 1)
 
@@ -145,7 +145,7 @@ def test_right_answers_cost_nothing_and_unclear_patches_do_not_count(pool, codes
     loss, metrics = measure(out, targets)
     assert loss < 1e-6 and metrics["box_error"] == 0
     assert all(metrics[f"{name}_acc"] == 1 for name in ("shape", "color", "count", "rank", "codes"))
-    unclear = {**dict.fromkeys(out, ~targets["asked"]), "codes": targets["codes"][..., 0] < 0}
+    unclear = {**dict.fromkeys(out, ~targets["supervised"]), "codes": targets["codes"][..., 0] < 0}
     assert all(where.any() for where in unclear.values())
     noisy = {
         key: np.where(unclear[key].reshape(*unclear[key].shape, *(1,) * (values.ndim - 2)), -values, values)

@@ -5,7 +5,7 @@ import pytest
 from paligemma_jax.errors import DataError
 from paligemma_jax.models import mask_vae
 from paligemma_jax.models.mask_vae import MaskVAEConfig
-from paligemma_jax.training.mask_vae import init_state, make_optimizer, train_mask_vae, train_step
+from paligemma_jax.shapes_world.mask_vae_stage import init_state, make_optimizer, train_mask_vae, train_step
 
 KEY = jax.random.key(0, impl="rbg")  # compiles faster than the default
 SMALL = MaskVAEConfig((4, 8, 8, 16), (16, 16, 8, 8, 4), code_width=8, num_codes=16)

@@ -6,11 +6,11 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from paligemma_jax.evaluation import scenes as evaluation
-from paligemma_jax.evaluation.samples import Sample, drawn_as_in_training
-from paligemma_jax.evaluation.scenes import evaluate
+from paligemma_jax.shapes_world import evaluation
+from paligemma_jax.shapes_world.evaluation import evaluate
+from paligemma_jax.shapes_world.questions import caption, matches
+from paligemma_jax.shapes_world.samples import Sample, scene_sample
 from paligemma_jax.tasks.detection import Detection, format_objects, parse
-from paligemma_jax.training.questions import caption, matches
 
 NUM_SCENES, SEED = 40, 5
 
@@ -22,8 +22,8 @@ class Oracle:
         self.samples: dict[bytes, Sample] = {}
 
     def source(self, seed, index):
-        sample = drawn_as_in_training(seed, index)
-        self.samples[sample.picture.tobytes()] = sample
+        sample = scene_sample(seed, index)
+        self.samples[sample.image.tobytes()] = sample
         return sample
 
     def things(self, prefix, sample):

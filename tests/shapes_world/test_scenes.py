@@ -5,9 +5,9 @@ import itertools
 import numpy as np
 import pytest
 
+from paligemma_jax.shapes_world.scenes import COLORS, SHAPES, draw, masks, sample_color, scene_at, unit_mask
 from paligemma_jax.tasks.overlap import mask_iou
 from paligemma_jax.tasks.segmentation import crop_mask, paste_mask
-from paligemma_jax.training.scenes import COLORS, SHAPES, draw, masks, sample_color, scene_at, unit_mask
 
 
 def test_a_seed_and_an_index_stand_for_one_picture():

@@ -1,8 +1,8 @@
-"""A small world to learn from: pictures of one to four coloured shapes, with exact captions, boxes and masks.
+"""Synthetic scenes: images of one to four coloured shapes, with exact boxes and masks.
 
-A `Scene` is plain data drawn from a random generator, so the same seed always gives the same picture; `draw` turns it
-into a picture, `Scene.box` and `masks` into exact labels. What people ask about a scene is in `training/questions.py`.
-Coordinates are pixels with (0, 0) at the top left corner of the picture, x to the right and y down.
+A `Scene` is plain data drawn from a random generator, so the same seed always gives the same image; `draw` turns it
+into an image, `Scene.box` and `masks` into exact labels. What people ask about a scene is in `questions.py`.
+Coordinates are pixels with (0, 0) at the top left corner of the image, x to the right and y down.
 """
 
 import colorsys
@@ -26,8 +26,8 @@ _COLOR_RANGES = {
     "purple": ((267, 302), (0.42, 1.0), (0.42, 0.92)),
     "orange": ((21, 39), (0.8, 1.0), (0.86, 1.0)),
 }
-_SIZES = (1 / 8, 1 / 2)  # of the picture's shorter side
-_MAX_TURN = 15.0  # degrees
+_SIZES = (1 / 8, 1 / 2)  # of the image's shorter side
+_MAX_ROTATION = 15.0  # degrees
 _SUPERSAMPLE = 4
 
 
@@ -52,7 +52,7 @@ class Shape:
 
 @dataclasses.dataclass(frozen=True)
 class Scene:
-    """Shapes on a background; `style_seed` fixes the texture, the edges and the compression of the picture."""
+    """Shapes on a background; `style_seed` fixes the texture, the edges and the compression of the image."""
 
     size: tuple[int, int]  # width, height
     shapes: tuple[Shape, ...]
@@ -138,7 +138,7 @@ def _sample_kinds(count: int, rng: np.random.Generator) -> list[tuple[str, str]]
 def sample_scene(
     rng: np.random.Generator, *, num_objects: int | None = None, max_side: int = 640, min_side: int = 96
 ) -> Scene:
-    """A random scene: `num_objects` shapes (one to four if None) that do not touch, wholly inside the picture."""
+    """A random scene: `num_objects` shapes (one to four if None) that do not touch, wholly inside the image."""
     aspect = 1.0 if rng.random() < 0.4 else 2.0 ** rng.uniform(-1, 1)
     longer = math.exp(rng.uniform(math.log(min_side * 1.2), math.log(max_side)))
     width = round(longer if aspect >= 1 else longer * aspect)
@@ -147,14 +147,14 @@ def sample_scene(
     count = int(rng.integers(1, MAX_OBJECTS + 1)) if num_objects is None else num_objects
     kinds = _sample_kinds(count, rng)
     while True:  # start again when the first shapes leave no room for the last
-        shapes = _place(kinds, (width, height), background, rng)
+        shapes = _place_shapes(kinds, (width, height), background, rng)
         if shapes is not None:
             break
     texture = rng.uniform(1, 10) if rng.random() < 0.35 else 0.0
     return Scene((width, height), shapes, background, texture, int(rng.integers(2**32)))
 
 
-def _place(
+def _place_shapes(
     kinds: list[tuple[str, str]], size: tuple[int, int], background: np.ndarray, rng: np.random.Generator
 ) -> tuple[Shape, ...] | None:
     side = min(size)
@@ -166,14 +166,14 @@ def _place(
             rgb = sample_color(color, rng)
         for _ in range(20):
             corners = _polygon(shape, rng)
-            turn = np.radians(rng.uniform(-_MAX_TURN, _MAX_TURN))
-            rotation = np.array([[np.cos(turn), np.sin(turn)], [-np.sin(turn), np.cos(turn)]])
+            angle = np.radians(rng.uniform(-_MAX_ROTATION, _MAX_ROTATION))
+            rotation = np.array([[np.cos(angle), np.sin(angle)], [-np.sin(angle), np.cos(angle)]])
             corners = corners @ rotation
             extent = np.ptp(corners, axis=0)
             corners = (corners - corners.min(axis=0)) * (side * rng.uniform(*_SIZES) / extent.max())
             room = np.array(size) - np.ptp(corners, axis=0)
             candidate = Shape(shape, color, rgb, corners + rng.uniform(0, 1, 2) * room)
-            if all(_apart(candidate.box, other.box, gap) for other in placed):
+            if all(_are_apart(candidate.box, other.box, gap) for other in placed):
                 placed.append(candidate)
                 break
         else:
@@ -186,12 +186,12 @@ def _contrast(rgb: tuple[int, int, int], background: np.ndarray) -> float:
     return float(np.sqrt(((background.astype(float) - rgb) ** 2).sum(axis=-1)).min())
 
 
-def _apart(a: tuple[float, ...], b: tuple[float, ...], gap: float) -> bool:
+def _are_apart(a: tuple[float, ...], b: tuple[float, ...], gap: float) -> bool:
     return a[0] > b[2] + gap or b[0] > a[2] + gap or a[1] > b[3] + gap or b[1] > a[3] + gap
 
 
 def coverage(outline: np.ndarray, size: tuple[int, int], supersample: int) -> Image.Image:
-    """How much of each pixel of a picture of this size the polygon covers, 0 to 255.
+    """How much of each pixel of an image of this size the polygon covers, 0 to 255.
 
     PIL's polygons are up to half a subpixel too wide, which matters when pixels are few and `supersample` is low.
     """
@@ -202,11 +202,11 @@ def coverage(outline: np.ndarray, size: tuple[int, int], supersample: int) -> Im
 
 
 def draw(scene: Scene) -> Image.Image:
-    """The picture, RGB. Edges are smooth or hard, with or without a rim, slightly noisy or compressed: as files are."""
+    """The image, RGB. Edges are smooth or hard, with or without a rim, slightly noisy or compressed: as files are."""
     rng = np.random.default_rng(scene.style_seed)
-    picture = Image.fromarray(scene.background).resize(scene.size, Image.Resampling.BILINEAR)
+    image = Image.fromarray(scene.background).resize(scene.size, Image.Resampling.BILINEAR)
     if scene.texture:
-        picture = _textured(picture, scene.texture, rng)
+        image = _textured(image, scene.texture, rng)
     supersample = 1 if rng.random() < 0.2 else _SUPERSAMPLE
     rim = rng.uniform(0.3, 1.4) if rng.random() < 0.12 else None  # brightness of an outline around each shape
     for shape in scene.shapes:
@@ -215,24 +215,24 @@ def draw(scene: Scene) -> Image.Image:
         local = shape.outline - (left, top)
         mask = coverage(local, (right - left, bottom - top), supersample)
         if rim is not None:
-            picture.paste(tuple(min(255, round(c * rim)) for c in shape.rgb), (left, top), mask)
+            image.paste(tuple(min(255, round(c * rim)) for c in shape.rgb), (left, top), mask)
             centre = local.mean(axis=0)
             mask = coverage(centre + (local - centre) * 0.92, (right - left, bottom - top), supersample)
-        picture.paste(shape.rgb, (left, top), mask)
+        image.paste(shape.rgb, (left, top), mask)
     finish = rng.random()
     if finish < 0.2:
         buffer = io.BytesIO()
-        picture.save(buffer, "JPEG", quality=int(rng.integers(55, 96)))
-        picture = Image.open(buffer)
-        picture.load()
+        image.save(buffer, "JPEG", quality=int(rng.integers(55, 96)))
+        image = Image.open(buffer)
+        image.load()
     elif finish < 0.3:
-        picture = picture.filter(ImageFilter.GaussianBlur(min(scene.size) * rng.uniform(0.001, 0.006)))
-    return picture
+        image = image.filter(ImageFilter.GaussianBlur(min(scene.size) * rng.uniform(0.001, 0.006)))
+    return image
 
 
-def _textured(picture: Image.Image, strength: float, rng: np.random.Generator) -> Image.Image:
+def _textured(image: Image.Image, strength: float, rng: np.random.Generator) -> Image.Image:
     """Add grain, soft blotches or stripes of a given standard deviation in grey levels."""
-    width, height = picture.size
+    width, height = image.size
     kind = rng.choice(["grain", "blotches", "stripes"])
     if kind == "stripes":
         cells = np.tile(rng.choice([0.0, 1.0], size=(1, 64)), (64, 1)) * 2 - 1
@@ -241,7 +241,7 @@ def _textured(picture: Image.Image, strength: float, rng: np.random.Generator) -
         cells = rng.standard_normal((96, 96) if kind == "grain" else (8, 8))
     cells = np.clip(cells * strength + 128, 0, 255).astype(np.uint8)
     noise = Image.fromarray(cells).resize((width, height), Image.Resampling.BILINEAR)
-    shifted = np.asarray(picture, np.int16) + np.asarray(noise, np.int16)[:, :, None] - 128
+    shifted = np.asarray(image, np.int16) + np.asarray(noise, np.int16)[:, :, None] - 128
     return Image.fromarray(np.clip(shifted, 0, 255).astype(np.uint8))
 
 

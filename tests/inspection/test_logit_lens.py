@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from paligemma_jax.generation import engine
-from paligemma_jax.inspection import lens
+from paligemma_jax.inspection import logit_lens
 from paligemma_jax.models.quantized import quantize
 
 
@@ -32,9 +32,9 @@ def _plain(table: np.ndarray, vectors: np.ndarray, centred: bool) -> np.ndarray:
 def test_nearest_is_the_same_in_parts(model, table, monkeypatch, centred, rows):
     if rows == 1:
         rows = model.config.image_token_id // 2 + 1  # the last part repeats nearly the whole first one
-    monkeypatch.setattr(lens, "_ROWS", rows)
+    monkeypatch.setattr(logit_lens, "_TABLE_ROWS", rows)
     vectors = np.random.default_rng(0).normal(size=(5, table.shape[1])).astype(np.float32)
-    ids, cosines = lens.nearest(model, vectors, 4, centred)
+    ids, cosines = logit_lens.nearest_tokens(model, vectors, 4, centred)
     expected = _plain(table[: model.config.image_token_id], vectors, centred)
     np.testing.assert_allclose(cosines, -np.sort(-expected, axis=1)[:, :4], atol=1e-5)
     np.testing.assert_allclose(np.take_along_axis(expected, ids, axis=1), cosines, atol=1e-5)
@@ -44,7 +44,7 @@ def test_nearest_is_the_same_in_parts(model, table, monkeypatch, centred, rows):
 def test_an_embedding_is_nearest_to_itself(model, table):
     chosen = [40, 900, 1500]
     for centred in (True, False):
-        ids, cosines = lens.nearest(model, 3 * table[chosen], 2, centred)
+        ids, cosines = logit_lens.nearest_tokens(model, 3 * table[chosen], 2, centred)
         assert ids[:, 0].tolist() == chosen
     np.testing.assert_allclose(cosines[:, 0], 1, atol=1e-5)
 
@@ -53,12 +53,12 @@ def test_a_rounded_table_will_do(model, table):
     decoder = model.params["language_model"]
     rounded = dict(model.params, language_model=decoder | {"embed_tokens": {"weight": quantize(jnp.asarray(table), 8)}})
     other = type(model)(model.config, rounded, model.processor)
-    assert lens.nearest(other, table[[40, 900]], 1, centred=False)[0][:, 0].tolist() == [40, 900]
+    assert logit_lens.nearest_tokens(other, table[[40, 900]], 1, centred=False)[0][:, 0].tolist() == [40, 900]
 
 
 def test_the_last_layer_says_what_the_model_says(model, picture, trace):
     at = trace.prefix_length - 1 + np.arange(len(trace.logprobs))
-    ids, probabilities = lens.layers(model, trace.hidden[:, at], 3)
+    ids, probabilities = logit_lens.top_tokens(model, trace.hidden[:, at], 3)
     logits = model.logits(picture, "detect red circle", "<loc0001><loc0002><loc1000><loc1023> red circle")[0]
     logits[:, model.config.image_token_id :] = -np.inf
     expected = np.asarray(jax.nn.softmax(logits, axis=-1))
@@ -68,10 +68,10 @@ def test_the_last_layer_says_what_the_model_says(model, picture, trace):
 
 
 def test_layers_are_the_same_in_parts(model, trace, monkeypatch):
-    together = lens.layers(model, trace.hidden[:, :7], 2)
+    together = logit_lens.top_tokens(model, trace.hidden[:, :7], 2)
     sizes, likeliest = [], engine.likeliest
-    monkeypatch.setattr(lens, "_LOGITS", 5 * model.config.text.vocab_size)
+    monkeypatch.setattr(logit_lens, "_MAX_LOGITS", 5 * model.config.text.vocab_size)
     monkeypatch.setattr(engine, "likeliest", lambda p, h, **kw: sizes.append(len(h)) or likeliest(p, h, **kw))
-    for first, second in zip(together, lens.layers(model, trace.hidden[:, :7], 2), strict=True):
+    for first, second in zip(together, logit_lens.top_tokens(model, trace.hidden[:, :7], 2), strict=True):
         np.testing.assert_allclose(first, second, atol=1e-5)
     assert sizes == [4] * 7

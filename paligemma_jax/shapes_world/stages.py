@@ -1,4 +1,4 @@
-"""Builds the shipped model from a seed: tokenizer, mask VQ-VAE, image encoder, then the whole.
+"""The stages that build the shipped model from a seed: tokenizer, mask VQ-VAE, image encoder, whole model.
 
 Each stage leaves its result in the work directory and is skipped when that is there; the two long ones also save
 checkpoints on their way. Running the same command again therefore goes on where it was stopped.
@@ -28,14 +28,14 @@ from paligemma_jax.models.paligemma import PaliGemma
 from paligemma_jax.processing.image import ImageSettings
 from paligemma_jax.processing.processor import Processor
 from paligemma_jax.processing.tokenizer import LOC_TOKENS, SEG_TOKENS, Tokenizer
-from paligemma_jax.training import language, vision
+from paligemma_jax.shapes_world import language_stage, vision_stage
+from paligemma_jax.shapes_world.mask_vae_stage import train_mask_vae
+from paligemma_jax.shapes_world.pool import MASK_SIDE, scene_pool
+from paligemma_jax.shapes_world.questions import sample_question
+from paligemma_jax.shapes_world.scenes import MAX_OBJECTS, scene_at
 from paligemma_jax.training.loop import fit, init_state, make_step, open_checkpoints
-from paligemma_jax.training.mask_vae import train_mask_vae
-from paligemma_jax.training.pool import MASK_SIDE, scene_pool
-from paligemma_jax.training.questions import sample_question
-from paligemma_jax.training.scenes import MAX_OBJECTS, scene_at
 
-_ENCODED_TOGETHER = 512  # masks
+_MASK_BATCH = 512
 TASKS = ("caption", "answer", "detect", "segment")
 
 VISION = VisionConfig(image_size=128, patch_size=16, width=192, num_layers=6, mlp_dim=576, num_heads=6)
@@ -100,7 +100,7 @@ def export(output: Path, work: Path, config: PaliGemmaConfig, params: Any) -> No
 
 
 def _copy(source: str | Path, target: Path) -> None:
-    """Copy what a model of this world has beside its weights."""
+    """Copy the tokenizer and the mask VQ-VAE."""
     for name in ("tokenizer.model", "vae-oid.npz"):
         with replacing(target / name) as temporary:
             temporary.write_bytes((Path(source) / name).read_bytes())
@@ -113,7 +113,7 @@ def model_config(tokenizer: Tokenizer) -> PaliGemmaConfig:
     return PaliGemmaConfig(vision=VISION, text=text, image_token_id=tokenizer.vocab_size)
 
 
-def world_text(seed: int, num_scenes: int = 2000) -> Iterator[str]:
+def sample_texts(seed: int, num_scenes: int = 2000) -> Iterator[str]:
     """Prompts and answers of many scenes, without their locations."""
     for index in range(num_scenes):
         scene = scene_at(seed + 1, index)
@@ -131,7 +131,7 @@ def train_tokenizer(path: Path, seed: int) -> Tokenizer:
     if not path.exists():
         model = io.BytesIO()
         sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=(text for text in world_text(seed) if text),
+            sentence_iterator=(text for text in sample_texts(seed) if text),
             model_writer=model,
             model_type="bpe",
             vocab_size=1696,
@@ -163,24 +163,24 @@ def mask_codes(work: Path, pool: dict[str, np.ndarray], recipe: Recipe) -> np.nd
     if not path.exists():
         params = load_mask_vae(weights)
         codes = np.zeros((2, *pool["shape"].shape, 16), np.uint8)
-        there = np.argwhere(pool["shape"] >= 0)
-        starts = range(0, len(there), _ENCODED_TOGETHER)
-        for start in tqdm(starts, desc="encoding masks", unit_scale=_ENCODED_TOGETHER, unit="mask"):
-            rows, places = np.resize(there[start : start + _ENCODED_TOGETHER], (_ENCODED_TOGETHER, 2)).T
-            masks = _unpack(pool["mask"][rows, places]).astype(np.float32)
+        occupied = np.argwhere(pool["shape"] >= 0)
+        starts = range(0, len(occupied), _MASK_BATCH)
+        for start in tqdm(starts, desc="encoding masks", unit_scale=_MASK_BATCH, unit="mask"):
+            rows, slots = np.resize(occupied[start : start + _MASK_BATCH], (_MASK_BATCH, 2)).T
+            masks = _unpack(pool["mask"][rows, slots]).astype(np.float32)
             for mirrored, view in enumerate((masks, masks[..., ::-1])):
-                codes[mirrored, rows, places] = mask_vae.encode(params, jnp.asarray(view))
+                codes[mirrored, rows, slots] = mask_vae.encode(params, jnp.asarray(view))
         with replacing(path) as temporary, temporary.open("wb") as file:
             np.save(file, codes)
     return np.load(path)
 
 
 def _mask_batches(pool: dict[str, np.ndarray], seed: int, batch_size: int) -> Iterator[np.ndarray]:
-    there = np.argwhere(pool["shape"] >= 0)
+    occupied = np.argwhere(pool["shape"] >= 0)
     for step in itertools.count():
         rng = np.random.default_rng((seed, step))
-        rows, places = there[rng.integers(len(there), size=batch_size)].T
-        masks = _unpack(pool["mask"][rows, places])
+        rows, slots = occupied[rng.integers(len(occupied), size=batch_size)].T
+        masks = _unpack(pool["mask"][rows, slots])
         yield np.where((rng.random(batch_size) < 0.5)[:, None, None], masks[..., ::-1], masks)
 
 
@@ -190,19 +190,19 @@ def _unpack(packed: np.ndarray) -> np.ndarray:
 
 def train_vision(work: Path, pool: dict[str, np.ndarray], codes: np.ndarray, recipe: Recipe) -> Any:
     """Parameters of the image encoder and its dense head: {"vision_tower", "head"}."""
-    model = vision.DenseModel(VISION)
+    model = vision_stage.DenseModel(VISION)
     pixels = jnp.zeros((1, VISION.image_size, VISION.image_size, 3))
     params = jax.jit(model.init)(jax.random.key(recipe.seed), pixels, jnp.zeros((1, MAX_OBJECTS), jnp.int32))["params"]
     if recipe.start_from:
-        params["vision_tower"] = _started(recipe)["vision_tower"]
+        params["vision_tower"] = _load_start(recipe)["vision_tower"]
     else:
-        params = vision.warm_start(params)
+        params = vision_stage.mimetic_init(params)
     # Stopped half way down its cosine: the next stage goes on with the encoder.
-    optimizer = language.make_optimizer(2 * recipe.vision_steps, recipe.vision_learning_rate)
+    optimizer = language_stage.make_optimizer(2 * recipe.vision_steps, recipe.vision_learning_rate)
     state = fit(
         init_state(params, optimizer),
-        make_step(functools.partial(vision.dense_loss, model), optimizer),
-        vision.DenseBatches(pool, codes, 64, recipe.seed),
+        make_step(functools.partial(vision_stage.dense_loss, model), optimizer),
+        vision_stage.DenseBatches(pool, codes, 64, recipe.seed),
         recipe.vision_steps,
         checkpoints=open_checkpoints(work / "vision"),
         name="vision",
@@ -220,24 +220,24 @@ def train_language(
     recipe: Recipe,
 ) -> Any:
     """Parameters of the whole model, the encoder starting from `dense`."""
-    model, head = PaliGemma(config), vision.DenseHead()
+    model, head = PaliGemma(config), vision_stage.DenseHead()
     if recipe.start_from:
-        params = _started(recipe)
+        params = _load_start(recipe)
     else:
         params = init_params(model, jax.random.key(recipe.seed + 1))
         table = params["language_model"]["embed_tokens"]
         key = jax.random.key(recipe.seed + 2)
-        table["weight"] = language.smooth_locations(table["weight"], tokenizer.loc_start, key)
+        table["weight"] = language_stage.init_location_embeddings(table["weight"], tokenizer.loc_start, key)
     params["vision_tower"] = dense["vision_tower"]
-    soft = jnp.asarray(language.soft_locations(recipe.loc_sigma))
-    loss = functools.partial(language.language_loss, model, head, soft, tokenizer.loc_start, recipe.dense_weight)
-    optimizer = language.make_optimizer(recipe.language_steps, recipe.language_learning_rate)
-    optimizer = language.slower(optimizer, "vision_tower", recipe.vision_factor)
+    soft = jnp.asarray(language_stage.soft_location_targets(recipe.loc_sigma))
+    loss = functools.partial(language_stage.language_loss, model, head, soft, tokenizer.loc_start, recipe.dense_weight)
+    optimizer = language_stage.make_optimizer(recipe.language_steps, recipe.language_learning_rate)
+    optimizer = language_stage.scale_updates(optimizer, "vision_tower", recipe.vision_factor)
     settings = ImageSettings(config.vision.image_size)
     state = fit(
         init_state({**params, "dense_head": dense["head"]}, optimizer),
         make_step(loss, optimizer),
-        language.QuestionBatches(
+        language_stage.QuestionBatches(
             pool, codes, Processor(config, tokenizer, settings), recipe.seed, recipe.easy_steps, recipe.segment_every
         ),
         recipe.language_steps,
@@ -247,8 +247,8 @@ def train_language(
     return {key: value for key, value in state.params.items() if key != "dense_head"}
 
 
-def _started(recipe: Recipe) -> Any:
-    """Parameters of the model to start from, float32."""
+def _load_start(recipe: Recipe) -> Any:
+    """Parameters of the checkpoint `start_from`, float32."""
     return checkpoints.load(recipe.start_from, "float32", progress=False)[1]
 
 

@@ -1,6 +1,6 @@
-"""Many scenes drawn once: arrays on disk that training reads again and again.
+"""The training set: many scenes drawn once, as memory-mapped arrays that training reads again and again.
 
-Axes: N scenes, B of them in a batch, K = 4 places for shapes, S side of the model's picture in pixels, P patches of it.
+Axes: N scenes, B of them in a batch, K = 4 object slots, S side of the model's image in pixels, P patches of it.
 """
 
 import concurrent.futures
@@ -13,7 +13,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from paligemma_jax.errors import DataError
-from paligemma_jax.training.scenes import COLORS, MAX_OBJECTS, SHAPES, Scene, coverage, draw, scene_at, unit_mask
+from paligemma_jax.shapes_world.scenes import COLORS, MAX_OBJECTS, SHAPES, Scene, coverage, draw, scene_at, unit_mask
 
 _CHUNK = 500
 MASK_SIDE = 64
@@ -27,9 +27,9 @@ def scene_record(scene: Scene, image_size: int, patch_size: int) -> dict[str, np
     the shape in its own box.
     """
     grid = image_size // patch_size
-    picture = draw(scene).resize((image_size, image_size), Image.Resampling.BICUBIC)
+    image = draw(scene).resize((image_size, image_size), Image.Resampling.BICUBIC)
     record = {
-        "pixels": np.asarray(picture),
+        "pixels": np.asarray(image),
         "shape": np.full(MAX_OBJECTS, -1, np.int8),
         "color": np.full(MAX_OBJECTS, -1, np.int8),
         "box": np.zeros((MAX_OBJECTS, 4), np.float32),
@@ -84,7 +84,7 @@ def _draw_pool(directory: Path, seed: int, num_scenes: int, image_size: int, pat
 
 
 def epoch_rows(num_rows: int, batch_size: int, step: int, seed: int) -> np.ndarray:
-    """Sorted row numbers of one batch: every epoch is a fresh permutation, and a step needs no other to be known."""
+    """Sorted row numbers of one batch: every epoch is a fresh permutation, as a function of the step alone."""
     per_epoch = num_rows // batch_size
     if not per_epoch:
         raise DataError(f"{num_rows} pictures do not fill a batch of {batch_size}: raise num_scenes")
@@ -94,18 +94,18 @@ def epoch_rows(num_rows: int, batch_size: int, step: int, seed: int) -> np.ndarr
 
 
 def take(pool: dict[str, np.ndarray], rows: np.ndarray, mirrored: np.ndarray) -> dict[str, np.ndarray]:
-    """Some records of a pool [B, ...] without the masks, the chosen ones `mirrored` [B]."""
+    """The records of some rows of a pool [B, ...] without the masks, flipped where `mirrored` [B] says so."""
     return mirror({key: pool[key][rows] for key in ("pixels", "shape", "color", "box", "coverage")}, mirrored)
 
 
 def mirror(record: dict[str, np.ndarray], mirrored: np.ndarray) -> dict[str, np.ndarray]:
-    """Turn the chosen pictures [B] left to right, with boxes and coverage."""
+    """Flip the chosen images [B] horizontally, with boxes and coverage."""
     record = dict(record)
     record["pixels"] = np.where(mirrored[:, None, None, None], record["pixels"][:, :, ::-1], record["pixels"])
     y0, x0, y1, x1 = np.moveaxis(record["box"], -1, 0)
     record["box"] = np.where(mirrored[:, None, None], np.stack([y0, 1 - x1, y1, 1 - x0], -1), record["box"])
-    batch, places, patches = record["coverage"].shape
-    grid = record["coverage"].reshape(batch, places, round(patches**0.5), -1)
+    batch, slots, patches = record["coverage"].shape
+    grid = record["coverage"].reshape(batch, slots, round(patches**0.5), -1)
     grid = np.where(mirrored[:, None, None, None], grid[..., ::-1], grid)
-    record["coverage"] = grid.reshape(batch, places, patches)
+    record["coverage"] = grid.reshape(batch, slots, patches)
     return record

@@ -4,10 +4,10 @@ import re
 import numpy as np
 import pytest
 
-from paligemma_jax.training.questions import caption, how_many, is_there, locate, matches, sample_question
-from paligemma_jax.training.questions import what_color as ask_color
-from paligemma_jax.training.questions import what_shape as ask_shape
-from paligemma_jax.training.scenes import COLORS, SHAPES
+from paligemma_jax.shapes_world.questions import caption, how_many, is_there, locate, matches, sample_question
+from paligemma_jax.shapes_world.questions import what_color as ask_color
+from paligemma_jax.shapes_world.questions import what_shape as ask_shape
+from paligemma_jax.shapes_world.scenes import COLORS, SHAPES
 
 NUMBERS = {"a": 1, "an": 1, "two": 2, "three": 3, "four": 4}
 GERMAN_NUMBERS = {"ein": 1, "eine": 1, "zwei": 2, "drei": 3, "vier": 4}

@@ -1,4 +1,4 @@
-"""How well a model speaks about the world of shapes: captions, answers, boxes and masks on unseen pictures."""
+"""Metrics of a model on held-out scenes: captions, answers, boxes and masks."""
 
 import collections
 import dataclasses
@@ -9,12 +9,12 @@ import numpy as np
 from tqdm import tqdm
 
 from paligemma_jax.errors import ConfigError
-from paligemma_jax.evaluation.ranking import Found, auc, match, mean_average_precision
-from paligemma_jax.evaluation.samples import Sample, drawn_as_in_training
+from paligemma_jax.evaluation.metrics import ImageDetections, auc, match, mean_average_precision
 from paligemma_jax.pipeline import PaliGemma
+from paligemma_jax.shapes_world.questions import Question, caption, sample_answer, sample_locate
+from paligemma_jax.shapes_world.samples import Sample, scene_sample
 from paligemma_jax.tasks.detection import Detection, parse
 from paligemma_jax.tasks.overlap import box_iou, mask_iou
-from paligemma_jax.training.questions import Question, caption, sample_answer, sample_locate
 
 _ANSWERS_PER_SCENE = 3
 _MAX_NEW_TOKENS = 128
@@ -26,11 +26,11 @@ class Tally:
     """What was measured so far.
 
     values: numbers by what they measure.
-    located: what was found, what is there, and the picture's size, of each `detect`.
+    located: what was found, what is there, and the image's size, of each `detect`.
     """
 
     values: dict[str, list[float]] = dataclasses.field(default_factory=lambda: collections.defaultdict(list))
-    located: list[Found] = dataclasses.field(default_factory=list)
+    located: list[ImageDetections] = dataclasses.field(default_factory=list)
 
     def mean(self, name: str) -> float:
         """NaN when nothing was measured."""
@@ -43,7 +43,7 @@ class Tally:
 
 @dataclasses.dataclass(frozen=True)
 class Asked:
-    """A question about one of the pictures."""
+    """A question about one of the images."""
 
     sample: Sample
     question: Question
@@ -53,12 +53,12 @@ def evaluate(
     model: PaliGemma,
     num_scenes: int = 500,
     seed: int = 20_000_000,
-    source: Callable[[int, int], Sample] = drawn_as_in_training,
+    source: Callable[[int, int], Sample] = scene_sample,
     constrain: bool = False,
 ) -> dict[str, dict[str, float]]:
-    """Ask about the first pictures of a seed, `source(seed, index)`, which training never saw; progress on stderr.
+    """Ask about the first images of a seed, `source(seed, index)`, which training never saw; progress on stderr.
 
-    Of every picture: the caption in English and German, three questions, one `detect` and one `segment`. Captions and
+    Of every image: the caption in English and German, three questions, one `detect` and one `segment`. Captions and
     answers count when they are right to the letter. Things found are matched to true ones of their label, best first,
     at an IoU of at least one half; `mean_iou` is over the matched boxes, `mask_miou` over all true things, a missed one
     counting 0. `absent_empty` is the share of empty answers where nothing asked for is there, `malformed` of those with
@@ -112,7 +112,7 @@ def evaluate(
     }
 
 
-def _average_precision(located: list[Found]) -> dict[str, float]:
+def _average_precision(located: list[ImageDetections]) -> dict[str, float]:
     try:
         return mean_average_precision(located)
     except ConfigError:
@@ -137,12 +137,12 @@ def _locations(sample: Sample, seed: int, index: int) -> list[Asked]:
 
 
 def _measure(model: PaliGemma, asked: list[Asked], tally: Tally, constrain: bool) -> None:
-    pictures, prompts = [a.sample.picture for a in asked], [a.question.prefix for a in asked]
-    outputs = model.generate(pictures, prompts, _MAX_NEW_TOKENS, constrain=constrain)
+    images, prompts = [a.sample.image for a in asked], [a.question.prefix for a in asked]
+    outputs = model.generate(images, prompts, _MAX_NEW_TOKENS, constrain=constrain)
     for item, output in zip(asked, outputs, strict=True):
         task = item.question.task
         if task in ("detect", "segment"):
-            _measure_location(item, model.objects(output, item.sample.picture.size), output.text, tally)
+            _measure_location(item, model.objects(output, item.sample.image.size), output.text, tally)
             continue
         right = float(output.text == item.question.suffix)
         tally.values[task].append(right)
@@ -152,29 +152,29 @@ def _measure(model: PaliGemma, asked: list[Asked], tally: Tally, constrain: bool
 
 
 def _measure_location(item: Asked, found: list[Detection], text: str, tally: Tally) -> None:
-    task, truth, size = item.question.task, item.question.objects, item.sample.picture.size
+    task, truth, size = item.question.task, item.question.objects, item.sample.image.size
     values = tally.values
     if not truth:
         values[f"{task} absent"].append(float(not text))
     values[f"{task} malformed"].append(float(bool(parse(text, size)[1])))
-    boxes = [item.sample.boxes[place] for place, _ in truth]
+    boxes = [item.sample.boxes[index] for index, _ in truth]
     overlap = np.zeros((len(found), len(truth)))
-    for i, thing in enumerate(found):
+    for i, detection in enumerate(found):
         for j, (_, label) in enumerate(truth):
-            overlap[i, j] = box_iou(thing.box, boxes[j]) if thing.label == label else 0.0
+            overlap[i, j] = box_iou(detection.box, boxes[j]) if detection.label == label else 0.0
     pairs = match(overlap)
     values[f"{task} iou"] += [float(overlap[pair]) for pair in pairs]
     values[f"{task} matched"].append(len(pairs))
     values[f"{task} found"].append(len(found))
     values[f"{task} true"].append(len(truth))
     right = {i for i, _ in pairs}
-    for i, thing in enumerate(found):
-        values[f"{task} right" if i in right else f"{task} wrong"].append(thing.score or 0.0)
+    for i, detection in enumerate(found):
+        values[f"{task} right" if i in right else f"{task} wrong"].append(detection.score or 0.0)
     if task == "detect":
         true = [Detection(label, box) for (_, label), box in zip(truth, boxes, strict=True)]
         tally.located.append((found, true, size))
     if task == "segment" and truth:
         matched = {j: found[i].mask for i, j in pairs}
-        for j, (place, _) in enumerate(truth):
+        for j, (index, _) in enumerate(truth):
             mask = matched.get(j)
-            values["segment mask"].append(0.0 if mask is None else mask_iou(mask, item.sample.masks[place]))
+            values["segment mask"].append(0.0 if mask is None else mask_iou(mask, item.sample.masks[index]))

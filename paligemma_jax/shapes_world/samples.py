@@ -1,31 +1,31 @@
-"""Pictures with the truth about them: what an evaluation asks about."""
+"""Images with their ground truth, for evaluation."""
 
 import dataclasses
 
 import numpy as np
 from PIL import Image
 
+from paligemma_jax.shapes_world import scenes
 from paligemma_jax.tasks.detection import Box
-from paligemma_jax.training import scenes
 
 
 @dataclasses.dataclass(frozen=True)
 class Sample:
-    """A picture and its K things.
+    """An image and its K objects.
 
     kinds: (colour, shape) of each.
     boxes: x0, y0, x1, y1 of each in pixels.
     masks: bool [K, H, W].
     """
 
-    picture: Image.Image
+    image: Image.Image
     kinds: list[tuple[str, str]]
     boxes: list[Box]
     masks: np.ndarray
 
 
-def drawn_as_in_training(seed: int, index: int) -> Sample:
-    """A scene of the program that draws the training pictures."""
+def scene_sample(seed: int, index: int) -> Sample:
+    """A scene of the program that draws the training images; a seed gives an endless list of them."""
     scene = scenes.scene_at(seed, index)
     kinds, boxes = [shape.kind for shape in scene.shapes], [shape.box for shape in scene.shapes]
     return Sample(scenes.draw(scene), kinds, boxes, scenes.masks(scene))

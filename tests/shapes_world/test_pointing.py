@@ -1,5 +1,6 @@
 """The measure of where maps point."""
 
+import dataclasses
 import math
 import types
 
@@ -8,9 +9,11 @@ import pytest
 from PIL import Image
 
 import paligemma_jax as pj
-from paligemma_jax.evaluation.samples import Sample
-from paligemma_jax.inspection import pointing as module
-from paligemma_jax.inspection.pointing import coverage, pointing
+from paligemma_jax.processing.image import ImageSettings
+from paligemma_jax.processing.processor import Processor
+from paligemma_jax.shapes_world import pointing as module
+from paligemma_jax.shapes_world.pointing import coverage, pointing
+from paligemma_jax.shapes_world.samples import Sample
 
 MASKS = np.zeros((2, 30, 30), bool)
 MASKS[0, :10, :10] = MASKS[1, 20:, 10:] = True
@@ -20,6 +23,13 @@ KINDS = [("red", "circle"), ("blue", "square")]
 def _scene(seed: int, index: int) -> Sample:
     picture = Image.fromarray(np.random.default_rng((seed, index)).integers(0, 256, (30, 30, 3), np.uint8))
     return Sample(picture, KINDS if index else [KINDS[0]] * 2, [(0.0, 0.0, 9.0, 9.0)] * 2, MASKS)
+
+
+@pytest.fixture(scope="module")
+def model(small, random_params, tokenizer) -> pj.PaliGemma:
+    """Random weights and nine patches."""
+    config = dataclasses.replace(small, vision=dataclasses.replace(small.vision, image_size=42, patch_size=14))
+    return pj.PaliGemma(config, random_params(config), Processor(config, tokenizer, ImageSettings(42)))
 
 
 @pytest.fixture

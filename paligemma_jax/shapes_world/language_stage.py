@@ -1,6 +1,8 @@
-"""Teach a small PaliGemma to speak about scenes: questions and answers over a pool, soft targets for locations.
+"""The language stage: trains the whole model on questions about the images of a pool.
 
-Axes: B pictures, Q questions for each, R = B * Q rows, T tokens, A answer positions, V vocabulary, D width.
+Targets of location tokens are soft: a Gaussian over the neighbouring locations.
+
+Axes: B images, Q questions for each, R = B * Q rows, T tokens, A answer positions, V vocabulary, D width.
 """
 
 import dataclasses
@@ -13,39 +15,39 @@ import optax
 
 from paligemma_jax.models.paligemma import PaliGemma
 from paligemma_jax.processing.processor import Processor
+from paligemma_jax.shapes_world.pool import epoch_rows, take
+from paligemma_jax.shapes_world.questions import Question, sample_question
+from paligemma_jax.shapes_world.scenes import COLORS, MAX_OBJECTS, SHAPES
+from paligemma_jax.shapes_world.vision_stage import DenseHead, dense_losses, dense_targets, normalize
 from paligemma_jax.tasks.detection import NUM_LOCS, format_box
 from paligemma_jax.training.loss import answer_logits, mean_where
-from paligemma_jax.training.pool import epoch_rows, take
-from paligemma_jax.training.questions import Question, sample_question
-from paligemma_jax.training.scenes import COLORS, MAX_OBJECTS, SHAPES
-from paligemma_jax.training.vision import DenseHead, dense_losses, dense_targets, normalise
 
-_HARD = 3  # things in a picture
-_SHORTEST_PREFIX = 4  # bos, two words and the line break
+_CROWDED = 3  # objects in an image
+_MIN_PREFIX = 4  # bos, two words and the line break
 
 
 @dataclasses.dataclass(frozen=True)
-class Plan:
-    """What a batch holds: how many pictures, questions for each, tokens after the picture, and which tasks."""
+class BatchSpec:
+    """What a batch holds: how many images, questions for each, tokens after the image, and which tasks."""
 
-    num_pictures: int
+    num_images: int
     num_questions: int
     text_length: int
     tasks: tuple[str, ...]
     task_weights: tuple[float, ...]
 
 
-TALK = Plan(32, 2, 40, ("caption", "answer", "detect"), (0.35, 0.25, 0.4))
-SEGMENT = Plan(20, 2, 104, ("segment",), (1.0,))
+TEXT_BATCH = BatchSpec(32, 2, 40, ("caption", "answer", "detect"), (0.35, 0.25, 0.4))
+SEGMENT_BATCH = BatchSpec(20, 2, 104, ("segment",), (1.0,))
 
 
 @dataclasses.dataclass(frozen=True)
 class QuestionBatches:
-    """Batches of questions about the pictures of a pool, a function of the step.
+    """Batches of questions about the images of a pool, a function of the step.
 
     `codes` i32 [2, N, K, 16] are the mask codes of every shape, as drawn and mirrored. The first `easy_steps` show one
-    shape, as many again up to two, so that reading begins where it is easy. Scenes of three or more things come twice
-    as often as others: nearly all mistakes are made there. Every `segment_every`-th batch asks for masks: their answers
+    shape, as many again up to two: a curriculum. Scenes of three or more objects come twice as often as others: nearly
+    all mistakes are made there. Every `segment_every`-th batch asks for masks: their answers
     are long, and a batch of its own keeps the others short.
     """
 
@@ -57,25 +59,25 @@ class QuestionBatches:
     segment_every: int = 3
 
     def __call__(self, step: int) -> dict[str, np.ndarray]:
-        plan = SEGMENT if step % self.segment_every == self.segment_every - 1 else TALK
+        spec = SEGMENT_BATCH if step % self.segment_every == self.segment_every - 1 else TEXT_BATCH
         rng = np.random.default_rng((self.seed, step))
-        rows = self._rows(plan, step)
-        mirrored = rng.random(plan.num_pictures) < 0.5
+        rows = self._rows(spec, step)
+        mirrored = rng.random(spec.num_images) < 0.5
         record = take(self.pool, rows, mirrored)
         codes = self.codes[mirrored.astype(int), rows]
         groups, prefixes, suffixes = [], [], []
-        for i in range(plan.num_pictures):
+        for i in range(spec.num_images):
             count = int((record["shape"][i] >= 0).sum())
             kinds = [(COLORS[record["color"][i, k]], SHAPES[record["shape"][i, k]]) for k in range(count)]
             left = record["box"][i, :count, 1]
-            for _ in range(plan.num_questions):
-                task = str(rng.choice(plan.tasks, p=plan.task_weights))
+            for _ in range(spec.num_questions):
+                task = str(rng.choice(spec.tasks, p=spec.task_weights))
                 question = sample_question(task, kinds, left, rng)
                 groups.append([i])
                 prefixes.append(question.prefix)
                 suffixes.append(answer_text(question, record["box"][i], codes[i]))
         num_tokens = self.processor.config.vision.num_tokens
-        batch = self.processor.layout(groups, prefixes, suffixes, pad_to=num_tokens + plan.text_length)
+        batch = self.processor.layout(groups, prefixes, suffixes, pad_to=num_tokens + spec.text_length)
         return {
             "pixels": record["pixels"],
             "tokens": batch.tokens,
@@ -85,42 +87,42 @@ class QuestionBatches:
             "dense": dense_targets(record, codes),
         }
 
-    def _rows(self, plan: Plan, step: int) -> np.ndarray:
+    def _rows(self, spec: BatchSpec, step: int) -> np.ndarray:
         counts = (self.pool["shape"] >= 0).sum(axis=1)
         level = step // self.easy_steps if self.easy_steps else 2
         limit = (1, 2, MAX_OBJECTS)[min(level, 2)]
         eligible = np.flatnonzero(counts <= limit)
-        eligible = np.concatenate([eligible, eligible[counts[eligible] >= _HARD]])
-        return eligible[epoch_rows(len(eligible), plan.num_pictures, step, self.seed)]
+        eligible = np.concatenate([eligible, eligible[counts[eligible] >= _CROWDED]])
+        return eligible[epoch_rows(len(eligible), spec.num_images, step, self.seed)]
 
 
 def answer_text(question: Question, boxes: np.ndarray, codes: np.ndarray) -> str:
-    """The suffix; `boxes` [K, 4] are y0, x0, y1, x1 in 0..1 and `codes` [K, 16] the mask codes of the places."""
+    """The suffix; `boxes` [K, 4] are y0, x0, y1, x1 in 0..1 and `codes` [K, 16] the mask codes of the objects."""
     if question.task not in ("detect", "segment"):
         return question.suffix
     parts = []
-    for place, label in question.objects:
-        y0, x0, y1, x1 = boxes[place].tolist()
-        masks = "".join(f"<seg{code:03d}>" for code in codes[place]) if question.task == "segment" else ""
+    for index, label in question.objects:
+        y0, x0, y1, x1 = boxes[index].tolist()
+        masks = "".join(f"<seg{code:03d}>" for code in codes[index]) if question.task == "segment" else ""
         parts.append(f"{format_box((x0, y0, x1, y1), (1, 1))}{masks} {label}")
     return " ; ".join(parts)
 
 
-def smooth_locations(table: jax.Array, loc_start: int, key: jax.Array) -> jax.Array:
-    """An embedding table [V, D] whose location rows start as a smooth curve, so that neighbours begin alike.
+def init_location_embeddings(table: jax.Array, loc_start: int, key: jax.Array) -> jax.Array:
+    """An embedding table [V, D] whose location rows lie on a smooth curve, so that neighbours start similar.
 
-    Each is a random projection of cosines of growing frequency and falling weight, scaled like the other rows.
+    Each row is a random projection of cosines of growing frequency and falling weight, scaled like the other rows.
     """
-    place = (jnp.arange(NUM_LOCS) + 0.5) / NUM_LOCS
+    position = (jnp.arange(NUM_LOCS) + 0.5) / NUM_LOCS
     wave = jnp.arange(64)
-    features = jnp.cos(jnp.pi * place[:, None] * wave[None, :]) / (1 + wave / 6)[None, :]
+    features = jnp.cos(jnp.pi * position[:, None] * wave[None, :]) / (1 + wave / 6)[None, :]
     rows = features @ jax.random.normal(key, (len(wave), table.shape[1]))
     rows = rows * (jnp.std(table) / jnp.std(rows))
     return table.at[loc_start : loc_start + NUM_LOCS].set(rows)
 
 
-def soft_locations(sigma: float) -> np.ndarray:
-    """Targets over locations for each true one, [1024, 1024]: a Gaussian of `sigma` locations, rows sum to one."""
+def soft_location_targets(sigma: float) -> np.ndarray:
+    """Soft targets f32 [1024, 1024] for each true location: a Gaussian of width `sigma` locations, rows sum to one."""
     index = np.arange(NUM_LOCS)
     weight = np.exp(-0.5 * ((index[None, :] - index[:, None]) / sigma) ** 2)
     return (weight / weight.sum(axis=1, keepdims=True)).astype(np.float32)
@@ -135,14 +137,14 @@ def language_loss(
     params: dict,
     batch: dict,
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """Cross-entropy over answers, soft over locations, plus the dense loss that keeps the encoder sharp.
+    """Cross-entropy over suffixes, with soft targets for locations, plus the dense loss of the vision stage.
 
-    `params` holds the model's tree and the head's under "dense_head"; `soft` is the table of `soft_locations`.
+    `params` holds the model's tree and the head's under "dense_head"; `soft` is the table of `soft_location_targets`.
     """
     params, head_params = {k: v for k, v in params.items() if k != "dense_head"}, params["dense_head"]
-    features = model.apply({"params": params}, normalise(batch["pixels"]), method=lambda m, x: m.vision_tower(x))
+    features = model.apply({"params": params}, normalize(batch["pixels"]), method=lambda m, x: m.vision_tower(x))
     soft_tokens = model.apply({"params": params}, features, method=lambda m, x: m.multi_modal_projector(x))
-    num_answers = batch["tokens"].shape[1] - soft_tokens.shape[1] - _SHORTEST_PREFIX
+    num_answers = batch["tokens"].shape[1] - soft_tokens.shape[1] - _MIN_PREFIX
     logits, targets, exists = answer_logits(model, params, soft_tokens, batch, num_answers)
     log_probs = jax.nn.log_softmax(logits)
     loc = targets - loc_start
@@ -153,17 +155,17 @@ def language_loss(
     dense, dense_metrics = dense_losses(
         head.apply({"params": head_params}, features, batch["dense"]["centre"]), batch["dense"]
     )
-    guess = jnp.argmax(log_probs, axis=-1)
+    predicted = jnp.argmax(log_probs, axis=-1)
     metrics = {
-        "word_acc": mean_where((guess == targets).astype(jnp.float32), exists & ~is_loc),
-        "loc_error": mean_where(jnp.abs(guess - targets) / NUM_LOCS, exists & is_loc),
+        "word_acc": mean_where((predicted == targets).astype(jnp.float32), exists & ~is_loc),
+        "loc_error": mean_where(jnp.abs(predicted - targets) / NUM_LOCS, exists & is_loc),
         **dense_metrics,
     }
     return mean_where(jnp.where(is_loc, softened, hard), exists) + dense_weight * dense, metrics
 
 
 def make_optimizer(num_steps: int, learning_rate: float, warmup: int = 200) -> optax.GradientTransformation:
-    """AdamW over a warm-up and a cosine to a fiftieth; matrices alone are decayed."""
+    """AdamW with a linear warm-up, a cosine decay to a fiftieth, and weight decay of matrices only."""
     warmup = min(warmup, num_steps // 2)
     schedule = optax.warmup_cosine_decay_schedule(0.0, learning_rate, warmup, num_steps, learning_rate / 50)
 
@@ -174,7 +176,7 @@ def make_optimizer(num_steps: int, learning_rate: float, warmup: int = 200) -> o
     return optax.chain(optax.clip_by_global_norm(1.0), adam)
 
 
-def slower(optimizer: optax.GradientTransformation, name: str, factor: float) -> optax.GradientTransformation:
+def scale_updates(optimizer: optax.GradientTransformation, name: str, factor: float) -> optax.GradientTransformation:
     """The same optimizer with the updates of one part of the parameters multiplied by `factor`."""
 
     def update(grads: dict, state: optax.OptState, params: dict | None = None) -> tuple[dict, optax.OptState]:

@@ -7,19 +7,19 @@ import optax
 import pytest
 
 from paligemma_jax.models.paligemma import PaliGemma
-from paligemma_jax.tasks.detection import parse
-from paligemma_jax.training import language
-from paligemma_jax.training.language import (
+from paligemma_jax.shapes_world import language_stage
+from paligemma_jax.shapes_world.language_stage import (
     QuestionBatches,
     answer_text,
+    init_location_embeddings,
     language_loss,
     make_optimizer,
-    slower,
-    smooth_locations,
-    soft_locations,
+    scale_updates,
+    soft_location_targets,
 )
-from paligemma_jax.training.questions import Question
-from paligemma_jax.training.vision import DenseHead, dense_losses, normalise
+from paligemma_jax.shapes_world.questions import Question
+from paligemma_jax.shapes_world.vision_stage import DenseHead, dense_losses, normalize
+from paligemma_jax.tasks.detection import parse
 
 
 @pytest.fixture(scope="module")
@@ -29,7 +29,7 @@ def batches(pool, codes, processor):
 
 @pytest.mark.parametrize("sigma", [0.5, 5.0])
 def test_soft_targets_peak_at_the_truth(sigma):
-    table = soft_locations(sigma)
+    table = soft_location_targets(sigma)
     assert table.shape == (1024, 1024) and table.min() >= 0
     np.testing.assert_allclose(table.sum(axis=1), 1, rtol=1e-5)
     np.testing.assert_array_equal(table.argmax(axis=1), np.arange(1024))
@@ -41,7 +41,7 @@ def test_soft_targets_peak_at_the_truth(sigma):
 def test_locations_start_as_a_smooth_curve():
     table = jax.random.normal(jax.random.key(0), (1100, 24)) * 0.3
     start = 40
-    smooth = np.asarray(smooth_locations(table, start, jax.random.key(1)))
+    smooth = np.asarray(init_location_embeddings(table, start, jax.random.key(1)))
     others = np.r_[:start, start + 1024 : 1100]
     np.testing.assert_array_equal(smooth[others], np.asarray(table)[others])
     rows = smooth[start : start + 1024]
@@ -73,28 +73,28 @@ def test_batches_are_a_function_of_the_step(batches):
 
 def test_batches_begin_easy_and_ask_for_masks_now_and_then(batches, pool, processor, tokenizer):
     for step, most in ((0, 1), (2, 1), (5, 2), (6, 4)):
-        rows = batches._rows(language.TALK, step)
+        rows = batches._rows(language_stage.TEXT_BATCH, step)
         counts = (pool["shape"][rows] >= 0).sum(axis=1)
         assert counts.max() <= most and (most < 4 or counts.max() > 2)
     for step in range(9, 12):
         batch = batches(step)
         num_soft = processor.config.vision.num_tokens
-        plan = language.SEGMENT if step == 11 else language.TALK
-        assert batch["tokens"].shape == (plan.num_pictures * plan.num_questions, num_soft + plan.text_length)
-        assert len(batch["pixels"]) == plan.num_pictures and len(batch["dense"]["shape"]) == plan.num_pictures
+        spec = language_stage.SEGMENT_BATCH if step == 11 else language_stage.TEXT_BATCH
+        assert batch["tokens"].shape == (spec.num_images * spec.num_questions, num_soft + spec.text_length)
+        assert len(batch["pixels"]) == spec.num_images and len(batch["dense"]["shape"]) == spec.num_images
         prefixes = {
             tokenizer.decode(row[num_soft:length]).split()[0]
             for row, length in zip(batch["tokens"], batch["prefix_length"], strict=True)
         }
-        assert prefixes == set(plan.tasks)
+        assert prefixes == set(spec.tasks)
 
 
 def test_scenes_of_three_and_more_come_twice_as_often(batches, pool):
     counts = (pool["shape"] >= 0).sum(axis=1)
     hard = counts > 2
-    per_epoch = (len(counts) + hard.sum()) // language.TALK.num_pictures
+    per_epoch = (len(counts) + hard.sum()) // language_stage.TEXT_BATCH.num_images
     first = -(-6 // per_epoch) * per_epoch  # of the first epoch that is not easy
-    rows = np.concatenate([batches._rows(language.TALK, first + step) for step in range(per_epoch)])
+    rows = np.concatenate([batches._rows(language_stage.TEXT_BATCH, first + step) for step in range(per_epoch)])
     shown = np.bincount(rows, minlength=len(counts))
     assert shown[~hard].max() == 1 and shown[hard].max() == 2
     assert abs(shown[hard].mean() - 2 * shown[~hard].mean()) < 0.5
@@ -135,17 +135,17 @@ def small_batch(processor, pool):
         "rank": np.zeros((2, 16, 4), np.uint8),
         "centre": np.arange(8).reshape(2, 4),
         "codes": np.tile(np.array([5, 7, -1, -1]).reshape(1, 4, 1), (2, 1, 16)),
-        "seen": np.arange(32).reshape(2, 16) % 3 == 0,
-        "asked": np.ones((2, 16), bool),
+        "foreground": np.arange(32).reshape(2, 16) % 3 == 0,
+        "supervised": np.ones((2, 16), bool),
     }
     fields = ("tokens", "image_slots", "prefix_length", "length")
     return {"pixels": pool["pixels"][:2], **{k: getattr(layout, k) for k in fields}, "dense": dense}
 
 
 def test_loss_is_what_the_full_forward_pass_gives(small, random_params, small_batch, tokenizer):
-    model, head, soft = PaliGemma(small), DenseHead(), soft_locations(3.0)
+    model, head, soft = PaliGemma(small), DenseHead(), soft_location_targets(3.0)
     params, batch = random_params(small), small_batch
-    pixels = normalise(batch["pixels"])
+    pixels = normalize(batch["pixels"])
 
     @jax.jit
     def reference(params):
@@ -191,7 +191,7 @@ def test_one_part_moves_slower():
     params = {"vision_tower": {"w": jnp.ones(2)}, "head": {"w": jnp.ones(2)}}
     optimizer = optax.adam(0.1)
     plain, _ = optimizer.update(params, optimizer.init(params), params)
-    optimizer = slower(optimizer, "vision_tower", 0.25)
+    optimizer = scale_updates(optimizer, "vision_tower", 0.25)
     updates, _ = optimizer.update(params, optimizer.init(params), params)
     np.testing.assert_allclose(updates["vision_tower"]["w"], 0.25 * plain["vision_tower"]["w"])
     np.testing.assert_array_equal(updates["head"]["w"], plain["head"]["w"])

@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 
 from paligemma_jax.errors import DataError
-from paligemma_jax.training import pool as pools
-from paligemma_jax.training.pool import epoch_rows, mirror, scene_pool, scene_record, take
-from paligemma_jax.training.scenes import COLORS, SHAPES, masks, scene_at, unit_mask
+from paligemma_jax.shapes_world import pool as pools
+from paligemma_jax.shapes_world.pool import epoch_rows, mirror, scene_pool, scene_record, take
+from paligemma_jax.shapes_world.scenes import COLORS, SHAPES, masks, scene_at, unit_mask
 
 
 def test_records_say_what_the_scene_holds(scenes, pool):

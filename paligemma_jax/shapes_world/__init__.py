@@ -1,0 +1,1 @@
+"""The shipped model's world, images of coloured shapes: scenes, questions, training stages, evaluation."""
