@@ -9,7 +9,6 @@ OUT.md the tables; a model that is measured again replaces its own part only.
 """
 
 import argparse
-import dataclasses
 import datetime
 import statistics
 import sys
@@ -18,7 +17,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 from PIL import Image
 from tqdm import tqdm
@@ -27,15 +25,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import paligemma_jax as pj
 from benchmarks import machine
-from paligemma_jax.compiling import use_wide_loops
+from benchmarks.groups import decode, make_group, prefill
 from paligemma_jax.config import variant_name
 from paligemma_jax.errors import UserError
-from paligemma_jax.generation import cache, engine, grammar
-from paligemma_jax.generation.clock import Clock
-from paligemma_jax.generation.sampling import Rule, row_keys
 from paligemma_jax.shapes_world.questions import sample_locate
 from paligemma_jax.shapes_world.samples import scene_sample
-from paligemma_jax.tasks.classes import class_names
+from paligemma_jax.tasks.prompts import read_prompt
 
 ROOT = Path(__file__).resolve().parents[1]
 _SEED = 20_000_000  # of the evaluation's scenes
@@ -80,24 +75,16 @@ def compare_answers(model: pj.PaliGemma, num_scenes: int) -> list[dict[str, Any]
 def _is_proper(prompt: str, output: pj.Output) -> bool:
     """Whether an answer has nothing but complete objects of the classes asked for."""
     found, dropped = pj.parse(output.text, (1000, 1000))
-    return not dropped and {item.label for item in found} <= set(class_names(prompt))
+    return not dropped and {item.label for item in found} <= set(read_prompt(prompt).labels)
 
 
 def time_steps(model: pj.PaliGemma, batch_size: int, repeats: int) -> dict[str, Any]:
     """Milliseconds of a decode step, free and constrained, of each round."""
-    tokenizer, config, num_new = model.processor.tokenizer, model.config, _STEPS * (repeats + 2)
-    picture = Image.new("RGB", (64, 64), (200, 30, 30))
-    batch = model.processor([picture] * batch_size, _PROMPT)
-    inputs = engine.prepare(
-        batch, engine.embed_pictures(model.params, config, batch.pixels, Clock({})), range(batch_size)
-    )
-    plain = Rule(loc_start=np.int32(tokenizer.loc_start))
-    bound = dataclasses.replace(plain, grammar=grammar.build(tokenizer, [_PROMPT] * batch_size, config, num_new))
-    keys = row_keys(0, range(batch_size))
-    num_slots = cache.num_slots(inputs.tokens.shape[1], num_new)
+    images = [Image.new("RGB", (64, 64), (200, 30, 30))] * batch_size
+    num_tokens = _STEPS * (repeats + 2) + 1
     steps = [
-        _stepper(model, rule, engine.prefill(model.params, inputs, keys, rule, config=config, num_slots=num_slots))
-        for rule in (plain, bound)
+        _stepper(model, images, pj.GenerateOptions(num_tokens, constrain=constrain, speculate=False))
+        for constrain in (False, True)
     ]
     for step in steps:
         step()  # compiles
@@ -109,14 +96,15 @@ def time_steps(model: pj.PaliGemma, batch_size: int, repeats: int) -> dict[str, 
     return {"batch": batch_size, "free_ms": columns[0], "constrained_ms": columns[1]}
 
 
-def _stepper(model: pj.PaliGemma, rule: Rule, state: engine.State) -> Callable[[], float]:
-    """A function that decodes some steps more and gives the milliseconds of one."""
+def _stepper(model: pj.PaliGemma, images: list[Image.Image], options: pj.GenerateOptions) -> Callable[[], float]:
+    """A function that decodes some steps more and gives the milliseconds of one; rows that are done cost as much."""
+    call, group = make_group(model, images, [_PROMPT] * len(images), options)
+    state = prefill(call, group)
 
     def step() -> float:
         nonlocal state
         start = time.perf_counter()
-        state, chosen = engine.decode(model.params, state, rule, config=model.config, num_steps=_STEPS)
-        jax.block_until_ready((state, chosen))
+        state = decode(call, group, state, _STEPS)
         return 1e3 * (time.perf_counter() - start) / _STEPS
 
     return step
@@ -164,7 +152,6 @@ def main() -> int:
     args = parser.parse_args()
     if args.scenes < 0 or min(args.repeats, *args.batch) < 1:
         parser.error("repeats and batch are whole numbers of at least 1, scenes of at least 0")
-    use_wide_loops("auto")  # as the command line does
     try:
         model = pj.load(args.checkpoint, dtype=args.dtype)
     except UserError as error:

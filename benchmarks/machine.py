@@ -17,10 +17,10 @@ import jax.numpy as jnp
 from jax import lax
 
 from paligemma_jax import checkpoints
-from paligemma_jax.compiling import processor
 from paligemma_jax.config import PaliGemmaConfig
 from paligemma_jax.errors import UserError
 from paligemma_jax.files import read_json, write_json, write_text
+from paligemma_jax.ops import processor
 
 _PACKAGES = ("jax", "jaxlib", "torch", "transformers")
 _INSTRUCTIONS = {"avx2": "AVX2", "avx512f": "AVX-512", "avx512_vnni": "VNNI", "avx512_bf16": "BF16"}

@@ -8,7 +8,6 @@ by XLA's names. Operations may run side by side, so that their times can add up 
 
 import argparse
 import collections
-import dataclasses
 import gzip
 import json
 import re
@@ -27,11 +26,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import paligemma_jax as pj
 from benchmarks import machine
-from paligemma_jax.compiling import compiled, use_wide_loops
+from benchmarks.groups import make_group
+from paligemma_jax import ops
+from paligemma_jax.engine import steps
 from paligemma_jax.errors import UserError
-from paligemma_jax.generation import cache, engine
-from paligemma_jax.generation.clock import Clock
-from paligemma_jax.generation.sampling import Sampling, row_keys
 
 STAGES = ("vision", "prefill", "decode")
 _PROMPT = "answer en what is in the picture?"
@@ -43,30 +41,30 @@ _LAYOUT = re.compile(r"\{[^}]*\}")
 Stage = tuple[Callable[[], Any], str, int]  # runs it once, the text of its program, the steps in a run
 
 
-def prepared(model: pj.PaliGemma, name: str, rows: int) -> Stage:
-    """A stage of a batch of so many rows, each with a picture of its own."""
-    config, params, clock = model.config, model.params, Clock({})
-    size = config.vision.image_size
-    pictures = list(np.random.default_rng(0).integers(0, 256, (rows, size, size, 3), np.uint8))
-    batch = model.processor(pictures, [_PROMPT] * rows)
+def make_stage(model: pj.PaliGemma, name: str, rows: int) -> Stage:
+    """A stage of a batch of so many rows, each with an image of its own."""
+    size, params = model.config.vision.image_size, model.params
+    images = list(np.random.default_rng(0).integers(0, 256, (rows, size, size, 3), np.uint8))
     if name == "vision":
-        program = compiled(engine.embed_image, params, batch.pixels, config=config)
-        return lambda: program(params, batch.pixels), program.as_text(), 1
-    inputs = engine.prepare(batch, engine.embed_pictures(params, config, batch.pixels, clock), range(rows))
-    keys = row_keys(0, range(len(inputs.tokens)))
-    rule = dataclasses.replace(Sampling().rule(), loc_start=np.int32(model.processor.tokenizer.loc_start))
-    static = {"config": config, "num_slots": cache.num_slots(inputs.tokens.shape[1], (_RUNS + 2) * _STEPS)}
-    program = compiled(engine.prefill, params, inputs, keys, rule, **static)
+        pixels = model.processor(images, _PROMPT).pixels
+        program = ops.compiled(
+            model.runner.target, steps.run, params, pixels, config=model.config, method="embed_image"
+        )
+        return lambda: program(params, pixels), program.as_text(), 1
+    num_tokens = (_RUNS + 2) * _STEPS + 1
+    options = pj.GenerateOptions(num_tokens, min_new_tokens=num_tokens)
+    _, group = make_group(model, images, [_PROMPT] * rows, options)
+    strategy, arguments = group.strategy, (params, group.inputs, group.options)
+    program = ops.compiled(model.runner.target, strategy.prefill, *arguments, **strategy.prefill_static)
     if name == "prefill":
-        return lambda: program(params, inputs, keys, rule), program.as_text(), 1
-    state = program(params, inputs, keys, rule)
-    step = compiled(engine.decode, params, state, rule, config=config, num_steps=_STEPS)
-    states = [state]  # each run goes on from the last one
+        return lambda: program(*arguments), program.as_text(), 1
+    static = strategy.decode_static | {"num_steps": _STEPS}
+    states = [program(*arguments)]  # each run goes on from the last one
+    step = ops.compiled(model.runner.target, strategy.decode, params, states[0], **static)
 
     def run() -> jax.Array:
-        state, (tokens, _) = step(params, states.pop(), rule)
-        states.append(state)
-        return tokens
+        states.append(step(params, states.pop()))
+        return states[-1].tokens
 
     return run, step.as_text(), _STEPS
 
@@ -143,10 +141,9 @@ def main() -> int:
     args = parser.parse_args()
     if min(args.rows, args.most) < 1:
         parser.error("rows and most are whole numbers of at least 1")
-    use_wide_loops("auto")  # as the command line does
     try:
         model = pj.load(args.checkpoint, dtype=args.dtype, batch_size=args.rows)
-        stage = prepared(model, args.stage, args.rows)
+        stage = make_stage(model, args.stage, args.rows)
         ms = milliseconds(stage)
     except UserError as error:
         print(error, file=sys.stderr)

@@ -2,11 +2,10 @@
 
     python benchmarks/products.py
 
-These costs decide how `paligemma_jax/models/cpu.py`, `few_rows.py`, `padded.py` and `quantized.py` multiply. Several
-copies of the weight take turns, so that none stays in a cache. Prints a Markdown table: medians in ms of one product;
-"our" ones are what the network's layers do: sums where these are faster, or more rows than there are; the padded one
-has zeros after each row, as a model that is loaded for a batch may have. XLA's own product of one row in fewer bits
-than 32 is left out: it takes a hundred times as long.
+These costs decide which kernels of `paligemma_jax/ops/cpu` there are. Several copies of the weight take turns, so that
+none stays in a cache. Prints a Markdown table: medians in ms of one matmul; "our" ones are what `ops.prepare` chooses
+for one row; the padded one has zeros after each row, as a model that is loaded for a batch may have. XLA's own matmul
+of one row in fewer bits than 32 is left out: it takes a hundred times as long.
 """
 
 import argparse
@@ -22,8 +21,7 @@ from jax import lax
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks import machine
-from paligemma_jax.compiling import compiled, use_wide_loops
-from paligemma_jax.models import layers, padded, quantized
+from paligemma_jax import ops
 
 _COPIES = 4
 _TURNS = 7
@@ -32,7 +30,8 @@ _SUMS = {"float32": jnp.float32, "bfloat16": jnp.float32, "int8": jnp.int32}
 
 def milliseconds(function, rows: jax.Array, weights: list) -> float:
     """Median time of one product."""
-    run = compiled(jax.jit(lambda rows, weights: [function(rows, weight) for weight in weights]), rows, weights)
+    each = jax.jit(lambda rows, weights: [function(rows, weight) for weight in weights])
+    run = ops.compiled(ops.Target.detect(), each, rows, weights)
     jax.block_until_ready(run(rows, weights))
     samples = []
     for _ in range(_TURNS):
@@ -51,7 +50,6 @@ def main() -> int:
     parser.add_argument("--shape", type=int, nargs=2, default=[16384, 2048], help="outputs and inputs of the weight")
     parser.add_argument("--rows", type=int, nargs="+", default=[1, 4, 16, 64, 272])
     args = parser.parse_args()
-    use_wide_loops("auto")  # as the command line does
     draw = [jax.random.normal(jax.random.key(i), args.shape) for i in range(_COPIES)]
     about = machine.describe()
     print(
@@ -59,7 +57,11 @@ def main() -> int:
     )
     print("| rows | " + " | ".join(f"{name}, {side} first" for name in _SUMS for side in ("weight", "rows")), end=" | ")
     print("our 16 bits | padded | our 8 bits | our 4 bits |\n" + "|---" * (2 * len(_SUMS) + 5) + "|")
-    packed = {bits: [quantized.quantize(weight, bits) for weight in draw] for bits in (8, 4)}
+
+    def prepared(weights: list, num_rows: int = 1) -> list:
+        return ops.prepare({"language_model": weights}, ops.Target.detect(num_rows))["language_model"]
+
+    few_bits = [prepared([ops.quantize(weight, name) for weight in draw]) for name in ops.FORMATS]
     for count in args.rows:
         cells = []
         for name in _SUMS:
@@ -69,9 +71,8 @@ def main() -> int:
             cells += [None if slow else milliseconds(order, rows, weights) for order in (lambda x, w: _dot(w, x), _dot)]
         rows = jnp.ones((count, args.shape[1]), jnp.bfloat16)
         halves = [weight.astype(rows.dtype) for weight in draw]
-        more = ((0, 0), (0, padded.PADDING // rows.dtype.itemsize))
-        apart = [padded.Padded(jnp.pad(weight, more), weight.shape[1]) for weight in halves]
-        cells += [milliseconds(layers.linear, rows, weights) for weights in (halves, apart, packed[8], packed[4])]
+        plain, padded = prepared(halves), prepared(halves, num_rows=16)
+        cells += [milliseconds(ops.linear, rows, weights) for weights in (plain, padded, *few_bits)]
         print(f"| {count} | " + " | ".join("-" if ms is None else f"{ms:.3g}" for ms in cells) + " |", flush=True)
     return 0
 

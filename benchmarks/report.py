@@ -83,17 +83,17 @@ def _speed_table(entry: dict[str, Any]) -> list[str]:
     theirs = next((label for label in columns if label.startswith("theirs")), None)
     ours = [label for label in columns if label != theirs]
     ratios = [f"{label.removeprefix('ours ')} / theirs" for label in ours] if theirs else []
-    lines = _head(["", *columns, *ratios])
+    lines = head(["", *columns, *ratios])
     for name, label, scale in _rows(columns, entry["settings"]):
         found = {column: samples.get(name, []) for column, samples in columns.items()}
         cells = [_spread([scale * x for x in values]) for values in found.values()]
         for column in ours if theirs else ():
             both = found[column] and found[theirs]
             cells.append(_number(_median(found[column]) / _median(found[theirs])) if both else "-")
-        lines.append(_line([label, *cells]))
+        lines.append(line([label, *cells]))
     for label, share in ((_BANDWIDTH, _bandwidth_share), (_MATRIX_RATE, _matrix_share)):
         cells = [share(samples, entry) for samples in columns.values()]
-        lines.append(_line([label, *cells, *[""] * len(ratios)]))
+        lines.append(line([label, *cells, *[""] * len(ratios)]))
     return lines
 
 
@@ -144,11 +144,11 @@ def _accuracy_table(accuracy: dict[str, dict[str, float]]) -> list[str]:
     lines = [
         "Logits against ours in float32, which chose the tokens that all follow; errors in units of its RMS logit.",
         "",
-        *_head(["", "RMS error", "largest error", "same likeliest token", "positions"]),
+        *head(["", "RMS error", "largest error", "same likeliest token", "positions"]),
     ]
     for label, found in accuracy.items():
         errors = (_number(found["rms_error"]), _number(found["max_error"]))
-        lines.append(_line([label, *errors, f"{found['top1_agreement']:.1%}", str(found["positions"])]))
+        lines.append(line([label, *errors, f"{found['top1_agreement']:.1%}", str(found["positions"])]))
     return lines
 
 
@@ -172,9 +172,9 @@ def _number(value: float) -> str:
     return f"{value:.{max(digits, 0)}f}"
 
 
-def _head(cells: list[str]) -> list[str]:
-    return [_line(cells), _line(["---"] * len(cells))]
+def head(cells: list[str]) -> list[str]:
+    return [line(cells), line(["---"] * len(cells))]
 
 
-def _line(cells: list[str]) -> str:
+def line(cells: list[str]) -> str:
     return f"| {' | '.join(cells)} |"

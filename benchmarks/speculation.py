@@ -1,7 +1,7 @@
 """Measure speculation: tokens per pass of the network, passes saved, and time per token with it and without.
 
     python benchmarks/speculation.py
-    python benchmarks/speculation.py --checkpoint DIR --dtype bfloat16 --scenes 1 --max_new_tokens 16 --guesses 3 4 7
+    python benchmarks/speculation.py --checkpoint DIR --dtype bfloat16 --scenes 1 --max_new_tokens 16 --drafts 3 4 7
     python benchmarks/speculation.py --checkpoint DIR ... --tasks detect
 
 Asks for captions, answers, boxes and masks on the first scenes of the evaluation, one row at a time. With and without
@@ -18,7 +18,6 @@ import datetime
 import statistics
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -30,12 +29,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import paligemma_jax as pj
 from benchmarks import machine
-from paligemma_jax.compiling import use_wide_loops
+from benchmarks.groups import make_group
 from paligemma_jax.config import variant_name
+from paligemma_jax.engine.generate import answers
 from paligemma_jax.errors import UserError
-from paligemma_jax.generation import engine, speculation
-from paligemma_jax.generation.clock import Clock
-from paligemma_jax.generation.sampling import row_keys
 from paligemma_jax.shapes_world.questions import Question, caption, sample_answer, sample_locate
 from paligemma_jax.shapes_world.samples import Sample, scene_sample
 
@@ -45,7 +42,7 @@ _TASKS = ("caption", "answer", "detect", "segment")
 _CHUNK = 2  # passes between two looks at what is done, as the pipeline has it on CPU
 _HEADER = """# Speculation
 
-One answer at a time, with `guesses` next tokens guessed at each pass of the network; 0 is plain decoding. Tokens are
+One answer at a time, with `drafts` tokens proposed in each pass of the network; 0 is plain decoding. Tokens are
 counted after the first one, which prefill gives. Times are medians over the rounds, with the lowest and the highest in
 brackets; "same" is the share of answers whose tokens are those of plain decoding.
 """
@@ -54,35 +51,33 @@ Answer = tuple[np.ndarray, np.ndarray]  # tokens and log-probabilities [n], <eos
 
 
 class Asked:
-    """A question about a picture, ready to be answered again and again."""
+    """A question about an image, ready to be answered again and again."""
 
     def __init__(self, model: pj.PaliGemma, sample: Sample, question: Question, args: argparse.Namespace):
-        self._clock = Clock({})
-        batch = model.processor(sample.image, question.prefix)
-        soft_tokens = engine.embed_pictures(model.params, model.config, batch.pixels, self._clock)
-        inputs = engine.prepare(batch, soft_tokens, range(1))
-        sampling = pj.Sampling(temperature=args.temperature)
-        keys = row_keys(sampling.seed, [question.prefix])
-        self._arguments = model.params, model.config, inputs, keys, sampling.rule(), args.max_new_tokens
-        self._hints = speculation.hints(model.processor.tokenizer, [question.prefix])
-        self._eos = model.config.eos_token_id
+        options = pj.GenerateOptions(args.max_new_tokens, pj.Sampling(temperature=args.temperature))
+        self._groups = {}
+        for speculate in (False, True):
+            chosen = dataclasses.replace(options, speculate=speculate)
+            self._call, self._groups[speculate] = make_group(model, [sample.image], [question.prefix], chosen)
 
-    def answer(self, guesses: int, chunk: int) -> tuple[Answer, int, float]:
-        """The answer, the chunks it came in after its first token, and the milliseconds these took."""
-        chunks = self._chunks(guesses, chunk)
-        parts = [next(chunks)]
-        start = time.perf_counter()
-        parts += chunks
+    def answer(self, num_drafts: int, num_steps: int) -> tuple[Answer, int, float]:
+        """The answer, the calls of `decode` it took after its first token, and the milliseconds these took."""
+        group = self._groups[num_drafts > 0]
+        strategy = group.strategy
+        size = {"num_drafts": num_drafts} if num_drafts else {}
+        strategy = dataclasses.replace(
+            strategy,
+            prefill_static=strategy.prefill_static | size,
+            decode_static=strategy.decode_static | {"num_steps": num_steps},
+        )
+        growing = answers(self._call, dataclasses.replace(group, strategy=strategy))
+        last = next(growing)
+        start, calls = time.perf_counter(), 0
+        for calls, last in enumerate(growing, 1):  # noqa: B007
+            pass
         elapsed_ms = 1e3 * (time.perf_counter() - start)
-        tokens, odds = jax.tree.map(lambda *part: np.concatenate(part)[:, 0], *parts)
-        ends = np.flatnonzero(tokens == self._eos)
-        count = int(ends[0]) + 1 if len(ends) else len(tokens)
-        return (tokens[:count], odds.logprobs[:count]), len(parts) - 1, elapsed_ms
-
-    def _chunks(self, guesses: int, chunk: int) -> Iterator[Answer]:
-        if guesses == 0:
-            return engine.generate(*self._arguments, chunk, self._clock)
-        return speculation.generate(*self._arguments, chunk, self._clock, self._hints, guesses)
+        count = int(last.step[0])
+        return (last.tokens[0, :count], last.scores.logprobs[0, :count]), calls, elapsed_ms
 
 
 def questions(sample: Sample, index: int) -> list[Question]:
@@ -95,14 +90,14 @@ def questions(sample: Sample, index: int) -> list[Question]:
 
 
 def measure(model: pj.PaliGemma, args: argparse.Namespace) -> dict[str, list[dict[str, Any]]]:
-    """For each task a row of numbers for plain decoding and for each number of guesses; progress on stderr."""
+    """For each task a row of numbers for plain decoding and for each number of drafts; progress on stderr."""
     asked: dict[str, list[Asked]] = collections.defaultdict(list)
     for index in range(args.scenes):
         sample = scene_sample(_SEED, index)
         for question in questions(sample, index):
             if question.task in args.tasks:
                 asked[question.task].append(Asked(model, sample, question, args))
-    columns = [0, *args.guesses]
+    columns = [0, *args.drafts]
     total = sum(map(len, asked.values()))
     with tqdm(total=total * (args.repeats + 1), desc="measuring", unit="question") as bar:
         return {task: _measure_task(items, columns, args.repeats, bar) for task, items in asked.items()}
@@ -131,9 +126,9 @@ def _measure_task(items: list[Asked], columns: list[int], repeats: int, bar: tqd
 
 @dataclasses.dataclass
 class _Row:
-    """The sums of one task and number of guesses."""
+    """The sums of one task and number of drafts."""
 
-    guesses: int
+    drafts: int
     elapsed_ms: np.ndarray  # of each round
     tokens: int = 0
     passes: int = 0
@@ -143,7 +138,7 @@ class _Row:
 
     def numbers(self, answers: int) -> dict[str, Any]:
         return {
-            "guesses": self.guesses,
+            "drafts": self.drafts,
             "answers": answers,
             "tokens_per_answer": self.tokens / answers,
             "passes_per_answer": self.passes / answers,
@@ -167,7 +162,7 @@ def document(entries: dict[str, dict[str, Any]]) -> str:
             f"{settings['dtype']}, temperature {settings['temperature']}, at most {settings['max_new_tokens']} tokens; "
             f"scenes: {settings['scenes']}, rounds: {settings['repeats']}.",
             "",
-            "| task | guesses | tokens | passes | tokens per pass | passes saved | ms per pass | ms per token | same |",
+            "| task | drafts | tokens | passes | tokens per pass | passes saved | ms per pass | ms per token | same |",
             "|---|---|---|---|---|---|---|---|---|",
         ]
         lines += [_line(task, row) for task, rows in entry["tasks"].items() for row in rows]
@@ -180,7 +175,7 @@ def _line(task: str, row: dict[str, Any]) -> str:
     saved = 1 - passes / tokens if tokens else 0.0
     counts = f"{tokens:.1f}", f"{passes:.1f}", f"{row['tokens_per_pass']:.2f}", f"{saved:.0%}"
     times = _spread(row["ms_per_pass"]), _spread(row["ms_per_token"])
-    return f"| {' | '.join([task, str(row['guesses']), *counts, *times, format(row['same_answers'], '.1%')])} |"
+    return f"| {' | '.join([task, str(row['drafts']), *counts, *times, format(row['same_answers'], '.1%')])} |"
 
 
 def _spread(values: list[float]) -> str:
@@ -195,15 +190,14 @@ def main() -> int:
     parser.add_argument("--dtype", default="float32", choices=("bfloat16", "float16", "float32"))
     parser.add_argument("--scenes", default=32, type=int)
     parser.add_argument("--tasks", default=_TASKS, choices=_TASKS, nargs="+", help="what is asked")
-    parser.add_argument("--guesses", default=[7], type=int, nargs="+", help="how many; several are compared")
+    parser.add_argument("--drafts", default=[7], type=int, nargs="+", help="how many; several are compared")
     parser.add_argument("--max_new_tokens", default=128, type=int)
     parser.add_argument("--temperature", default=0.0, type=float)
     parser.add_argument("--repeats", default=3, type=int, help="rounds that are timed")
     parser.add_argument("--out", default=ROOT / "benchmarks/results/speculation", type=Path)
     args = parser.parse_args()
-    if min(args.scenes, args.repeats, args.max_new_tokens, *args.guesses) < 1:
-        parser.error("scenes, repeats, max_new_tokens and guesses are whole numbers of at least 1")
-    use_wide_loops("auto")  # as the command line does
+    if min(args.scenes, args.repeats, args.max_new_tokens, *args.drafts) < 1:
+        parser.error("scenes, repeats, max_new_tokens and drafts are whole numbers of at least 1")
     try:
         model = pj.load(args.checkpoint, dtype=args.dtype)
         name = args.name or variant_name(model.config) or Path(args.checkpoint).name

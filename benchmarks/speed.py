@@ -92,16 +92,10 @@ class Workplace:
         pictures = np.random.default_rng(0).integers(0, 256, (max(count, len(PROMPTS)), size, size, 3), np.uint8)
         batch = processor(list(pictures), [PROMPTS[i % len(PROMPTS)] for i in range(len(pictures))])
         tokens = batch.tokens[0, : batch.length[0]]
+        rows = {"prompt_tokens": batch.tokens[: len(PROMPTS)], "prompt_lengths": batch.length[: len(PROMPTS)]}
+        arrays = {"pictures": pictures, "pixels": batch.pixels, "prompts": np.array(PROMPTS), "tokens": tokens} | rows
         with replacing(self.folder / "inputs.npz") as temporary, temporary.open("wb") as file:
-            np.savez(
-                file,
-                pictures=pictures,
-                pixels=batch.pixels,
-                prompts=np.array(PROMPTS),
-                tokens=tokens,
-                prompt_tokens=batch.tokens[: len(PROMPTS)],
-                prompt_lengths=batch.length[: len(PROMPTS)],
-            )
+            np.savez(file, **arrays)
         flops = machine.first_token_flops(config, len(tokens))
         return {"prompt_tokens": len(tokens), "first_token_flops": flops}
 

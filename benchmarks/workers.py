@@ -6,7 +6,6 @@ A line without values means "now": the parent knows when it started the process.
 so a job imports its own libraries only. Pictures and prompts come ready made in a file: see speed.py.
 """
 
-import dataclasses
 import json
 import os
 import resource
@@ -71,7 +70,8 @@ class Ours:
         from ml_collections import ConfigDict
 
         import paligemma_jax as pj
-        from paligemma_jax.generation import engine
+        from paligemma_jax import ops
+        from paligemma_jax.engine import steps
         from paligemma_jax.runs import environment
 
         environment.collect_garbage_seldom()
@@ -79,12 +79,13 @@ class Ours:
         environment.enable_compilation_cache()
         report("imports_s")
         dtype, _ = OUR_MODES[job["mode"]]  # in few bits, the checkpoint is
-        self._jax, self._engine = jax, engine
+        self._jax, self._pj, self._steps, self._pad = jax, pj, steps, ops.pad_cache
         self._inputs = np.load(job["inputs"])
         self._pictures = list(self._inputs["pictures"])
         self._prompts = [str(prompt) for prompt in self._inputs["prompts"]]
         self._rows = job.get("rows", 1)
-        self._model = pj.load(job["checkpoint"], dtype, prepare=self._prepare, batch_size=self._rows)
+        first = [pj.Request.of(self._pictures[0], self._prompts[0], max_new_tokens=1)] if self._rows == 1 else []
+        self._model = pj.load(job["checkpoint"], dtype, batch_size=self._rows, warm_up=first)
         self.load_s = self._model.load_s
         self._num_tokens = len(self._inputs["tokens"])
         self.weights_bytes, self.decoder_bytes = (
@@ -92,20 +93,15 @@ class Ours:
             for tree in (self._model.params, self._model.params["language_model"])
         )
 
-    def _prepare(self, model: Any) -> None:
-        # No token has this id, so that every answer is as long as it is asked to be.
-        model.config = dataclasses.replace(model.config, eos_token_id=-1)
-        if self._rows == 1:
-            model.compile([[0]], self._prompts[0], 1)
-
     def answer(self, count: int, new_tokens: int) -> tuple[float, float | None]:
         start = time.perf_counter()
-        outputs = self._model.generate(self._pictures[:count], self._prompts[0], new_tokens, batch_size=count)
+        options = self._pj.GenerateOptions(new_tokens, min_new_tokens=new_tokens if new_tokens > 1 else 0)
+        outputs = self._model.generate(self._pictures[:count], self._prompts[0], batch_size=count, options=options)
         seconds = time.perf_counter() - start
         assert all(len(output.tokens) == new_tokens for output in outputs)
         timing = outputs[0].timing
         # Rows that are too long to run together take turns, and a step of all of them is as many of the engine's.
-        turns = -(-count // min(count, self._engine.most_at_once(self._num_tokens)))
+        turns = -(-count // min(count, self._steps.most_at_once(self._num_tokens)))
         step_ms = None if timing.decode_ms_per_token is None else turns * timing.decode_ms_per_token
         return seconds - timing.compile_s, step_ms
 
@@ -118,25 +114,25 @@ class Ours:
 
     def logits(self, tokens: np.ndarray | None, count: int) -> tuple[np.ndarray, np.ndarray]:
         """The first of each row from prefill, the others step by step as decoding does it."""
-        jax, engine, model = self._jax, self._engine, self._model
-        clock = engine.Clock({})
+        jax, steps, model = self._jax, self._steps, self._model
+        config, params, run = model.config, model.params, model.runner.get
         batch = model.processor(self._pictures[: len(self._prompts)], self._prompts)
-        soft_tokens = engine.embed_pictures(model.params, model.config, batch.pixels, clock)
-        inputs = engine.prepare(batch, soft_tokens, range(len(self._prompts)))
-        num_slots = engine.kv_cache.num_slots(batch.tokens.shape[1], count)
-        first = jax.jit(lambda params, inputs: engine.first_logits(params, model.config, inputs, num_slots))
-        following = jax.jit(lambda params, *args: engine.apply(params, model.config, "decode", *args))
-        now, cache = clock.call(first, model.params, inputs)
+        soft_tokens = steps.run(params, batch.pixels, config=config, method="embed_image")
+        inputs = steps.select_rows(batch, soft_tokens, range(len(self._prompts)))
+        first = jax.jit(lambda params, inputs: steps.first_logits(params, config, inputs))
+        following = jax.jit(lambda params, *args: steps.apply(params, config, "decode", *args))
+        now, cache = run(first, params, (inputs,), {})(params, inputs)
+        cache = self._pad(cache, batch.tokens.shape[1] + count)
         logits, chosen = [], []
         while True:
             logits.append(np.asarray(now).reshape(len(batch.tokens), -1))
-            best = logits[-1][:, : model.config.image_token_id].argmax(-1)
+            best = logits[-1][:, : config.image_token_id].argmax(-1)
             chosen.append((best if tokens is None else tokens[:, len(chosen)]).astype(np.int32))
             if len(chosen) == count:
                 break
             positions = inputs.prefix_length[:, None] + np.int32(len(chosen) - 1)
             arguments = (chosen[-1][:, None], positions, inputs.prefix_length, cache)
-            now, cache = clock.call(following, model.params, *arguments)
+            now, cache = run(following, params, arguments, {})(params, *arguments)
         return np.stack(logits, axis=1), np.stack(chosen, axis=1)
 
 

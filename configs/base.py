@@ -15,7 +15,7 @@ def common() -> ConfigDict:
     config = ConfigDict()
     config.run = "generate"  # what to do, one of the runs above
     config.checkpoint = ""  # directory, big_vision .npz, or hub id such as google/paligemma-3b-mix-224
-    config.hub_id = ""  # where such weights are published; fetched only when `checkpoint` names it
+    config.hub_id = ""  # where the weights are published; fetched only when `checkpoint` names it
     config.dtype = "bfloat16"  # of weights and activations: bfloat16, float16 or float32
     config.platform = "auto"  # auto, cpu, gpu or tpu
     config.seed = 0  # of all random draws
@@ -26,7 +26,7 @@ def common() -> ConfigDict:
 def get_config() -> ConfigDict:
     """Keys of the runs that use a model: generate, chat and evaluate."""
     config = common()
-    config.quantization = "none"  # of the weights: none, int8 (half) or int4 (about a quarter)
+    config.quantization = "none"  # of the weights: none, int8 (half of bfloat16) or int4 (under a third)
     config.resample = "auto"  # how pictures are resized: bicubic, bilinear, or auto, as the checkpoint says
     config.mask_vae = ""  # file of the mask decoder, if vae-oid.npz is not beside the weights
 
@@ -36,30 +36,30 @@ def get_config() -> ConfigDict:
     config.prompts_file = ""  # text file with a prompt per line, asked of each picture instead of `prompt`
     config.split_classes = False  # ask a detect or segment prompt once per class, and put the answers together
     config.max_new_tokens = 100  # longest answer
-    config.batch_size = 16  # answers that are worked out together; fewer where prompts are long
+    config.batch_size = 16  # answers that are generated together; fewer where prompts are long
 
-    config.temperature = 0.0  # 0 takes the likeliest token; higher is more varied
+    config.temperature = 0.0  # 0 takes the likeliest token (greedy); higher is more varied
     config.top_k = 0  # draw among the k likeliest tokens only; 0 means all
-    config.top_p = 1.0  # draw among the fewest tokens with this probability together; 1 means all
-    config.min_p = 0.0  # draw among tokens with this share of the likeliest one's probability; 0 means all
-    config.num_beams = 1  # above 1: beam search
-    config.speculate = "auto"  # guess tokens ahead, which changes no answer: on, off or auto
+    config.top_p = 1.0  # draw among the fewest tokens that hold this probability together; 1 means all
+    config.min_p = 0.0  # draw among tokens at least this much as probable as the likeliest; 0 means all
+    config.num_beams = 1  # above 1: beam search of so many
+    config.speculate = "auto"  # propose draft tokens and check them at once, which changes no answer: on, off or auto
 
     config.format = "text"  # text, or json: one object per line
-    config.stream = False  # print an answer while it is made
-    config.constrain = False  # answers to detect and segment are nothing but complete objects of the classes asked for
+    config.stream = False  # print an answer while it is generated
+    config.constrain = False  # answers to detect and segment can only be complete objects of the classes asked for
     config.min_score = 0.0  # objects with a lower score, 0 to 1, are left out
-    config.nms = 0.0  # of two boxes of a label with a higher IoU the lower scored is left out; 0: only of the same box
+    config.nms = 0.0  # IoU above which the lower scored of two boxes of a label is left out; 0: only of equal boxes
     config.export = ""  # coco, yolo or both with a comma: files of all objects, in `output_dir`
     config.output_dir = ""  # folder for pictures with boxes and masks drawn on them, and for the masks
     config.save_embeddings = ""  # .npy file for the pictures' embeddings
-    config.load_embeddings = ""  # .npy file of embeddings that answers are about instead of the pictures' own
-    config.embeddings = "projected"  # which: projected, the soft tokens, or features, what the encoder gives before
-    config.profile = ""  # folder for a trace of where the time goes once the model is loaded
-    config.loc_scale = 1023  # the location that means the far edge; 1024 for models of tools that divide by it
+    config.load_embeddings = ""  # .npy file of embeddings to use instead of the pictures' own
+    config.embeddings = "projected"  # which: projected (soft tokens), or features (before the projector)
+    config.profile = ""  # folder for a profiler trace of all that follows loading
+    config.loc_scale = 1023  # location token of the far edge: 1023, or 1024 for models that were trained so
 
-    config.measure = "answers"  # what evaluate measures: answers, or pointing, where attention and similarity lie
-    config.data = "scenes"  # what evaluate measures on: scenes, drawn as in training, or foreign, by another program
+    config.measure = "answers"  # what evaluate measures: answers, or pointing (where attention and similarity maps lie)
+    config.data = "scenes"  # on which pictures: scenes, drawn as in training, or foreign, of another program
     config.num_scenes = 500  # how many of them
     config.scenes_seed = 20_000_000  # which of them: the shipped model has not seen these
     config.output = ""  # JSON file for what evaluate measured

@@ -12,17 +12,17 @@ def get_config() -> ConfigDict:
     config.dtype = "float32"  # of weights and optimizer state
     config.data = ""  # .jsonl file: {"image": "1.png", "prefix": "caption en", "suffix": "a cat"} on each line
     config.image_root = ""  # folder that pictures are named from; by default the file's own
-    config.output_dir = "output/finetune"  # the tuned model, and what is needed to go on after a stop
+    config.output_dir = "output/finetune"  # the tuned model, and the state to resume from
 
     config.epochs = 15  # passes over the data
     config.batch_size = 32  # examples of a step
     config.text_length = 128  # tokens of prefix and suffix together; longer examples are an error
-    config.learning_rate = 1e-5  # highest, after the warm-up
+    config.learning_rate = 1e-5  # peak, after the warm-up
     config.warmup_fraction = 0.05  # of all steps; a cosine to 0 follows
     config.weight_decay = 3e-7  # per step, not multiplied by the learning rate
     config.b2 = 0.999  # of Adam
     config.clip_norm = 1.0  # of the gradient over all parameters
-    config.label_smoothing = 0.0  # probability given to all other tokens together
+    config.label_smoothing = 0.0  # probability spread over all other tokens
 
     config.log_every = 10  # steps between progress lines
     config.save_every = 500  # steps between checkpoints

@@ -12,15 +12,15 @@ def get_config() -> ConfigDict:
     config.start_from = ""  # a model that an earlier run made, to go on with; its tokenizer and mask VQ-VAE are kept
     config.output_dir = base.shipped("tiny")  # the finished model
 
-    config.num_scenes = 60_000  # pictures drawn to learn from
+    config.num_scenes = 60_000  # pictures drawn to train on
     config.mask_vae_steps = 800  # of the mask VQ-VAE
     config.vision_steps = 1_500  # of the image encoder alone
     config.language_steps = 5_500  # of the whole model
-    config.easy_steps = 300  # steps with one shape in a picture, then as many with up to two
-    config.segment_every = 3  # of the last stage's batches one in so many asks for masks
-    config.vision_learning_rate = 1e-3  # highest, after the warm-up
-    config.language_learning_rate = 1e-3  # highest, after the warm-up
+    config.easy_steps = 300  # curriculum: steps with one shape in a picture, then as many with up to two
+    config.segment_every = 3  # one in so many batches of the last stage asks for masks
+    config.vision_learning_rate = 1e-3  # peak, after the warm-up
+    config.language_learning_rate = 1e-3  # peak, after the warm-up
     config.vision_factor = 0.25  # learning rate of the image encoder in the last stage, times this
     config.loc_sigma = 5.0  # width of the soft targets over locations, in 1/1024 of the picture
-    config.dense_weight = 1.0  # of the loss that asks what each patch shows, beside the language loss
+    config.dense_weight = 1.0  # of the dense loss on what each patch shows, beside the language loss
     return config

@@ -1,4 +1,4 @@
-"""What a model says of one picture when it is given another one's embeddings."""
+"""Answers about one picture with another one's embeddings: swapped whole or in part, mixed, and rounded."""
 
 from ml_collections import ConfigDict
 
@@ -14,7 +14,7 @@ def get_config() -> ConfigDict:
     config.other_image = base.shipped("examples/stars.png")  # B
     config.max_new_tokens = 40
     config.output_dir = "output/swap"  # folder for a.npy and b.npy
-    config.box = ""  # also swap only the patches in x0,y0,x1,y1, shares of the picture: 0,0,0.5,1 is its left half
-    config.mix = "0.75,0.5,0.25"  # shares of A in mixtures with B
-    config.bits = "16,8,4,2"  # to which A's embeddings are rounded
+    config.box = ""  # also swap only the patches in x0,y0,x1,y1, fractions of the picture: 0,0,0.5,1 is its left half
+    config.mix = "0.75,0.5,0.25"  # fractions of A in mixtures with B
+    config.bits = "16,8,4,2"  # to which A's embeddings are rounded, one after the other
     return config

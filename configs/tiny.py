@@ -1,4 +1,4 @@
-"""The small model that is shipped: it knows coloured shapes, and needs no download."""
+"""The shipped model: it knows coloured shapes, and needs no download."""
 
 from ml_collections import ConfigDict
 

@@ -5,15 +5,15 @@ import dataclasses
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
+import jax
 import numpy as np
 
-from paligemma_jax import files
+from paligemma_jax import files, ops
 from paligemma_jax.checkpoints import big_vision, config_json, huggingface, load, parameter_count, resolve, scan
 from paligemma_jax.config import PaliGemmaConfig, variant_name
 from paligemma_jax.errors import CheckpointError, ConfigError, UserError
-from paligemma_jax.models.quantized import BITS, Quantized
 
 _EXAMPLES = """examples:
   python -m convert paligemma2-3b-mix-224.npz paligemma2-3b-mix-224 --dtype bfloat16
@@ -58,7 +58,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--dtype", choices=("bfloat16", "float16", "float32"), help="cast to this; default: keep")
     add(
         "--quantize",
-        choices=BITS,
+        choices=ops.FORMATS,
         help="round weights to 8 bits, or the decoder's to 4, for a smaller and faster model",
     )
     add("--rows", type=int, help="embedding rows to keep: 257152 for big_vision (the hub's files have 257216)")
@@ -82,7 +82,9 @@ def convert(options: argparse.Namespace) -> None:
     contents = scan(source, _read_config(source, options.config))
     if to_npz and (options.quantize or contents.quantization):
         raise ConfigError("an .npz holds no quantized weights: give a directory as DST")
-    config, params = load(contents, None, place=lambda _, array: np.asarray(array), quantization=options.quantize)
+    # To narrow while reading takes less memory; weights that are quantized are better rounded once.
+    dtype = options.dtype if "float32" in contents.dtypes and not options.quantize else None
+    config, params = load(contents, dtype, quantization=options.quantize, place=_on_host)
     if options.rows is not None:
         config, params = _keep_rows(config, params, options.rows)
     if to_npz:
@@ -92,6 +94,10 @@ def convert(options: argparse.Namespace) -> None:
     print(f"wrote {destination}: {variant_name(config) or 'custom geometry'}, {parameter_count(config):,} parameters")
     if not to_npz and not (destination / "tokenizer.model").is_file():
         print("note: no tokenizer was copied; --processor DIR names a directory that has one", file=sys.stderr)
+
+
+def _on_host(path: str, leaf: Any) -> Any:
+    return jax.tree.map(np.asarray, leaf)
 
 
 def _check_destination(destination: Path, to_npz: bool, overwrite: bool) -> None:
@@ -116,7 +122,7 @@ def _keep_rows(config: PaliGemmaConfig, params: dict, rows: int) -> tuple[PaliGe
     if not config.eos_token_id < rows <= config.text.vocab_size:
         raise ConfigError(f"--rows {rows} is impossible: the table has {config.text.vocab_size} rows")
     weight = params["language_model"]["embed_tokens"]["weight"]
-    if isinstance(weight, Quantized):
+    if hasattr(weight, "quantization"):
         raise ConfigError("--rows is for tables that are not quantized: give it with the original")
     table = {"weight": weight[:rows]}
     config = dataclasses.replace(config, text=dataclasses.replace(config.text, vocab_size=rows))

@@ -2,19 +2,21 @@
 
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import jax
 
-from paligemma_jax import checkpoints
+from paligemma_jax import checkpoints, ops
+from paligemma_jax.api import MASK_VAE_NAME, MASK_VAE_VARIABLE, PaliGemma
+from paligemma_jax.engine.generate import programs
+from paligemma_jax.engine.runner import Runner
+from paligemma_jax.engine.steps import most_at_once
 from paligemma_jax.errors import CheckpointError, ConfigError
-from paligemma_jax.generation import engine
-from paligemma_jax.models import layers
-from paligemma_jax.pipeline import MASK_VAE_NAME, MASK_VAE_VARIABLE, PaliGemma
 from paligemma_jax.processing.image import ImageSettings
 from paligemma_jax.processing.processor import Processor
+from paligemma_jax.processing.request import Request
 from paligemma_jax.processing.tokenizer import Tokenizer
 
 
@@ -23,9 +25,10 @@ def load(
     dtype: str = "bfloat16",
     quantization: str | None = None,
     mask_vae: str | Path | None = None,
-    prepare: Callable[[PaliGemma], None] | None = None,
     batch_size: int = 1,
-    num_beams: int = 1,
+    warm_up: Sequence[Request] = (),
+    target: ops.Target | None = None,
+    prepare: bool = True,
 ) -> PaliGemma:
     """Load a model.
 
@@ -35,19 +38,18 @@ def load(
       quantization: "int8" or "int4" rounds the decoder's weights as they are read, and the image encoder's to 8 bits;
         None takes them as they are. A checkpoint that was written quantized needs nothing here.
       mask_vae: file of the mask VQ-VAE; by default vae-oid.npz beside the model, else $PALIGEMMA_MASK_VAE.
-      prepare: called with the model, whose parameters are only shapes yet, while the weights are read:
-        `lambda model: model.compile(...)` for what will be asked first.
-      batch_size: prompts that will be answered at once. For 5 to 16 of them, a CPU multiplies 16-bit weights of some
-        widths up to 1.6 times as fast if they are laid out for that, which takes a second or two: they are copied
-        instead of staying in the pages of their file.
-      num_beams: of the `Sampling` to come; each is a row like another prompt.
+      batch_size: rows that will be answered at once, a row for each beam. Kernels are chosen and weights laid out for
+        so many.
+      warm_up: requests like the first ones to come: the programs that answer them together are compiled while the
+        weights are read. Their images are not.
+      target: what to prepare and compile for; by default the machine's own platform.
+      prepare: choose kernels and layouts of weights for the target; False leaves plain arrays under the names of
+        `checkpoints.expected_shapes`, as training needs them.
 
     Raises:
-      ConfigError, CheckpointError, TokenizerError: see the message.
+      ConfigError, CheckpointError, TokenizerError, PromptError: see the message.
     """
     start = time.perf_counter()
-    if dtype == "float16" and jax.default_backend() == "tpu":
-        raise ConfigError("dtype 'float16' is not supported on TPU: use bfloat16")
     found = checkpoints.resolve(path)
     directory = found if found.is_dir() else found.parent
     tokenizer = Tokenizer.from_dir(directory)
@@ -56,20 +58,32 @@ def load(
     tokenizer.check(config)
     processor = Processor(config, tokenizer, ImageSettings.from_dir(directory, config.vision.image_size))
     masks = _find_mask_vae(directory, mask_vae)
-    num_rows = min(batch_size, engine.most_at_once(config.vision.num_tokens)) * num_beams
-    shapes = checkpoints.abstract(contents, dtype, quantization, num_rows)
-    model = PaliGemma(config, shapes, processor, masks, directory)
-    layers.measure(model.params["language_model"], num_rows)
+    num_rows = min(batch_size, most_at_once(config.vision.num_tokens))
+    target = target or ops.Target.detect(num_rows)
+    if dtype == "float16" and target.platform == "tpu":
+        raise ConfigError("dtype 'float16' is not supported on TPU: use bfloat16")
+    shapes = checkpoints.abstract(contents, dtype, quantization)
+    table = ops.tune(shapes, target) if prepare else ops.Table()  # measured now, while nothing else runs
+    runner = Runner(target, table)
     with ThreadPoolExecutor(1) as pool:
-        prepared = pool.submit(prepare, model) if prepare else None
-        _, params = checkpoints.load(contents, dtype, quantization=quantization, num_rows=num_rows)
+        compiling = None
+        if warm_up:
+            abstract = ops.prepare(shapes, target, table) if prepare else shapes
+            compiling = pool.submit(lambda: runner.compile(programs(runner, abstract, processor, warm_up, batch_size)))
+
+        def place(path: str, leaf: ops.Weight) -> ops.Weight:
+            leaf = checkpoints.on_device(path, leaf)
+            return ops.prepare_leaf(path, leaf, target, table) if prepare else leaf
+
+        _, params = checkpoints.load(contents, dtype, quantization=quantization, place=place)
+        if prepare:
+            params = ops.prepare(params, target, table)  # what takes several weights: fusing them
         jax.block_until_ready(params)
         load_s = time.perf_counter() - start
-        if prepared:
-            prepared.result()
-    model.params, model.load_s = params, load_s
-    model.compile_s = time.perf_counter() - start - load_s
-    return model
+        if compiling:
+            compiling.result()
+    waited_s = time.perf_counter() - start - load_s
+    return PaliGemma(config, params, processor, masks, directory, runner, load_s, waited_s)
 
 
 def _find_mask_vae(directory: Path, given: str | Path | None) -> Path | None:

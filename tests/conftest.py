@@ -16,8 +16,11 @@ import pytest
 import sentencepiece
 from flax.traverse_util import unflatten_dict
 
+import paligemma_jax as pj
 from paligemma_jax.checkpoints import expected_shapes
 from paligemma_jax.config import PaliGemmaConfig, TextConfig, VisionConfig
+from paligemma_jax.processing.image import ImageSettings
+from paligemma_jax.processing.processor import Processor
 from paligemma_jax.processing.tokenizer import LOC_TOKENS, SEG_TOKENS, Tokenizer
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
@@ -53,7 +56,8 @@ def _random_params(config: PaliGemmaConfig, dtype: str = "float32") -> dict:
         scale = 0.3 if len(shape) == 1 else np.prod(shape[1:]) ** -0.5
         return jnp.asarray(rng.normal(size=shape) * scale, dtype)
 
-    return unflatten_dict({path: draw(shape) for path, shape in expected_shapes(config).items()}, sep="/")
+    with jax.ensure_compile_time_eval():  # the first to ask may be a program that is traced
+        return unflatten_dict({path: draw(shape) for path, shape in expected_shapes(config).items()}, sep="/")
 
 
 @pytest.fixture(scope="session")
@@ -69,6 +73,12 @@ def random_params():
 def config(request: pytest.FixtureRequest) -> PaliGemmaConfig:
     """Small geometries, ids below 96: Gemma 1 with groups of 4, Gemma 2 with a window of 5 and groups of 2 and 1."""
     return _CONFIGS[request.param]
+
+
+@pytest.fixture(scope="session")
+def small_configs() -> dict[str, PaliGemmaConfig]:
+    """The small geometries by name."""
+    return _CONFIGS
 
 
 @pytest.fixture(scope="session")
@@ -131,3 +141,18 @@ def tokenizer_dir(tmp_path_factory) -> Path:
 @pytest.fixture(scope="session")
 def tokenizer(tokenizer_dir) -> Tokenizer:
     return Tokenizer.from_dir(tokenizer_dir)
+
+
+@pytest.fixture(scope="session")
+def make_model(random_params, tokenizer):
+    """make_model(name): a random model of a small geometry that speaks the tokenizer's language; always the same."""
+
+    @functools.cache
+    def make(name: str) -> pj.PaliGemma:
+        geometry = _CONFIGS[name]
+        text = dataclasses.replace(geometry.text, vocab_size=tokenizer.vocab_size + 64)
+        config = dataclasses.replace(geometry, text=text, image_token_id=tokenizer.vocab_size)
+        processor = Processor(config, tokenizer, ImageSettings(config.vision.image_size))
+        return pj.PaliGemma(config, random_params(config), processor)
+
+    return make

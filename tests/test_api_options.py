@@ -3,7 +3,6 @@
 import dataclasses
 import inspect
 import time
-from typing import Any
 
 import jax
 import numpy as np
@@ -12,8 +11,6 @@ import pytest
 import paligemma_jax as pj
 from paligemma_jax.checkpoints.mask_vae import save_mask_vae
 from paligemma_jax.models import mask_vae
-from paligemma_jax.processing.image import ImageSettings
-from paligemma_jax.processing.processor import Processor
 from tests.covered import unknown
 
 PROMPTS = ["caption en", "detect a red circle", "answer en how many"]
@@ -25,11 +22,8 @@ MASK = "".join(f"<seg{i:03d}>" for i in range(16))
 
 
 @pytest.fixture(scope="module")
-def model(gemma2, random_params, tokenizer) -> pj.PaliGemma:
-    text = dataclasses.replace(gemma2.text, vocab_size=tokenizer.vocab_size + 64)
-    config = dataclasses.replace(gemma2, text=text, image_token_id=tokenizer.vocab_size)
-    processor = Processor(config, tokenizer, ImageSettings(config.vision.image_size))
-    return pj.PaliGemma(config, random_params(config), processor)
+def model(make_model) -> pj.PaliGemma:
+    return make_model("gemma2")
 
 
 @pytest.fixture(scope="module")
@@ -59,7 +53,7 @@ _ANSWER = {
     **dict.fromkeys(("sampling", "image_embeddings"), _STREAM),
 }
 _FOUND = dict.fromkeys(
-    ("max_new_tokens", "sampling", "constrain", "one_by_one", "loc_scale", "nms", "min_score"), _DETECT
+    ("max_new_tokens", "sampling", "constrain", "split_classes", "loc_scale", "nms", "min_score"), _DETECT
 )
 COVERED = {
     pj.PaliGemma.generate: _ANSWER,
@@ -68,8 +62,7 @@ COVERED = {
     pj.PaliGemma.trace: {"image_embeddings": _EMBEDDINGS},
     pj.PaliGemma.embed_image: {"projected": _FEATURES},
     pj.PaliGemma.objects: dict.fromkeys(("output", "loc_scale", "masks"), _OBJECTS),
-    pj.PaliGemma.detect: _FOUND,
-    pj.PaliGemma.segment: _FOUND,
+    pj.PaliGemma.locate: _FOUND,
     pj.load: {
         "mask_vae": f"{_HERE}::test_load_takes_the_mask_decoder_that_is_named",
         "dtype": f"{_HERE}::test_load_gives_the_dtype_that_is_named",
@@ -82,7 +75,17 @@ COVERED = {
 }
 # What every test gives, what changes no answer, and what has a file of its own: tests of generation, grammar and beams.
 ELSEWHERE = {"self", "options", "classes", "image", "images", "prompt", "prompts", "answer", "path", "text", "size"}
-ELSEWHERE |= {"batch_size", "speculate", "prepare", "join", "constrain", "num_beams", "quantization"}
+ELSEWHERE |= {
+    "batch_size",
+    "speculate",
+    "prepare",
+    "warm_up",
+    "target",
+    "constrain",
+    "num_beams",
+    "quantization",
+    "task",
+}
 
 
 def test_every_argument_has_a_test_that_knows_it():
@@ -184,22 +187,19 @@ def test_scores_of_several_rows_are_of_their_own_prefix_and_suffix(model, pictur
 
 @pytest.fixture
 def answer_with(monkeypatch):
-    """answer_with(text): what models say from now on; returns the calls to come, by the names of the arguments."""
-    signature = inspect.signature(pj.PaliGemma.generate)
+    """answer_with(text): what models say from now on; returns the lists of requests to come."""
 
-    def patch(text: str) -> list[dict[str, Any]]:
+    def patch(text: str) -> list[list[pj.Request]]:
         calls = []
 
-        def generate(*args: object, **options: object) -> list[pj.Output]:
-            bound = signature.bind(*args, **options)
-            bound.apply_defaults()
-            calls.append(asked := bound.arguments)
-            tokens = np.array([*asked["self"].processor.tokenizer.encode(text), asked["self"].config.eos_token_id])
+        def answer(model: pj.PaliGemma, requests: list[pj.Request]) -> list[pj.Output]:
+            calls.append(requests)
+            tokens = np.array([*model.processor.tokenizer.encode(text), model.config.eos_token_id])
             even = np.full(len(tokens), 0.5)
             output = pj.Output(text, tokens, np.log(even), "eos", pj.Timing(0.0, 1.0, 1.0, 1), even, even)
-            return [output] * len(asked["prompts"])
+            return [output] * len(requests)
 
-        monkeypatch.setattr(pj.PaliGemma, "generate", generate)
+        monkeypatch.setattr(pj.PaliGemma, "answer", answer)
         return calls
 
     return patch
@@ -221,7 +221,7 @@ def decoders(tmp_path_factory):
 
 @pytest.mark.parametrize("task", ["detect", "segment"])
 def test_detect_and_segment_ask_and_keep_as_they_are_told(model, pictures, decoders, answer_with, task):
-    """max_new_tokens, sampling, constrain, one_by_one, loc_scale, nms and min_score, for one picture and for two."""
+    """max_new_tokens, sampling, constrain, split_classes, loc_scale, nms and min_score, for one picture and for two."""
     masks = MASK if task == "segment" else ""
     calls = answer_with(f"{BOX}{masks} circle ; {OVERLAPS}{masks} circle")
     with_masks = pj.PaliGemma(model.config, model.params, model.processor, decoders["yes"])
@@ -229,11 +229,12 @@ def test_detect_and_segment_ask_and_keep_as_they_are_told(model, pictures, decod
     plain = find(pictures[0], "circle")
     assert [round(item.box[2], 2) for item in plain] == [15.01, 21.44] and len({item.score for item in plain}) == 1
     assert all((item.mask is not None) == (task == "segment") for item in plain)
-    asked = calls.pop()
-    assert (asked["max_new_tokens"], asked["sampling"], asked["constrain"]) == (256, pj.Sampling(), True)
-    find(pictures[0], "circle", 9, sampling=HOT, constrain=False)
-    asked = calls.pop()
-    assert (asked["max_new_tokens"], asked["sampling"], asked["constrain"]) == (9, HOT, False)
+    [asked] = calls.pop()
+    assert asked.options == pj.GenerateOptions(256, pj.Sampling(), constrain=True)
+    assert asked.prompt.text == f"{task} circle"
+    find(pictures[0], "circle", max_new_tokens=9, sampling=HOT, constrain=False)
+    [asked] = calls.pop()
+    assert asked.options == pj.GenerateOptions(9, HOT, constrain=False)
     assert [len(find(pictures[0], "circle", nms=nms)) for nms in (0.3, 0.5)] == [1, 2]
     assert [len(found) for found in find(pictures[:2], "circle", nms=0.3)] == [1, 1]
     score = plain[0].score
@@ -242,10 +243,10 @@ def test_detect_and_segment_ask_and_keep_as_they_are_told(model, pictures, decod
     assert [round(item.box[2], 2) for item in scaled] == [15.0, 21.42]
     assert scaled[0].expected_box[0] == pytest.approx(0.5 / 1024 * 30)
     calls.clear()
-    find(pictures[:2], ["circle", "star"], one_by_one=True)
-    assert calls[0]["prompts"] == [f"{task} circle", f"{task} star"] * 2 and len(calls[0]["images"]) == 4
-    sizes = [picture.size for picture in calls[0]["images"]]
-    assert sizes == [(30, 20)] * 4
+    find(pictures[:2], ["circle", "star"], split_classes=True)
+    [requests] = calls
+    assert [request.prompt.text for request in requests] == [f"{task} circle", f"{task} star"] * 2
+    assert [[image.size for image in request.images] for request in requests] == [[(30, 20)]] * 4
 
 
 def test_objects_have_masks_unless_told_otherwise(model, decoders):
@@ -254,9 +255,10 @@ def test_objects_have_masks_unless_told_otherwise(model, decoders):
     even = np.full(len(tokens), 0.5)
     output = pj.Output(text, tokens, np.log(even), "eos", pj.Timing(0.0, 1.0, 1.0, 1), even, even)
     with_masks = pj.PaliGemma(model.config, model.params, model.processor, decoders["yes"])
-    [plain], [bare] = with_masks.objects(output, (30, 20)), with_masks.objects(output, (30, 20), masks=False)
+    [plain], [] = with_masks.objects(output, (30, 20))
+    [bare], [] = with_masks.objects(output, (30, 20), masks=False)
     assert plain.mask.sum() == 15 * 20 and bare.mask is None
-    assert with_masks.objects(output, (30, 20), loc_scale=1024)[0].box[2] == 15.0
+    assert with_masks.objects(output, (30, 20), loc_scale=1024)[0][0].box[2] == 15.0
 
 
 def test_unequal_sides_make_a_score(model):
@@ -270,7 +272,7 @@ def test_unequal_sides_make_a_score(model):
     near = np.array([0.9, 0.7, 0.5, 0.3, *np.full(label, 0.01), 0.02])
     expected = np.array([110.0, 330.0, 660.0, 990.0, *np.full(label, 500.0), 5.0])
     output = pj.Output(text, tokens, np.log(chances), "eos", pj.Timing(0.0, 1.0, 1.0, 1), near, expected)
-    [item] = model.objects(output, (1023, 2046))
+    [item], [] = model.objects(output, (1023, 2046))
     assert item.box == pytest.approx((300, 200, 1000, 1200))
     assert item.side_probabilities == pytest.approx((0.2, 0.1, 0.4, 0.3))
     assert item.expected_box == pytest.approx((330, 220, 990, 1320))

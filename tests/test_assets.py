@@ -36,7 +36,7 @@ def test_the_shipped_model_speaks_about_what_it_sees(outputs):
 
 def test_masks_of_the_shipped_model_lie_in_their_boxes(model, outputs):
     with Image.open(ASSETS / "examples" / "stars.png") as picture:
-        things = model.objects(outputs[-1], picture.size)
+        things, _ = model.objects(outputs[-1], picture.size)
     assert [thing.label for thing in things] == ["star"] * 2
     for thing in things:
         rows, columns = np.nonzero(thing.mask)

@@ -1,25 +1,40 @@
 """Files to parameter trees and back. The format is told from the path: a directory is Hugging Face's, a file .npz."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
-from flax.traverse_util import flatten_dict, unflatten_dict
+from flax.traverse_util import unflatten_dict
 
-from paligemma_jax.checkpoints import big_vision, huggingface, packed
+from paligemma_jax import ops
+from paligemma_jax.checkpoints import big_vision, fusion, huggingface, quantized
 from paligemma_jax.checkpoints.arrays import dtype_named
+from paligemma_jax.checkpoints.fusion import fused_shapes
 from paligemma_jax.checkpoints.hub import resolve
-from paligemma_jax.checkpoints.place import Place, on_device, padded
 from paligemma_jax.checkpoints.shapes import expected_shapes, parameter_count
 from paligemma_jax.config import PaliGemmaConfig
 from paligemma_jax.errors import ConfigError
-from paligemma_jax.models import quantized
-from paligemma_jax.models.padded import Padded, padding
 
-__all__ = ["Contents", "abstract", "expected_shapes", "load", "parameter_count", "resolve", "save", "scan"]
+__all__ = [
+    "Contents",
+    "abstract",
+    "expected_shapes",
+    "fused_shapes",
+    "load",
+    "on_device",
+    "parameter_count",
+    "resolve",
+    "save",
+    "scan",
+]
 
 Contents = huggingface.Contents | big_vision.Contents
+
+
+def on_device(path: str, leaf: Any) -> Any:
+    """The `place` of a parameter that is used as it is: the default device."""
+    return jax.device_put(leaf)
 
 
 def scan(path: Path, config: PaliGemmaConfig | None = None) -> Contents:
@@ -36,82 +51,70 @@ def load(
     source: str | Path | Contents,
     dtype: str | None = "bfloat16",
     progress: bool = True,
-    place: Place = on_device,
     config: PaliGemmaConfig | None = None,
     quantization: str | None = None,
-    num_rows: int = 1,
+    place: Callable[[str, Any], Any] = on_device,
 ) -> tuple[PaliGemmaConfig, dict[str, Any]]:
     """Geometry and parameter tree of a Hugging Face directory, a hub id or a big_vision .npz.
+
+    Plain weights have the paths of `expected_shapes`. Quantized ones are fused (`fused_shapes`) where they are in the
+    file, and always where `quantization` makes them so.
 
     Args:
       source: directory, .npz file or hub id ("org/name"), or what `scan` found there.
       dtype: "bfloat16", "float16" or "float32"; None keeps each tensor's own.
       progress: report a slow load on stderr.
-      place: called with the path and the array of each parameter once it is read, to put it where it belongs.
       config: as for `scan`.
-      quantization: "int8" or "int4", to round weights as they come (`packed.bits_of`); None takes them as they are.
-      num_rows: what the decoder's weights will be multiplied with at once: for some numbers they are laid out anew, as
-        `models.padded.Padded`.
+      quantization: "int8" or "int4", to round weights as they come (`quantized.format_of`); None takes them as they
+        are.
+      place: called with the path of each parameter and what was read, by several threads: an array, or a weight of
+        arrays, in host memory but for what was just quantized. What it returns is in the tree: it puts the parameter
+        on a device, and may prepare it (`ops.prepare_leaf`).
     Raises:
       ConfigError, CheckpointError: nothing is read unless the whole fits.
     """
     contents = source if isinstance(source, Contents) else scan(resolve(source), config)
-    _check_quantization(quantization, contents)
-    if quantization or contents.quantization:
-        quantized.values_dtype()  # measured now, because nothing else runs
-    if num_rows > 1:
-        shapes = abstract(contents, dtype or "bfloat16", quantization, num_rows)  # so are the weights
-        place = padded(flatten_dict(shapes, sep="/"), place)
-    if quantization is not None:
-        place = _quantizing(quantization, place)
-    read = huggingface.load if isinstance(contents, huggingface.Contents) else big_vision.load
-    return read(contents, dtype, progress, place)
+    target = dtype_named(dtype) if dtype else None
+    params: dict[str, Any] = {}
+
+    def emit(path: str, leaf: Any) -> None:
+        params[path] = place(path, leaf)
+
+    read = huggingface.read if isinstance(contents, huggingface.Contents) else big_vision.read
+    read(contents, target, progress, _quantizing(quantization, contents, emit))
+    return contents.config, unflatten_dict({path: params[path] for path in sorted(params)}, sep="/")
 
 
-def abstract(contents: Contents, dtype: str, quantization: str | None = None, num_rows: int = 1) -> dict[str, Any]:
-    """What `load` will give, as shapes and dtypes only."""
+def abstract(contents: Contents, dtype: str, quantization: str | None = None) -> dict[str, Any]:
+    """The tree that `load` gives if `place` changes nothing, as shapes and dtypes only.
+
+    Its leaves are `jax.ShapeDtypeStruct`, or `ops.Int8` and `ops.Int4` of them.
+    """
     target = dtype_named(dtype)
-    _check_quantization(quantization, contents)
+    params: dict[str, Any] = {}
+    emit = _quantizing(quantization, contents, params.__setitem__)
     if isinstance(contents, huggingface.Contents):
-        tensors, shapes = contents.tensors, {path: tensor.shape for path, tensor in contents.tensors.items()}
+        for path, tensor in contents.tensors.items():
+            is_plain = not isinstance(tensor, quantized.QuantizedTensor)
+            emit(path, jax.ShapeDtypeStruct(tensor.shape, target) if is_plain else tensor.abstract(path, target))
     else:
-        tensors, shapes = {}, expected_shapes(contents.config)
-
-    def leaf(path: str, shape: tuple[int, ...]) -> Any:
-        tensor = tensors.get(path)
-        if isinstance(tensor, packed.Packed):
-            return tensor.abstract(path, target)
-        struct = jax.ShapeDtypeStruct(shape, target)
-        bits = packed.bits_of(path, quantization) if quantization else None
-        if bits is not None:
-            return quantized.abstract(struct, bits, packed.rounds(path))
-        if packed.of_decoder(path) and (more := padding(struct, num_rows)):
-            return Padded(jax.ShapeDtypeStruct((shape[0], shape[1] + more), target), shape[1])
-        return struct
-
-    return unflatten_dict({path: leaf(path, shape) for path, shape in shapes.items()}, sep="/")
+        for path, shape in expected_shapes(contents.config).items():
+            emit(path, jax.ShapeDtypeStruct(shape, target))
+    return unflatten_dict({path: params[path] for path in sorted(params)}, sep="/")
 
 
-def _check_quantization(name: str | None, contents: Contents) -> None:
-    if name is not None and name not in quantized.BITS:
-        raise ConfigError(f"quantization {name!r} is unknown: use {' or '.join(quantized.BITS)}, or leave it out")
+def _quantizing(name: str | None, contents: Contents, emit: Callable[[str, Any], None]) -> Callable[[str, Any], None]:
+    """`emit` with parameters quantized and fused before, if a quantization is asked for that the file does not have."""
+    if name is not None and name not in ops.FORMATS:
+        raise ConfigError(f"quantization {name!r} is unknown: use {' or '.join(ops.FORMATS)}, or leave it out")
     if name is not None and contents.quantization not in (None, name):
         raise ConfigError(
             f"the checkpoint is {contents.quantization} already: leave quantization={name!r} out, or give the original"
         )
-
-
-def _quantizing(name: str, place: Place) -> Place:
-    """`place` with weights rounded on their way."""
-
-    def rounded(path: str, array: Any) -> Any:
-        bits = packed.bits_of(path, name)
-        if bits is None:
-            return place(path, array)
-        weight = quantized.quantize(jax.device_put(array), bits, packed.rounds(path))
-        return jax.tree.map(lambda part: place(f"{path}/part", part), weight)
-
-    return rounded
+    if name is None or contents.quantization is not None:
+        return emit
+    fusing = fusion.Fusing(emit)
+    return lambda path, leaf: fusing(path, quantized.quantize(path, leaf, name))
 
 
 def save(

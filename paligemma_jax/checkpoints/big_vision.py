@@ -14,18 +14,17 @@ import dataclasses
 import math
 import zipfile
 import zlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
 import ml_dtypes
 import numpy as np
-from flax.traverse_util import flatten_dict, unflatten_dict
+from flax.traverse_util import flatten_dict
 
-from paligemma_jax import files
-from paligemma_jax.checkpoints import shapes
+from paligemma_jax import files, ops
+from paligemma_jax.checkpoints import fusion, shapes
 from paligemma_jax.checkpoints.arrays import DTYPES, cast_into, dtype_named, empty_aligned
-from paligemma_jax.checkpoints.place import Place, on_device
 from paligemma_jax.config import PaliGemmaConfig, TextConfig, VisionConfig, find_decoder
 from paligemma_jax.errors import CheckpointError, ConfigError
 
@@ -222,22 +221,15 @@ def _infer_config(path: Path, members: Mapping[str, _Member]) -> PaliGemmaConfig
     return PaliGemmaConfig(vision, dataclasses.replace(decoder, vocab_size=size["V"]))
 
 
-def load(
-    contents: Contents,
-    dtype: str | None = "bfloat16",
-    progress: bool = True,
-    place: Place = on_device,
-) -> tuple[PaliGemmaConfig, dict[str, Any]]:
-    """Read an .npz that `scan` has verified; arguments as for `huggingface.load`.
+def read(contents: Contents, dtype: np.dtype | None, progress: bool, emit: Callable[[str, Any], None]) -> None:
+    """Read an .npz that `scan` has verified; arguments as for `huggingface.read`.
 
     Every row of the embedding table is kept, so that a round trip through this format changes no bit.
     """
-    target = dtype_named(dtype) if dtype else None
     path = contents.path
     sizes = _sizes(contents.config)
     expected = shapes.expected_shapes(contents.config)
     total = sum(math.prod(member.shape) * member.dtype.itemsize for member in contents.members.values())
-    params: dict[str, Any] = {}
     with files.progress(f"loading {path.name}", total, progress) as advance, zipfile.ZipFile(path) as archive:
         for key, array in _arrays_of(contents.config.version).items():
             member = contents.members[key]
@@ -245,7 +237,7 @@ def load(
             with archive.open(member.name) as stream:
                 _read_array_header(stream, member.name)
                 for name in _paths(array, sizes):
-                    out = empty_aligned(expected[name], target or member.dtype)
+                    out = empty_aligned(expected[name], dtype or member.dtype)
                     as_stored = array.stored == array.ours and out.dtype == member.dtype
                     piece = out.reshape(shape) if as_stored else np.empty(shape, member.dtype)
                     try:
@@ -256,8 +248,7 @@ def load(
                         ours = piece.transpose(_order(array.stored, array.ours))
                         cast_into(out.reshape(ours.shape), ours, name)
                     advance(piece.nbytes)
-                    params[name] = place(name, out)
-    return contents.config, unflatten_dict(params, sep="/")
+                    emit(name, out)
 
 
 def _fill(array: np.ndarray, stream: IO[bytes]) -> None:
@@ -287,8 +278,12 @@ def _order(source: str, target: str) -> tuple[int, ...]:
 def save(path: Path, config: PaliGemmaConfig, params: Mapping[str, Any], dtype: str | None = None) -> None:
     """Write an .npz, whole or not at all; `dtype` None keeps each array's own (of its first layer)."""
     target = dtype_named(dtype) if dtype else None
-    flat = flatten_dict(params, sep="/")
-    shapes.require({name: array.shape for name, array in flat.items()}, shapes.expected_shapes(config))
+    leaves = {path: ops.unprepare(leaf) for path, leaf in flatten_dict(params, sep="/").items()}
+    if any(hasattr(leaf, "quantization") for leaf in leaves.values()):
+        raise CheckpointError(f"{path}: an .npz holds no quantized weights: write a directory")
+    found, expected = {path: leaf.shape for path, leaf in leaves.items()}, shapes.expected_shapes(config)
+    shapes.require(found, fusion.fused_shapes(config, found.__contains__))
+    flat = {name: fusion.take(leaves, name, expected) for name in expected}
     sizes = _sizes(config)
     with files.replacing(path) as temporary, zipfile.ZipFile(temporary, "w", zipfile.ZIP_STORED) as archive:
         for key, array in _arrays_of(config.version).items():

@@ -7,9 +7,9 @@ Source: transformers 5, models/{paligemma,gemma,gemma2,siglip}/configuration_*.p
 
 from typing import Any
 
+from paligemma_jax import ops
 from paligemma_jax.config import PaliGemmaConfig, TextConfig, VisionConfig
 from paligemma_jax.errors import ConfigError
-from paligemma_jax.models import quantized
 
 _VISION_DEFAULTS = {
     "model_type": "siglip_vision_model",
@@ -117,7 +117,7 @@ def from_json(value: dict[str, Any], source: str = "config.json") -> PaliGemmaCo
     """
     top = _Section(value, "", _TOP_DEFAULTS, source)
     top.require("model_type", ("paligemma",))
-    top.require("quantization_config", (None, *map(_quantization_note, quantized.BITS)))
+    top.require("quantization_config", (None, *map(_quantization_note, ops.FORMATS)))
     top.require("tie_word_embeddings", (None, True))
     vision = _Section(value.get("vision_config"), "vision_config", _VISION_DEFAULTS, source)
     text = _Section(value.get("text_config"), "text_config", _TEXT_DEFAULTS, source)
@@ -258,7 +258,7 @@ def _check_joints(config: PaliGemmaConfig, top: _Section, vision: _Section, text
 
 
 def _quantization_note(quantization: str) -> dict[str, Any]:
-    return {"quant_method": "paligemma_jax", "bits": quantized.BITS[quantization]}
+    return {"quant_method": "paligemma_jax", "bits": int(quantization.removeprefix("int"))}
 
 
 def to_json(config: PaliGemmaConfig, dtype: str = "bfloat16", quantization: str | None = None) -> dict[str, Any]:

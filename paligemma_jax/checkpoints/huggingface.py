@@ -6,25 +6,26 @@ transformers 4.52 and later in memory (`model.language_model.*`); C, a transform
 """
 
 import dataclasses
+import functools
 import re
 import shutil
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import jax
 import ml_dtypes
 import numpy as np
-from flax.traverse_util import flatten_dict, unflatten_dict
+from flax.traverse_util import flatten_dict
 
-from paligemma_jax import files
-from paligemma_jax.checkpoints import config_json, packed, shapes, tensor_files
+from paligemma_jax import files, ops
+from paligemma_jax.checkpoints import config_json, fusion, quantized, shapes, tensor_files
 from paligemma_jax.checkpoints.arrays import ALIGNMENT, dtype_named
-from paligemma_jax.checkpoints.place import Place, on_device
+from paligemma_jax.checkpoints.quantized import QuantizedTensor
 from paligemma_jax.config import PaliGemmaConfig
 from paligemma_jax.errors import CheckpointError
-from paligemma_jax.models.quantized import Quantized, quantization_of
 
 SINGLE, INDEX, CONFIG = "model.safetensors", "model.safetensors.index.json", "config.json"
 _PROCESSOR_FILES = (
@@ -73,7 +74,7 @@ class Contents:
 
     directory: Path
     config: PaliGemmaConfig
-    tensors: dict[str, tensor_files.Tensor | packed.Packed]  # our path -> place in a file
+    tensors: dict[str, tensor_files.Tensor | QuantizedTensor]  # our path -> place in a file
     layout: str  # "A", "B" or "C"
     weight_files: tuple[Path, ...]
 
@@ -81,14 +82,14 @@ class Contents:
     def dtypes(self) -> Counter[str]:
         """How many tensors have each dtype ("bfloat16")."""
         return Counter(
-            tensor.bits if isinstance(tensor, packed.Packed) else tensor_files.STORED[tensor.dtype].name
+            tensor.quantization if isinstance(tensor, QuantizedTensor) else tensor_files.STORED[tensor.dtype].name
             for tensor in self.tensors.values()
         )
 
     @property
     def quantization(self) -> str | None:
         """ "int8" or "int4" when it holds quantized weights."""
-        found = {tensor.bits for tensor in self.tensors.values() if isinstance(tensor, packed.Packed)}
+        found = {tensor.quantization for tensor in self.tensors.values() if isinstance(tensor, QuantizedTensor)}
         return min(found, default=None)  # beside a decoder in 4 bits the encoder has 8
 
 
@@ -118,8 +119,9 @@ def scan(directory: Path) -> Contents:
             message = f"{directory}: {tensors[name].name} and {key} are the same parameter, but their contents differ"
             _require_equal(tensors[name], tensor, message)
         tensors[name] = tensor
-    tensors = packed.gather(_tie_head(tensors, directory), directory)
-    expected = {key_of(name, config.version): shape for name, shape in shapes.expected_shapes(config).items()}
+    tensors = quantized.gather(_tie_head(tensors, directory), directory)
+    by_path = fusion.fused_shapes(config, lambda path: key_of(path, config.version) in tensors)
+    expected = {key_of(path, config.version): shape for path, shape in by_path.items()}
     problems = shapes.differences({name: tensor.shape for name, tensor in tensors.items()}, expected)
     if problems:
         raise CheckpointError(f"{directory}: the weights do not fit config.json: {problems}{_hint(tensors, config)}")
@@ -128,9 +130,9 @@ def scan(directory: Path) -> Contents:
     if odd:
         names = shapes.fold([tensor.name for tensor in plain if tensor.dtype in odd])
         raise CheckpointError(f"{directory}: only F32, F16 and BF16 weights are read, not {', '.join(odd)}: {names}")
-    by_path = {name: tensors[key_of(name, config.version)] for name in shapes.expected_shapes(config)}
+    found = {path: tensors[key_of(path, config.version)] for path in by_path}
     weight_files = tuple(sorted({tensor.file for tensor in headers.values()}))
-    return Contents(directory, config, by_path, _layout(headers), weight_files)
+    return Contents(directory, config, found, _layout(headers), weight_files)
 
 
 def _canonical(key: str) -> str:
@@ -199,41 +201,31 @@ def _read_headers(directory: Path) -> dict[str, tensor_files.Tensor]:
     return {key: shards[name][key] for key, name in weight_map.items()}
 
 
-def load(
-    contents: Contents,
-    dtype: str | None = "bfloat16",
-    progress: bool = True,
-    place: Place = on_device,
-) -> tuple[PaliGemmaConfig, dict[str, Any]]:
-    """Read a whole checkpoint; each tensor goes once from its file to its place.
+def read(contents: Contents, dtype: np.dtype | None, progress: bool, emit: Callable[[str, Any], None]) -> None:
+    """Read a whole checkpoint, each tensor once.
 
     Args:
       contents: from `scan`.
-      dtype: of the result; None keeps each tensor's own.
+      dtype: of plain parameters, and of the numbers that quantized ones stand for; None keeps each tensor's own.
       progress: report a slow load on stderr.
-      place: called with the path and the array of each parameter once it is read, to put it where it belongs.
-    Returns:
-      The geometry and the parameter tree.
+      emit: called with the path and the host array of each parameter, or the weight of host arrays, by several threads.
     Raises:
-      ConfigError: the dtype is unknown.
       CheckpointError: a file has become shorter, or float16 cannot hold a value.
     """
-    target = dtype_named(dtype) if dtype else None
     total = sum(tensor.nbytes for tensor in contents.tensors.values())
     label = f"loading {contents.directory.name}"
     with files.progress(label, total, progress) as advance, ThreadPoolExecutor(_READERS) as pool:
 
-        def read(path: str) -> Any:
+        def read_one(path: str) -> None:
             tensor = contents.tensors[path]
-            if isinstance(tensor, packed.Packed):
-                numbers = target or np.dtype(ml_dtypes.bfloat16)
-                return tensor.read(path, numbers, advance, place)
-            return place(path, tensor_files.read(tensor, target, advance))
+            if isinstance(tensor, QuantizedTensor):
+                emit(path, tensor.read(path, dtype or np.dtype(ml_dtypes.bfloat16), advance))
+            else:
+                emit(path, tensor_files.read(tensor, dtype, advance))
 
         # The largest first: what it takes to quantize them is gone before the others fill the memory.
         paths = sorted(contents.tensors, key=lambda path: -contents.tensors[path].nbytes)
-        found = dict(zip(paths, pool.map(read, paths), strict=True))
-    return contents.config, unflatten_dict({path: found[path] for path in contents.tensors}, sep="/")
+        list(pool.map(read_one, paths))
 
 
 def save(
@@ -248,7 +240,7 @@ def save(
 
     Args:
       directory: made when absent; weights of an earlier save are replaced.
-      config: geometry; `params` must have exactly its shapes.
+      config: geometry; `params` must have exactly its shapes, projections of one input fused (`fusion`) or not.
       params: parameter tree of numpy or JAX arrays; those that are cast or on an accelerator are copied to host memory,
         a file at a time.
       dtype: to cast to; None keeps each array's own.
@@ -258,15 +250,17 @@ def save(
       CheckpointError: the parameters are not those of the geometry.
     """
     target = dtype_named(dtype) if dtype else None
-    flat = flatten_dict(params, sep="/")
-    expected = shapes.expected_shapes(config)
-    shapes.require({name: array.shape for name, array in flat.items()}, expected)
+    leaves = {path: ops.unprepare(leaf) for path, leaf in flatten_dict(params, sep="/").items()}
+    found = {path: leaf.shape for path, leaf in leaves.items()}
+    shapes.require(found, fusion.fused_shapes(config, found.__contains__))
+    expected, is_quantized = shapes.expected_shapes(config), functools.partial(_is_quantized, leaves)
     tensors: dict[str, Any] = {}
     uncast: set[str] = set()
-    for name in expected:
-        parts = packed.parts_of(key_of(name, config.version), flat[name])
+    for path in fusion.fused_shapes(config, is_quantized):
+        leaf = fusion.take(leaves, path, expected)
+        parts = quantized.tensors_of(key_of(path, config.version), leaf)
         tensors |= parts
-        uncast |= set(parts) if isinstance(flat[name], Quantized) else set()
+        uncast |= set(parts) if hasattr(leaf, "quantization") else set()
     sizes = {
         key: array.size * (array.dtype if target is None or key in uncast else target).itemsize
         for key, array in tensors.items()
@@ -285,9 +279,18 @@ def save(
             old.unlink(missing_ok=True)
     if processor_from:
         copy_processor(processor_from, directory)
-    stored = target or Counter(array.dtype for array in flat.values()).most_common(1)[0][0]
-    bits = min((quantization_of(leaf) for leaf in flat.values() if isinstance(leaf, Quantized)), default=None)
+    stored = target or Counter(leaf.dtype for leaf in leaves.values()).most_common(1)[0][0]
+    bits = min((leaf.quantization for leaf in leaves.values() if hasattr(leaf, "quantization")), default=None)
     files.write_json(directory / CONFIG, config_json.to_json(config, stored.name, bits))
+
+
+def _is_quantized(leaves: Mapping[str, Any], fused: str) -> bool:
+    """Whether a fused weight, or all of its parts in the same way, are quantized."""
+    if fused in leaves:
+        return hasattr(leaves[fused], "quantization")
+    parts = [leaves[part] for part in fusion.group_of(fused).parts]
+    kinds = {(jax.tree.structure(part), *(array.dtype for array in jax.tree.leaves(part))) for part in parts}
+    return all(hasattr(part, "quantization") for part in parts) and len(kinds) == 1
 
 
 def _shards(sizes: dict[str, int], limit: int) -> list[list[str]]:

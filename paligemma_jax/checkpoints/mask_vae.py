@@ -77,7 +77,7 @@ def _read(path: Path) -> dict[str, np.ndarray]:
                 raise ValueError("a single array")
             return {name: np.asarray(file[name]) for name in file.files if not name.startswith(_UNUSED)}
     except FileNotFoundError:
-        raise CheckpointError(f"{path} is missing: masks need the VQ-VAE's file, see the README") from None
+        raise CheckpointError(f"{path} is missing: give big_vision's vae-oid.npz with mask_vae") from None
     except Exception as error:  # zip, deflate and numpy headers each fail in their own way
         raise CheckpointError(f"{path} is not a readable .npz file ({one_line(error)}); get the file again") from None
 

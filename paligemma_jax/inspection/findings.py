@@ -10,11 +10,11 @@ from collections.abc import Collection
 import numpy as np
 from PIL import Image
 
+from paligemma_jax.api import PaliGemma
 from paligemma_jax.errors import PromptError
 from paligemma_jax.inspection import logit_lens, maps
 from paligemma_jax.inspection.occlusion import occlusion
 from paligemma_jax.inspection.words import Word, pieces, words
-from paligemma_jax.pipeline import PaliGemma
 
 KINDS = ("norms", "similarity", "attention", "occlusion", "lens", "embeddings")
 

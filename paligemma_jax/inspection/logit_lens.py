@@ -13,9 +13,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from paligemma_jax.generation import engine
-from paligemma_jax.models.quantized import Weight, rows_of
-from paligemma_jax.pipeline import PaliGemma
+from paligemma_jax import ops
+from paligemma_jax.api import PaliGemma
+from paligemma_jax.engine import forward
 
 _TABLE_ROWS = 8192  # of the embedding table in a chunk
 _MAX_LOGITS = 2**25  # in a chunk
@@ -53,14 +53,14 @@ def top_tokens(model: PaliGemma, hidden: jax.Array, count: int) -> tuple[np.ndar
     parts = []
     for start in range(0, len(flat), size):
         rows = jnp.minimum(jnp.arange(start, start + size), len(flat) - 1)  # the last chunk is padded: one program
-        parts.append(engine.likeliest(model.params, flat[rows], config=model.config, count=count))
+        parts.append(forward.top_tokens(model.params, flat[rows], config=model.config, count=count))
     shape = (num_layers, num_vectors, count)
     ids, probabilities = (np.concatenate([np.asarray(x) for x in xs])[: len(flat)] for xs in zip(*parts, strict=True))
     return ids.reshape(shape), probabilities.reshape(shape)
 
 
 @functools.partial(jax.jit, static_argnames="size")
-def _sum_of_unit_rows(table: Weight, begin: jax.Array, skipped: jax.Array, size: int) -> jax.Array:
+def _sum_of_unit_rows(table: ops.Weight, begin: jax.Array, skipped: jax.Array, size: int) -> jax.Array:
     """Sum [1, D] of some rows scaled to unit length, without the first `skipped`."""
     rows = _unit_rows(table, begin, size)
     return jnp.sum(jnp.where(jnp.arange(size)[:, None] >= skipped, rows, 0.0), axis=0, keepdims=True)
@@ -69,7 +69,7 @@ def _sum_of_unit_rows(table: Weight, begin: jax.Array, skipped: jax.Array, size:
 @functools.partial(jax.jit, static_argnames="size")
 def _merge_top_k(
     best: tuple[jax.Array, jax.Array],
-    table: Weight,
+    table: ops.Weight,
     vectors: jax.Array,
     mean: jax.Array,
     begin: jax.Array,
@@ -85,9 +85,9 @@ def _merge_top_k(
     return top, jnp.take_along_axis(ids, indices, axis=1)
 
 
-def _unit_rows(table: Weight, begin: jax.Array, size: int) -> jax.Array:
+def _unit_rows(table: ops.Weight, begin: jax.Array, size: int) -> jax.Array:
     """Rows `begin` ... `begin + size - 1` of the table scaled to unit length: f32 [size, D]."""
-    return _unit(rows_of(table, begin + jnp.arange(size)).astype(jnp.float32))
+    return _unit(ops.take_rows(table, begin + jnp.arange(size)).astype(jnp.float32))
 
 
 def _unit(vectors: jax.Array) -> jax.Array:

@@ -10,13 +10,13 @@ answer tokens, M tokens of a text.
 import jax.numpy as jnp
 import numpy as np
 
+from paligemma_jax import ops
+from paligemma_jax.api import PaliGemma
+from paligemma_jax.engine.forward import Trace
+from paligemma_jax.engine.steps import Params
 from paligemma_jax.errors import PromptError
-from paligemma_jax.generation.engine import Params
-from paligemma_jax.generation.output import Trace
 from paligemma_jax.inspection.embeddings import grid_side
 from paligemma_jax.inspection.words import Word, find
-from paligemma_jax.models.quantized import rows_of
-from paligemma_jax.pipeline import PaliGemma
 from paligemma_jax.processing.tokenizer import Tokenizer
 
 
@@ -144,7 +144,7 @@ def token_embeddings(params: Params, ids: list[int]) -> np.ndarray:
     if not ids:
         raise PromptError("there is no text to compare with: give a word")
     weight = params["language_model"]["embed_tokens"]["weight"]
-    return np.asarray(rows_of(weight, jnp.asarray(ids)), np.float32)
+    return np.asarray(ops.take_rows(weight, jnp.asarray(ids)), np.float32)
 
 
 def _unit(vectors: np.ndarray) -> np.ndarray:

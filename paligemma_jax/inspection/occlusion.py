@@ -11,9 +11,9 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
+from paligemma_jax.api import PaliGemma
 from paligemma_jax.errors import ConfigError
 from paligemma_jax.inspection.embeddings import grid_side
-from paligemma_jax.pipeline import PaliGemma
 from paligemma_jax.processing.image import ImageSource, load_image
 
 WAYS = ("pixels", "tokens")

@@ -1,22 +1,15 @@
-"""Attention: the one mask, rotary positions and the weighted sum.
+"""The one attention mask, and rotary positions.
 
-Axes: B batch, T queries, S keys, N query heads, K key-value heads, G = N / K, H head dim, M = G T rows of a head.
+Axes: B batch, T queries, S keys, N heads, H head dim.
 """
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
-from paligemma_jax.models import cpu
-from paligemma_jax.models.layers import soft_cap
+from paligemma_jax import ops
 
-# Keys [B, K, S, H] and values [B, K, H, S] of one layer: the axis that is summed over is the last.
-KeyValues = tuple[jax.Array, jax.Array]
 Rotation = tuple[jax.Array, jax.Array]  # sines and cosines of the angles, each f32 [B, T, 1, H / 2]
-
-_CACHED_SCORES = 1 << 22  # float32 scores that a cache of 16 MB holds
-_FEWEST_QUERIES = 32  # that take a turn
-_MASKED = -2.3819763e38  # finite, so that a row that sees nothing stays free of NaN
 
 
 def prefix_lm_mask(
@@ -49,93 +42,21 @@ def prefix_lm_mask(
 
 
 def rotation(positions: jax.Array, head_dim: int, theta: float) -> Rotation:
-    """Sines and cosines that turn the halves of a head at positions [B, T] (arXiv 2104.09864)."""
+    """Sines and cosines of the angles that rotate the halves of a head at positions [B, T] (arXiv 2104.09864)."""
     half = head_dim // 2
     frequency = theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
     angle = positions[:, :, None, None].astype(jnp.float32) * frequency[None, None, None, :]
-    return lax.optimization_barrier((jnp.sin(angle), jnp.cos(angle)))  # or every layer would work them out again
+    return ops.materialize((jnp.sin(angle), jnp.cos(angle)))  # once for all layers
 
 
 def rope(x: jax.Array, sin_cos: Rotation) -> jax.Array:
-    """Rotate the halves of each head [B, T, N, H] by its position, in float32."""
-    sin, cos = sin_cos
-    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
+    """Rotate the halves of each head [B, T, N, H] by its position, in float32.
 
-
-def attend(
-    q: jax.Array,
-    k: jax.Array,
-    v: jax.Array,
-    scale: float,
-    mask: jax.Array | None = None,
-    softcap: float | None = None,
-) -> jax.Array:
-    """Softmax attention with grouped heads.
-
-    q [B, T, N, H], k [B, K, S, H], v [B, K, H, S], mask [B, T, S] or None for all; `attention_weights` says how they
-    are weighed. The result [B, T, N, H] has the dtype of v. On CPU many queries take turns, so that their scores stay
-    in a cache.
+    (first, second) becomes (first cos - second sin, second cos + first sin): a sum of two products of the whole head,
+    the second with its halves exchanged, which XLA takes as one loop where it would copy parts that are concatenated.
     """
-    count = _turns(q.shape, k.shape[2]) if jax.default_backend() == "cpu" else 1
-    if count == 1:
-        return _attend(q, k, v, scale, mask, softcap)
-
-    def in_turns(x: jax.Array) -> jax.Array:
-        return jnp.moveaxis(x.reshape(x.shape[0], count, -1, *x.shape[2:]), 1, 0)
-
-    queries = (in_turns(q), None if mask is None else in_turns(mask))
-    out = lax.map(lambda part: _attend(part[0], k, v, scale, part[1], softcap), queries)
-    return jnp.moveaxis(out, 0, 1).reshape(q.shape)
-
-
-def _turns(shape: tuple[int, ...], num_keys: int) -> int:
-    """In how many equal parts queries [B, T, N, H] had best take turns: the fewest whose scores are few enough."""
-    batch, num_queries, num_heads, _ = shape
-    counts = [n for n in range(1, max(1, num_queries // _FEWEST_QUERIES) + 1) if num_queries % n == 0]
-    scores = batch * num_queries * num_heads * num_keys
-    return next((n for n in counts if scores <= n * _CACHED_SCORES), counts[-1])
-
-
-def _attend(
-    q: jax.Array, k: jax.Array, v: jax.Array, scale: float, mask: jax.Array | None, softcap: float | None
-) -> jax.Array:
-    weights = attention_weights(q, k, scale, mask, softcap).astype(v.dtype)
-    out = cpu.product_per_head(weights.reshape(*k.shape[:2], -1, weights.shape[-1]), v)
-    out = out.reshape(*weights.shape[:-1], -1).astype(v.dtype)
-    return out.transpose(0, 3, 1, 2, 4).reshape(q.shape)
-
-
-def attention_weights(
-    q: jax.Array, k: jax.Array, scale: float, mask: jax.Array | None = None, softcap: float | None = None
-) -> jax.Array:
-    """How much each query makes of each key: float32 [B, K, G, T, S], which sums to one over S.
-
-    Scores, which are multiplied by `scale` and then capped, and softmax are float32; see `attend` for the shapes.
-    """
-    batch, num_queries, num_heads, head_dim = q.shape
-    _, num_kv_heads, num_keys, _ = k.shape
-    groups = num_heads // num_kv_heads
-    grouped = q.reshape(batch, num_queries, num_kv_heads, groups, head_dim).transpose(0, 2, 3, 1, 4)
-    scores = cpu.product_per_head(grouped.reshape(batch, num_kv_heads, -1, head_dim), k)
-    scores = soft_cap(scores.reshape(batch, num_kv_heads, groups, num_queries, num_keys) * scale, softcap)
-    if mask is not None:
-        scores = jnp.where(mask[:, None, None], scores, _MASKED)
-    return cpu.softmax(scores)
-
-
-def write_cache(cache: KeyValues, new: KeyValues, positions: jax.Array) -> KeyValues:
-    """Put keys [B, K, T, H] and values [B, K, H, T] into a cache of S slots at each row's own positions [B, T].
-
-    Positions beyond the cache are dropped.
-    """
-    k, v = cache
-    new_k = jnp.swapaxes(new[0], 1, 2).astype(k.dtype)  # [B, T, K, H]
-    new_v = jnp.moveaxis(new[1], 3, 1).astype(v.dtype)
-    if positions.size == 1 and jax.default_backend() == "cpu":  # of a single place XLA would copy the whole cache
-        positions = jnp.pad(positions, ((0, 0), (0, 1)), constant_values=k.shape[2])
-        new_k, new_v = (jnp.pad(x, ((0, 0), (0, 1), (0, 0), (0, 0))) for x in (new_k, new_v))
-    rows = lax.broadcasted_iota(jnp.int32, positions.shape, 0)
-    k = k.at[rows, :, positions].set(new_k, mode="drop", unique_indices=True)
-    v = v.at[rows, :, :, positions].set(new_v, mode="drop", unique_indices=True)
-    return k, v
+    sin, cos = (part[..., None, :] for part in sin_cos)
+    halves = x.astype(jnp.float32).reshape(*x.shape[:-1], 2, -1)
+    signs = jnp.array([-1.0, 1.0])[:, None].reshape((1,) * (halves.ndim - 2) + (2, 1))
+    rotated = halves * cos + lax.rev(halves, (halves.ndim - 2,)) * (sin * signs)
+    return rotated.reshape(x.shape).astype(x.dtype)

@@ -1,6 +1,6 @@
 """Gemma and Gemma 2 decoders (arXiv 2403.08295, 2408.00118) with prefix-LM attention.
 
-Axes: B batch, T tokens, n of them that are looked at, S cache slots, D width, N query heads, K key-value heads,
+Axes: B batch, T tokens, n columns (some of the T), S cache slots, D width, N query heads, K key-value heads,
 H head dim, L layers, V vocabulary.
 """
 
@@ -8,18 +8,11 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from paligemma_jax import ops
 from paligemma_jax.config import TextConfig
-from paligemma_jax.models.attention import (
-    KeyValues,
-    Rotation,
-    attend,
-    attention_weights,
-    prefix_lm_mask,
-    rope,
-    rotation,
-    write_cache,
-)
-from paligemma_jax.models.layers import Embedder, Linear, RMSNorm, linear_maps, run_layer, soft_cap
+from paligemma_jax.models.attention import Rotation, prefix_lm_mask, rope, rotation
+from paligemma_jax.models.layers import Embedder, Linear, RMSNorm, projections, run_layer
+from paligemma_jax.ops import Cache, KeyValues
 
 
 def take_columns(x: jax.Array, columns: jax.Array | None) -> jax.Array:
@@ -40,31 +33,36 @@ class Attention(nn.Module):
         sin_cos: Rotation,
         mask: jax.Array,
         cache: KeyValues | None,
-        wanted: jax.Array | None,
-        watched: jax.Array | None,
+        output_columns: jax.Array | None,
+        traced_columns: jax.Array | None,
     ) -> tuple[jax.Array, KeyValues, jax.Array | None]:
         cfg = self.config
 
-        of_queries = {"q_proj": cfg.num_heads * cfg.head_dim}
-        of_keys_and_values = dict.fromkeys(("k_proj", "v_proj"), cfg.num_kv_heads * cfg.head_dim)
-        if wanted is None:
-            q, k, v = linear_maps(self, x, of_queries | of_keys_and_values)
-        else:
-            [q] = linear_maps(self, take_columns(x, wanted), of_queries)
-            k, v = linear_maps(self, x, of_keys_and_values)
+        q, k, v = self._queries_keys_values(x, output_columns)
         q, k, v = (part.reshape(*part.shape[:2], -1, cfg.head_dim) for part in (q, k, v))
-        q = rope(q, tuple(take_columns(part, wanted) for part in sin_cos))
+        q = rope(q, tuple(take_columns(part, output_columns) for part in sin_cos))
         k = jnp.swapaxes(rope(k, sin_cos), 1, 2)
         v = jnp.moveaxis(v, 1, 3)
         if cache is not None:
-            k, v = write_cache(cache, (k, v), positions)
+            k, v = ops.write_cache(cache, (k, v), positions)
         scale, cap = cfg.query_scalar**-0.5, cfg.attn_softcap
-        out = attend(q, k, v, scale, take_columns(mask, wanted), cap)
+        out = ops.attend(q, k, v, scale, take_columns(mask, output_columns), cap)
         out = Linear(x.shape[-1], name="o_proj")(out.reshape(*out.shape[:2], -1))
-        if watched is None:
+        if traced_columns is None:
             return out, (k, v), None
-        weights = attention_weights(take_columns(q, watched), k, scale, take_columns(mask, watched), cap)
-        return out, (k, v), weights.reshape(len(x), cfg.num_heads, *weights.shape[-2:])
+        q, mask = (take_columns(part, traced_columns) for part in (q, mask))
+        return out, (k, v), ops.attention_probabilities(q, k, scale, mask, cap)
+
+    def _queries_keys_values(self, x: jax.Array, output_columns: jax.Array | None) -> list[jax.Array]:
+        """Queries of the columns [B, n, N H], keys and values of all tokens [B, T, K H]."""
+        cfg = self.config
+        queries = {"q_proj": cfg.num_heads * cfg.head_dim}
+        keys_values = dict.fromkeys(("k_proj", "v_proj"), cfg.num_kv_heads * cfg.head_dim)
+        if output_columns is None or self.has_variable("params", "qkv_proj"):
+            q, *keys_values = projections(self, x, "qkv_proj", queries | keys_values)
+            return [take_columns(q, output_columns), *keys_values]
+        [q] = projections(self, take_columns(x, output_columns), "", queries)
+        return [q, *projections(self, x, "", keys_values)]
 
 
 class GatedMlp(nn.Module):
@@ -72,8 +70,9 @@ class GatedMlp(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        # float32 until the last product: rounding each step would be less exact and, on CPU, slower.
-        gate, up = linear_maps(self, x, {"gate_proj": self.mlp_dim, "up_proj": self.mlp_dim}, jnp.float32)
+        # float32 until the last matmul: rounding each step would be less exact and, on CPU, slower.
+        features = dict.fromkeys(("gate_proj", "up_proj"), self.mlp_dim)
+        gate, up = projections(self, x, "gate_up_proj", features, jnp.float32)
         hidden = nn.gelu(gate, approximate=True) * up
         return Linear(x.shape[-1], name="down_proj")(hidden.astype(x.dtype))
 
@@ -81,8 +80,8 @@ class GatedMlp(nn.Module):
 class DecoderLayer(nn.Module):
     """Pre-norm block; Gemma 2 also normalises what attention and MLP return, before the residual sum.
 
-    With `wanted` [B, n] the result [B, n, D] is of those columns; the keys and values are of all. With `watched` [B, n]
-    the last result holds what those columns make of each key, float32 [B, N, n, S].
+    With `output_columns` [B, n] the result [B, n, D] is of those columns; the keys and values are of all. With
+    `traced_columns` [B, n] the last result holds the attention probabilities of those columns, float32 [B, N, n, S].
     """
 
     config: TextConfig
@@ -95,16 +94,16 @@ class DecoderLayer(nn.Module):
         sin_cos: Rotation,
         mask: jax.Array,
         cache: KeyValues | None,
-        wanted: jax.Array | None = None,
-        watched: jax.Array | None = None,
+        output_columns: jax.Array | None = None,
+        traced_columns: jax.Array | None = None,
     ) -> tuple[jax.Array, KeyValues, jax.Array | None]:
         def norm(name: str, y: jax.Array) -> jax.Array:
             return RMSNorm(self.config.rms_norm_eps, name=name)(y)
 
         y = norm("pre_attention_norm", x)
         attention = Attention(self.config, name="self_attn")
-        y, key_values, weights = attention(y, positions, sin_cos, mask, cache, wanted, watched)
-        x = take_columns(x, wanted) + (norm("post_attention_norm", y) if self.config.version == 2 else y)
+        y, key_values, weights = attention(y, positions, sin_cos, mask, cache, output_columns, traced_columns)
+        x = take_columns(x, output_columns) + (norm("post_attention_norm", y) if self.config.version == 2 else y)
         y = GatedMlp(self.config.mlp_dim, name="mlp")(norm("pre_ffw_norm", x))
         return x + (norm("post_ffw_norm", y) if self.config.version == 2 else y), key_values, weights
 
@@ -128,21 +127,22 @@ class Gemma(nn.Module):
         positions: jax.Array,
         prefix_length: jax.Array,
         length: jax.Array,
-        cache: tuple[KeyValues, ...] | None = None,
-        wanted: jax.Array | None = None,
-    ) -> tuple[jax.Array, tuple[KeyValues, ...]]:
+        cache: Cache | None = None,
+        output_columns: jax.Array | None = None,
+    ) -> tuple[jax.Array, Cache]:
         """Run the layers over embeddings x [B, T, D] at `positions` [B, T].
 
         Without a cache the tokens see each other, and the result holds their keys [B, K, T, H] and values [B, K, H, T]
         per layer. With one they are written into it at their positions and see all of it up to `length` [B]; the result
         holds the new cache. Returns hidden states [B, T, D] after the final norm, and the keys and values. With
-        `wanted` [B, n] the hidden states [B, n, D] are of those columns, the only ones that the last layer works out.
+        `output_columns` [B, n] the hidden states [B, n, D] are of those columns, the only ones that the last layer
+        computes.
         """
-        num_keys = x.shape[1] if cache is None else cache[0][0].shape[2]
+        num_keys = x.shape[1] if cache is None else ops.num_cache_slots(cache)
         masks, sin_cos = self._masks(positions, num_keys, prefix_length, length), self._rotation(positions)
         key_values = []
         for i, layer in enumerate(self.layers):
-            columns = wanted if i == self.config.num_layers - 1 else None
+            columns = output_columns if i == self.config.num_layers - 1 else None
             x, kv, _ = run_layer(layer, x, positions, sin_cos, masks[i], None if cache is None else cache[i], columns)
             key_values.append(kv)
         return self.norm(x), tuple(key_values)
@@ -153,18 +153,18 @@ class Gemma(nn.Module):
         positions: jax.Array,
         prefix_length: jax.Array,
         length: jax.Array,
-        watched: jax.Array,
+        traced_columns: jax.Array,
     ) -> tuple[jax.Array, jax.Array]:
         """What happens inside `__call__` without a cache, as arrays.
 
         Returns hidden states [L + 1, B, T, D], those that enter each layer and those that leave the last one, before
-        the final norm; and what each head of the columns `watched` [B, n] makes of every position, float32
+        the final norm; and the attention probabilities of the columns `traced_columns` [B, n], float32
         [L, B, N, n, T].
         """
         masks, sin_cos = self._masks(positions, x.shape[1], prefix_length, length), self._rotation(positions)
         hidden, attention = [x], []
         for layer, mask in zip(self.layers, masks, strict=True):
-            x, _, weights = run_layer(layer, x, positions, sin_cos, mask, None, None, watched)
+            x, _, weights = run_layer(layer, x, positions, sin_cos, mask, None, None, traced_columns)
             hidden.append(x)
             attention.append(weights)
         return jnp.stack(hidden), jnp.stack(attention)
@@ -182,7 +182,7 @@ class Gemma(nn.Module):
 
     def logits(self, hidden: jax.Array) -> jax.Array:
         """Hidden states [..., D] to float32 logits [..., V]."""
-        return soft_cap(self.embed_tokens.decode(hidden), self.config.final_softcap)
+        return ops.materialize(ops.soft_cap(self.embed_tokens.decode(hidden), self.config.final_softcap))
 
     def lens(self, hidden: jax.Array) -> jax.Array:
         """Hidden states [..., D] of any layer to the logits [..., V] they would give if it were the last."""

@@ -1,7 +1,7 @@
 """PaliGemma (arXiv 2407.07726, 2412.03555): SigLIP, a linear projector and a Gemma decoder.
 
-Axes: I pictures, S side in pixels, N soft tokens of a picture, E encoder width, B batch, T tokens, n of them that are
-looked at, L layers, D decoder width, V vocabulary.
+Axes: I images, S side in pixels, N soft tokens of an image, E encoder width, B batch, T tokens, n columns (some of the
+T), L layers, D decoder width, V vocabulary.
 """
 
 import flax.linen as nn
@@ -9,10 +9,10 @@ import jax
 import jax.numpy as jnp
 
 from paligemma_jax.config import PaliGemmaConfig
-from paligemma_jax.models.attention import KeyValues
 from paligemma_jax.models.gemma import Gemma
 from paligemma_jax.models.layers import Linear
 from paligemma_jax.models.siglip import SigLIP
+from paligemma_jax.ops import Cache
 
 
 class Projector(nn.Module):
@@ -59,15 +59,15 @@ class PaliGemma(nn.Module):
         image_slots: jax.Array,
         prefix_length: jax.Array,
         length: jax.Array,
-        wanted: jax.Array | None = None,
-    ) -> tuple[jax.Array, tuple[KeyValues, ...]]:
+        output_columns: jax.Array | None = None,
+    ) -> tuple[jax.Array, Cache]:
         """Whole sequences without a cache: hidden states [B, T, D] and each layer's keys and values.
 
-        With `wanted` [B, n] the hidden states [B, n, D] are those of these columns.
+        With `output_columns` [B, n] the hidden states [B, n, D] are those of these columns.
         """
         x = self.embed(tokens, image_slots, soft_tokens)
         positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
-        return self.language_model(x, positions, prefix_length, length, wanted=wanted)
+        return self.language_model(x, positions, prefix_length, length, output_columns=output_columns)
 
     def trace(
         self,
@@ -76,20 +76,20 @@ class PaliGemma(nn.Module):
         image_slots: jax.Array,
         prefix_length: jax.Array,
         length: jax.Array,
-        watched: jax.Array,
+        traced_columns: jax.Array,
     ) -> tuple[jax.Array, jax.Array]:
         """The inside of `prefill`: hidden states [L + 1, B, T, D] and attention [L, B, heads, n, T]; see Gemma."""
         x = self.embed(tokens, image_slots, soft_tokens)
         positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
-        return self.language_model.trace(x, positions, prefix_length, length, watched)
+        return self.language_model.trace(x, positions, prefix_length, length, traced_columns)
 
     def lens(self, hidden: jax.Array) -> jax.Array:
         """Hidden states [..., D] of any layer to the logits [..., V] they would give if it were the last."""
         return self.language_model.lens(hidden)
 
     def decode(
-        self, tokens: jax.Array, positions: jax.Array, prefix_length: jax.Array, cache: tuple[KeyValues, ...]
-    ) -> tuple[jax.Array, tuple[KeyValues, ...]]:
+        self, tokens: jax.Array, positions: jax.Array, prefix_length: jax.Array, cache: Cache
+    ) -> tuple[jax.Array, Cache]:
         """Text tokens [B, T] at `positions` [B, T] after what the cache holds: float32 logits [B, T, V], new cache."""
         x = self.language_model.embed(tokens)
         hidden, cache = self.language_model(x, positions, prefix_length, positions[:, -1] + 1, cache)

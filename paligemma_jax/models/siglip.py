@@ -1,19 +1,19 @@
 """SigLIP image encoder (arXiv 2303.15343): a pre-norm ViT without a class token.
 
-Axes: B pictures, S side in pixels, P patch side, N = (S / P)^2 patches row by row, D width.
+Axes: B images, S side in pixels, P patch side, N = (S / P)^2 patches row by row, D width.
 """
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from paligemma_jax import ops
 from paligemma_jax.config import VisionConfig
-from paligemma_jax.models.attention import attend
-from paligemma_jax.models.layers import LayerNorm, Linear, along_last, linear, parameter, run_layer
+from paligemma_jax.models.layers import LayerNorm, Linear, parameter, run_layer
 
 
 class PatchEmbedding(nn.Module):
-    """A convolution whose stride is its size, as one product; `weight` [D, 3, P, P] keeps the file's shape."""
+    """A convolution whose stride is its size, as one matmul; `weight` [D, 3, P, P] keeps the file's shape."""
 
     width: int
     patch_size: int
@@ -28,8 +28,8 @@ class PatchEmbedding(nn.Module):
         bias = parameter(self, "bias", nn.initializers.zeros, (self.width,))
         patches = pixels.reshape(batch, grid, size, grid, size, channels).transpose(0, 1, 3, 5, 2, 4)
         patches = patches.reshape(batch, grid * grid, channels * size * size)
-        y = linear(patches, weight.reshape(self.width, -1))
-        return (y + along_last(bias, y)).astype(weight.dtype)
+        y = ops.linear(patches, weight.reshape(self.width, -1))
+        return (y + ops.along_last(bias, y)).astype(weight.dtype)
 
 
 class PositionEmbedding(nn.Module):
@@ -51,7 +51,7 @@ class SelfAttention(nn.Module):
         width = x.shape[-1]
         heads = (*x.shape[:2], self.num_heads, width // self.num_heads)
         q, k, v = (Linear(width, use_bias=True, name=f"{name}_proj")(x).reshape(heads) for name in "qkv")
-        out = attend(q, jnp.swapaxes(k, 1, 2), jnp.moveaxis(v, 1, 3), heads[-1] ** -0.5)
+        out = ops.attend(q, jnp.swapaxes(k, 1, 2), jnp.moveaxis(v, 1, 3), heads[-1] ** -0.5)
         return Linear(width, use_bias=True, name="out_proj")(out.reshape(x.shape))
 
 

@@ -64,9 +64,9 @@ class Processor:
         """
         rows = list(images) if isinstance(images, list | tuple) else [images]
         groups = [list(row) if isinstance(row, list | tuple) else [row] for row in rows]
-        sources = {_identity(source): source for group in groups for source in group}
+        sources = {identity(source): source for group in groups for source in group}
         index = {identity: i for i, identity in enumerate(sources)}
-        image_groups = [[index[_identity(source)] for source in group] for group in groups]
+        image_groups = [[index[identity(source)] for source in group] for group in groups]
         if not isinstance(images, list | tuple):
             image_groups *= _common_length(prompts=prompts, suffixes=suffixes) or 1
         batch = self.layout(image_groups, prompts, suffixes, pad_to=pad_to)  # first: text errors are found sooner
@@ -91,8 +91,8 @@ class Processor:
         if not num_rows:
             raise PromptError("no pictures and prompts are given: give at least one of each")
         soft_tokens = [self._image_slots(group) for group in image_groups]
-        prefixes = [self._prefix(prompt) for prompt in _per_row(prompts, num_rows)]
-        answers = [self._suffix(suffix) for suffix in _per_row(suffixes, num_rows)]
+        prefixes = [self._prefix(prompt) for prompt in per_row(prompts, num_rows)]
+        answers = [self._suffix(suffix) for suffix in per_row(suffixes, num_rows)]
 
         prefix_length = np.array([len(s) + len(p) for s, p in zip(soft_tokens, prefixes, strict=True)], np.int32)
         length = prefix_length + np.array([len(answer) for answer in answers], np.int32)
@@ -124,7 +124,7 @@ class Processor:
         return [] if suffix is None else [*self.tokenizer.encode(_checked(suffix)), self.config.eos_token_id]
 
 
-def picture_groups(images: Images | None, prompts: str | Sequence[str], count: int) -> list[list[int]]:
+def image_groups(images: Images | None, prompts: str | Sequence[str], count: int) -> list[list[int]]:
     """Which of `count` given embeddings each row sees, numbered in the order of `images`."""
     if images is None:
         groups = [[i] for i in range(count)]
@@ -139,7 +139,8 @@ def picture_groups(images: Images | None, prompts: str | Sequence[str], count: i
     return groups * len(prompts) if shared else groups
 
 
-def _identity(source: ImageSource) -> Hashable:
+def identity(source: ImageSource) -> Hashable:
+    """What tells images apart: a path by its text, anything else by being another object."""
     return os.fspath(source) if isinstance(source, str | os.PathLike) else id(source)
 
 
@@ -152,7 +153,8 @@ def _common_length(**arguments: object) -> int | None:
     return next(iter(lengths.values()), None)
 
 
-def _per_row(value: Any, num_rows: int) -> Sequence[Any]:
+def per_row(value: Any, num_rows: int) -> Sequence[Any]:
+    """A list as it is, any other value once per row."""
     return value if isinstance(value, list | tuple) else [value] * num_rows
 
 

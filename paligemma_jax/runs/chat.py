@@ -1,6 +1,7 @@
 """config.run=chat: prompts about one picture as they are typed, each answered on its own."""
 
 import contextlib
+import dataclasses
 import sys
 from collections.abc import Iterator
 
@@ -18,6 +19,7 @@ from paligemma_jax.runs.notes import note
 from paligemma_jax.runs.questions import Question
 from paligemma_jax.runs.results import Results, warn_about_free_prompts
 from paligemma_jax.runs.sources import Source
+from paligemma_jax.tasks.prompts import read_prompt
 
 _USUAL_PROMPT = "caption en"  # most are about as long, and so share its programs
 _HELP = """type a prompt and press Enter: caption en, answer en how many cats are there?, detect cat, segment cat
@@ -29,10 +31,10 @@ _HELP = """type a prompt and press Enter: caption en, answer en how many cats ar
 class Chat:
     """A conversation: the model, the picture it is about, and where answers go."""
 
-    def __init__(self, model: pj.PaliGemma, config: ConfigDict, sampling: pj.Sampling):
+    def __init__(self, model: pj.PaliGemma, config: ConfigDict, options: pj.GenerateOptions):
         self._model = model
         self._config = config
-        self._sampling = sampling
+        self._options = options
         self._results = Results(model, config)
         self._source: Source
         self._soft_tokens: jax.Array
@@ -46,11 +48,9 @@ class Chat:
     def answer(self, prompt: str) -> None:
         """Stream the answer, then say how fast it came."""
         warn_about_free_prompts(self._config, [prompt])
-        limits = (self._config.max_new_tokens, self._sampling, self._soft_tokens)
-        options = {"speculate": settings.speculate(self._config), "constrain": self._config.constrain}
-        pieces = self._model.stream(None, prompt, *limits, **options)
+        pieces = self._model.stream(None, prompt, image_embeddings=self._soft_tokens, options=self._options)
         print_pieces(pieces)
-        self._results.report(self._source, Question.whole(prompt), [pieces.output], streamed=True)
+        self._results.report(self._source, Question.of(prompt), [pieces.output], streamed=True)
         note(_speed(pieces.output.timing))
 
 
@@ -62,14 +62,12 @@ def run(config: ConfigDict) -> int:
     settings.refuse(config, unused, "chat asks one prompt at a time")
     settings.loc_scale(config)
     settings.choice(config)
-    sampling = settings.sampling(config, stream=True)
-    settings.speculate(config)
+    options = settings.generate_options(config, stream=True)
     models.check_weights(config)
     name, picture = _read(config.image)  # before the model is loaded
     profile = environment.profiled(config)
-    options = {"batch_size": 1, "speculate": settings.speculate(config)}
-    usual = ([[0]], _USUAL_PROMPT, config.max_new_tokens, sampling)
-    chat = Chat(models.load(config, lambda model: model.compile(*usual, **options)), config, sampling)
+    usual = pj.Request((picture,), read_prompt(_USUAL_PROMPT), dataclasses.replace(options, constrain=False))
+    chat = Chat(models.load(config, [usual]), config, options)
     with profile:
         chat.show(name, picture)
         _talk(chat)

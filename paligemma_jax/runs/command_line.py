@@ -11,6 +11,7 @@ from ml_collections import ConfigDict, config_flags
 
 from paligemma_jax.errors import ConfigError, UserError
 from paligemma_jax.runs import environment
+from paligemma_jax.runs.notes import note
 from paligemma_jax.runs.settings import did_you_mean, one_of
 
 RUNS = {  # config.run: module in paligemma_jax/runs, and what it does
@@ -18,14 +19,29 @@ RUNS = {  # config.run: module in paligemma_jax/runs, and what it does
     "chat": "answer prompts about a picture as they are typed",
     "train": "fine-tune a model on your own pictures (needs configs/finetune.py)",
     "evaluate": "measure the shipped model on pictures it has not seen",
-    "inspect": "draw what an answer rests on (needs configs/inspect.py)",
+    "inspect": "draw what an answer is based on: attention, similarity, logit lens (needs configs/inspect.py)",
     "swap": "answer about a picture with another one's embeddings (needs configs/swap.py)",
     "make_tiny": "build the shipped model from a seed (needs configs/make_tiny.py)",
 }
 
+_EVALUATION = ("measure", "data", "num_scenes", "scenes_seed", "output")
+_SELECTION = ("min_score", "nms", "loc_scale")
+_SAMPLING = ("temperature", "top_k", "top_p", "min_p", "seed", "max_new_tokens", "speculate")
+_FILES = ("stream", "export", "output_dir", "save_embeddings", "load_embeddings", "embeddings")
+UNUSED = {  # by run, keys of its config that change nothing in it
+    "generate": _EVALUATION,
+    "chat": (*_EVALUATION, "prompt", "stream", "batch_size", "video_fps", "embeddings"),
+    "inspect": (*_EVALUATION, *_SELECTION, "video_fps", "embeddings", "batch_size", "mask_vae"),
+    "swap": (*_EVALUATION, *_SELECTION, "video_fps", "mask_vae"),
+    "evaluate": (
+        *("image", "prompt", "prompts_file", "split_classes", "video_fps", "batch_size"),
+        *(*_SELECTION, *_SAMPLING, *_FILES),
+    ),
+}
+
 _KEY_COMMENT = re.compile(r"^    config\.(\w+) = .*  # (.+)$", re.MULTILINE)
 _OVERRIDE = re.compile(r"--?(?:no)?config\.([^=]*)")
-_EXPECTED = {int: "a whole number", float: "a number", bool: "true or false"}
+_EXPECTED = {int: "an integer", float: "a number", bool: "true or false"}
 
 
 def main(arguments: Sequence[str], default_config: Path) -> int:
@@ -47,6 +63,8 @@ def main(arguments: Sequence[str], default_config: Path) -> int:
             print(_help(file, config, default_config))
             return 0
         name = one_of(config, "run", RUNS)
+        if unused := sorted(set(_keys(overrides)) & set(UNUSED.get(name, ()))):
+            note(f"note: run={name} does not use {', '.join(unused)}")
         if not debug:
             environment.quiet()
         environment.collect_garbage_seldom()
@@ -99,10 +117,15 @@ def _config_file(arguments: Sequence[str], default: Path) -> tuple[str, list[str
     return f"{path}{colon}{variant}", overrides
 
 
+def _keys(overrides: Sequence[str]) -> list[str]:
+    """The keys that are set on the command line."""
+    return [match[1] for override in overrides if (match := _OVERRIDE.match(override))]
+
+
 def _read_config(file: str, overrides: Sequence[str]) -> ConfigDict:
     """The config of a file with the overrides in it."""
     config, _ = _parse(file, [])  # first the plain one: it knows which keys there are
-    for key in (match[1] for override in overrides if (match := _OVERRIDE.match(override))):
+    for key in _keys(overrides):
         if key not in config:
             raise ConfigError(f"unknown key --config.{key}{did_you_mean(key, config)}")
     try:

@@ -12,7 +12,6 @@ import absl.logging
 import jax
 from ml_collections import ConfigDict
 
-from paligemma_jax.compiling import use_wide_loops
 from paligemma_jax.errors import ConfigError
 from paligemma_jax.runs.notes import note
 from paligemma_jax.runs.settings import one_of
@@ -41,7 +40,6 @@ def select_platform(config: ConfigDict) -> None:
       ConfigError: it is not there; the message says what to install.
     """
     name = one_of(config, "platform", ("auto", "cpu", "gpu", "tpu"))
-    use_wide_loops(name)
     if name == "auto":
         return
     jax.config.update("jax_platforms", "cpu" if name == "cpu" else "")  # "": whatever is there, the fastest first

@@ -9,8 +9,8 @@ from paligemma_jax.files import write_text
 from paligemma_jax.runs.notes import note
 from paligemma_jax.runs.sources import Source, Stems
 from paligemma_jax.tasks import coco, yolo
-from paligemma_jax.tasks.classes import class_names
 from paligemma_jax.tasks.detection import Detection
+from paligemma_jax.tasks.prompts import read_prompt
 
 
 class Exports:
@@ -27,7 +27,7 @@ class Exports:
     def __init__(self, kinds: Iterable[str], directory: Path, prompts: Iterable[str]):
         self._kinds = list(kinds)
         self._directory = directory
-        self._classes = list(dict.fromkeys(name for prompt in prompts for name in class_names(prompt)))
+        self._classes = list(dict.fromkeys(name for prompt in prompts for name in read_prompt(prompt).labels))
         self._images: list[coco.Record] = []
         self._annotations: list[coco.Record] = []
         self._current: tuple[str, float] | None = None  # the picture whose objects come
@@ -79,5 +79,5 @@ def _write_json(path: Path, value: Any) -> None:
 
 def check(kinds: Iterable[str], prompts: Iterable[str]) -> None:
     """Raise a ConfigError, before the model is loaded, when masks are asked for that could not be written."""
-    if "coco" in kinds and any(prompt.split()[:1] == ["segment"] for prompt in prompts):
+    if "coco" in kinds and any((task := read_prompt(prompt).task) and task.num_codes for prompt in prompts):
         coco.require()

@@ -5,7 +5,6 @@ import itertools
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -33,12 +32,11 @@ def run(config: ConfigDict) -> int:
     if config.stream and config.split_classes:
         raise ConfigError("split_classes asks all classes at once, stream one after the other: leave out one of them")
     if config.batch_size < 1:
-        raise ConfigError(f"batch_size={config.batch_size} is not possible: give a whole number of at least 1")
+        raise ConfigError(f"batch_size={config.batch_size} is not possible: give an integer of at least 1")
     settings.loc_scale(config)
-    settings.speculate(config)
     settings.choice(config)
     fps = settings.video_fps(config)
-    sampling = settings.sampling(config, stream=config.stream)
+    options = settings.generate_options(config, stream=config.stream)
     asked = questions(config)
     prompts = [question.prompt for question in asked]
     kinds = settings.exports(config)
@@ -58,10 +56,10 @@ def run(config: ConfigDict) -> int:
 
     embedded = Embedded(config, None if has_video else len(names))
     profile = environment.profiled(config)
-    readable = sum(isinstance(source, Source) for source in first)
-    prepare = None if embedded.asked else lambda model: _prepare(model, readable, parts, config, sampling)
-    at_once = 1 if config.stream else min(config.batch_size, readable * len(parts))
-    model = models.load(config, prepare, at_once)
+    sources = [source for source in first if isinstance(source, Source)]
+    warm_up = [] if embedded.asked else [pj.Request((s.image,), part, options) for s in sources for part in parts]
+    at_once = 1 if config.stream else min(config.batch_size, len(sources) * len(parts))
+    model = models.load(config, warm_up[:at_once], at_once)
     several = has_video or len(names) * len(prompts) > 1
     writers = exports.Exports(kinds, Path(config.output_dir).expanduser(), prompts) if kinds else None
     failed = 0
@@ -79,27 +77,10 @@ def run(config: ConfigDict) -> int:
             pictures = [source.image if isinstance(source, Source) else None for source in group]
             soft_tokens = embedded.soft_tokens(model, pictures)
             if sources:
-                _answer(model, sources, asked, soft_tokens, config, sampling, results)
+                _answer(model, sources, asked, soft_tokens, config, options, results)
             bar.update(len(group))
         embedded.close()  # at the end only: what a stopped run has is not worth the file that may be there
     return 1 if failed else 0
-
-
-def _prepare(
-    model: pj.PaliGemma, num_pictures: int, prompts: list[str], config: ConfigDict, sampling: pj.Sampling
-) -> None:
-    """Compile what the first answers need: all prompts about some pictures, or the first one when they are streamed."""
-    if config.stream:
-        num_pictures, prompts = 1, prompts[:1]
-    groups = [[i] for i in range(num_pictures) for _ in prompts]
-    if groups:
-        options = {"batch_size": config.batch_size, **_options(config)}
-        model.compile(groups, prompts * num_pictures, config.max_new_tokens, sampling, **options)
-
-
-def _options(config: ConfigDict) -> dict[str, Any]:
-    """What `generate`, `stream` and `compile` are told alike."""
-    return {"speculate": settings.speculate(config), "constrain": config.constrain}
 
 
 def _answer(
@@ -108,19 +89,21 @@ def _answer(
     asked: list[Question],
     soft_tokens: jax.Array | None,
     config: ConfigDict,
-    sampling: pj.Sampling,
+    options: pj.GenerateOptions,
     results: Results,
 ) -> None:
     """Answer and report all questions about some pictures, whose soft tokens [I, N, D] may be given."""
     if config.stream:
-        _stream(model, sources, asked, soft_tokens, config, sampling, results)
+        _stream(model, sources, asked, soft_tokens, options, results)
         return
-    parts = [part for question in asked for part in question.parts]
+    parts = [part.text for question in asked for part in question.parts]
     pictures = [source.image for source in sources for _ in parts]
     if soft_tokens is not None:
         soft_tokens = jnp.repeat(soft_tokens, len(parts), axis=0)
-    options = {"batch_size": config.batch_size, "image_embeddings": soft_tokens, **_options(config)}
-    outputs = iter(model.generate(pictures, parts * len(sources), config.max_new_tokens, sampling, **options))
+    prompts = parts * len(sources)
+    outputs = iter(
+        model.generate(pictures, prompts, image_embeddings=soft_tokens, batch_size=config.batch_size, options=options)
+    )
     for source, question in itertools.product(sources, asked):
         results.head(source.name, question.prompt)
         results.report(source, question, list(itertools.islice(outputs, len(question.parts))))
@@ -131,18 +114,16 @@ def _stream(
     sources: list[Source],
     asked: list[Question],
     soft_tokens: jax.Array | None,
-    config: ConfigDict,
-    sampling: pj.Sampling,
+    options: pj.GenerateOptions,
     results: Results,
 ) -> None:
     """The same, every answer printed while it is made."""
-    options = _options(config)
     for i, source in enumerate(sources):
         # Once, however many prompts follow.
         embeddings = model.embed_image(source.image) if soft_tokens is None else soft_tokens[i : i + 1]
         for question in asked:
             results.head(source.name, question.prompt)
-            pieces = model.stream(None, question.prompt, config.max_new_tokens, sampling, embeddings, **options)
+            pieces = model.stream(None, question.prompt, image_embeddings=embeddings, options=options)
             print_pieces(pieces)
             results.report(source, question, [pieces.output], streamed=True)
 

@@ -19,6 +19,7 @@ from paligemma_jax.inspection.report import report
 from paligemma_jax.processing.image import find_images, load_image
 from paligemma_jax.runs import environment, settings
 from paligemma_jax.runs import model as models
+from paligemma_jax.tasks.prompts import read_prompt
 
 _MAX_WORDS = 100
 _UNUSED = ("prompts_file", "split_classes", "stream", "export", "save_embeddings", "load_embeddings")
@@ -34,23 +35,18 @@ def run(config: ConfigDict) -> int:
     kinds = _kinds(config)
     settings.refuse(config, _UNUSED, "inspect looks into one answer to one prompt about one picture")
     layer, head = _number(config, "layer"), _number(config, "head")
-    sampling = settings.sampling(config, stream=False)
-    options = {"speculate": settings.speculate(config), "constrain": config.constrain}
+    options = settings.generate_options(config)
     text = _text(config) if "similarity" in kinds else config.text
     models.check_weights(config)
     name, picture = _picture(config)
     directory.mkdir(parents=True, exist_ok=True)  # a bad place is known before the work
     profile = environment.profiled(config)
 
-    def prepare(model: pj.PaliGemma) -> None:
-        if not config.answer:
-            model.compile([[0]], config.prompt, config.max_new_tokens, sampling, **options)
-
-    model = models.load(config, prepare)
+    warm_up = [] if config.answer else [pj.Request((picture,), read_prompt(config.prompt), options)]
+    model = models.load(config, warm_up)
     _check(model.config, kinds, layer, head, config.occlusion_size)
     with profile:
-        limits = (config.max_new_tokens, sampling)
-        answer = config.answer or model.generate(picture, config.prompt, *limits, **options)[0].text
+        answer = config.answer or model.generate(picture, config.prompt, options=options)[0].text
         hiding = (config.occlusion_size or None, config.occlusion_way)
         findings = inspect_answer(model, picture, config.prompt, answer, text, kinds, config.words, *hiding)
     made = [figure for figure in figures(findings, layer, head) if figure.name.partition("_")[0] in kinds]
@@ -76,7 +72,7 @@ def _kinds(config: ConfigDict) -> list[str]:
     if not kinds:
         raise ConfigError(f"maps is empty: give some of {', '.join(KINDS)}, with commas between")
     if not 1 <= config.words <= _MAX_WORDS:
-        raise ConfigError(f"words={config.words} is not possible: give a whole number from 1 to {_MAX_WORDS}")
+        raise ConfigError(f"words={config.words} is not possible: give an integer from 1 to {_MAX_WORDS}")
     if config.occlusion_size < 0:
         raise ConfigError(f"occlusion_size={config.occlusion_size} is not possible: give a side in patches, or 0")
     settings.one_of(config, "occlusion_way", WAYS)
@@ -91,7 +87,7 @@ def _number(config: ConfigDict, key: str) -> int | None:
     if value == "mean":
         return None
     if not value.isdecimal() or int(value) < 1:
-        raise ConfigError(f"{key}={value!r} is not possible: give mean, or a whole number of at least 1")
+        raise ConfigError(f"{key}={value!r} is not possible: give mean, or an integer of at least 1")
     return int(value) - 1
 
 

@@ -1,7 +1,7 @@
 """A run config to a model that is ready."""
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Sequence
 from pathlib import Path
 
 from ml_collections import ConfigDict
@@ -18,10 +18,8 @@ A directory that has them already: --config.checkpoint=DIR
 Meanwhile, the small model that is shipped: python main.py --config=configs/tiny.py"""
 
 
-def load(
-    config: ConfigDict, prepare: Callable[[pj.PaliGemma], None] | None = None, batch_size: int = 1
-) -> pj.PaliGemma:
-    """The model of a generate, chat or evaluate run; see `pj.load` for `prepare` and `batch_size`, the prompts at once.
+def load(config: ConfigDict, warm_up: Sequence[pj.Request] = (), batch_size: int = 1) -> pj.PaliGemma:
+    """The model of a generate, chat or evaluate run; see `pj.load` for `warm_up`; `batch_size` prompts run at once.
 
     Raises:
       UserError: see the message; nothing is fetched from the hub unless `checkpoint` names it.
@@ -35,9 +33,8 @@ def load(
         dtype=dtype,
         quantization=None if quantization == "none" else quantization,
         mask_vae=config.mask_vae or None,
-        prepare=prepare,
-        batch_size=batch_size,
-        num_beams=config.num_beams,
+        batch_size=batch_size * config.num_beams,
+        warm_up=warm_up,
     )
     if resample != "auto":
         settings = dataclasses.replace(model.processor.image_settings, resample=resample)

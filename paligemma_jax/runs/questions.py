@@ -8,7 +8,7 @@ from ml_collections import ConfigDict
 
 import paligemma_jax as pj
 from paligemma_jax.runs import settings
-from paligemma_jax.tasks.classes import one_per_class, written_out
+from paligemma_jax.tasks.prompts import Prompt, read_prompt
 
 
 @dataclasses.dataclass(frozen=True)
@@ -16,18 +16,20 @@ class Question:
     """A prompt and its parts: itself, or a prompt for each of its classes; there is one answer to each."""
 
     prompt: str
-    parts: tuple[str, ...]
+    parts: tuple[Prompt, ...]
 
     @classmethod
-    def whole(cls, prompt: str) -> "Question":
-        """A prompt that is asked as it is."""
-        return cls(prompt, (written_out(prompt),))
+    def of(cls, text: str, split_classes: bool = False) -> "Question":
+        """A prompt that is asked as it is, or class by class."""
+        prompt = read_prompt(text)
+        parts = prompt.per_label() if split_classes else [prompt]
+        return cls(text, tuple(read_prompt(part.canonical) for part in parts))
 
 
 def questions(config: ConfigDict) -> list[Question]:
     """The prompts of a run, in parts if it says so."""
     prompts = settings.prompts(config)
-    return [Question(p, tuple(one_per_class(p))) if config.split_classes else Question.whole(p) for p in prompts]
+    return [Question.of(prompt, config.split_classes) for prompt in prompts]
 
 
 def together(outputs: Sequence[pj.Output]) -> pj.Output:

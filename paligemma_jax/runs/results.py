@@ -1,14 +1,11 @@
 """Answers to what the user sees: text or JSON on stdout, notes on stderr, drawn pictures in a folder."""
 
-import dataclasses
 import itertools
 import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 from ml_collections import ConfigDict
-from PIL import Image
 
 import paligemma_jax as pj
 from paligemma_jax.errors import CheckpointError
@@ -18,20 +15,19 @@ from paligemma_jax.runs.films import Films
 from paligemma_jax.runs.notes import note
 from paligemma_jax.runs.questions import Question, together
 from paligemma_jax.runs.sources import Source, Stems, plain
-from paligemma_jax.tasks import export, select
-from paligemma_jax.tasks.classes import class_names
-from paligemma_jax.tasks.detection import NUM_CODES
+from paligemma_jax.tasks import export
 from paligemma_jax.tasks.draw import draw
+from paligemma_jax.tasks.prompts import TASK_WORDS, read_prompt
+from paligemma_jax.tasks.select import Selection, select
 
-_OBJECT_TOKENS = {"detect": 8, "segment": 8 + NUM_CODES}  # of an object with a short label and what goes before it
-_TASK_WORDS = ("answer", "cap", "caption", "describe", "detect", "ocr", "question", "segment")
+_OBJECT_TOKENS = 8  # of an object without mask, with a short label and what goes before it
 
 
 def warn_about_free_prompts(config: ConfigDict, prompts: list[str]) -> None:
     """Checkpoints that are to be fine-tuned know the prompts of their training only."""
-    free = next((p for p in prompts if not p.split() or p.split()[0] not in _TASK_WORDS), None)
+    free = next((prompt for prompt in prompts if read_prompt(prompt).task is None), None)
     if free is not None and "-pt-" in f"{config.checkpoint} {config.hub_id}":
-        words = ", ".join(_TASK_WORDS)
+        words = ", ".join(sorted(TASK_WORDS))
         note(f"note: pt checkpoints answer free prompts such as {free!r} badly: begin with {words}, or take a mix one")
 
 
@@ -67,8 +63,10 @@ class Results:
         Its objects are drawn and exported, and what is odd about it is noted.
         """
         about = f"{source.name}: {question.prompt}: " if self._several else ""
-        found = [item for output in outputs for item in self._objects(output, source.image.size, about)]
-        objects, left_out = _choose(found, self._config.min_score, self._config.nms)
+        parsed = [self._objects(output, source.image.size, about) for output in outputs]
+        dropped = [texts for _, texts in parsed]
+        chosen = select([item for found, _ in parsed for item in found], self._config.min_score, self._config.nms)
+        objects = chosen.kept
         answer = together(outputs)
         as_json = self._config.format == "json" and not streamed
         if not (as_json or streamed):
@@ -77,11 +75,12 @@ class Results:
         if self._exports:
             self._exports.add(source, objects)
         if as_json:
-            record = self._record(source, question.prompt, outputs, objects, files)
+            texts = list(itertools.chain.from_iterable(dropped))
+            record = export.record(source.name, question.prompt, answer, objects, texts, files, self._model.load_s)
             print(json.dumps(record, ensure_ascii=False), flush=True)
         for item in () if as_json else objects:
             note(f"  {about}{_describe(item)}")
-        for oddity in itertools.chain(left_out, self._oddities(question, outputs, source.image)):
+        for oddity in itertools.chain(self._left_out(chosen), self._oddities(question, outputs, dropped)):
             note(f"note: {about}{oddity}")
 
     def close(self) -> None:
@@ -91,8 +90,8 @@ class Results:
         if self._exports:
             self._exports.close()
 
-    def _objects(self, output: pj.Output, size: tuple[int, int], about: str) -> list[pj.Detection]:
-        """The objects of an answer, with masks if they can be decoded."""
+    def _objects(self, output: pj.Output, size: tuple[int, int], about: str) -> tuple[list[pj.Detection], list[str]]:
+        """The objects of an answer, with masks if they can be decoded, and the incomplete ones."""
         try:
             return self._model.objects(output, size, self._config.loc_scale)
         except CheckpointError as error:
@@ -118,54 +117,33 @@ class Results:
         note(f"wrote {path}" + (f" and {len(files)} mask{'s' * (len(files) > 1)}" if files else ""))
         return files
 
-    def _record(
-        self, source: Source, prompt: str, outputs: Sequence[pj.Output], objects: list[pj.Detection], files: list[Path]
-    ) -> dict[str, Any]:
-        answer = together(outputs)
-        return {
-            "image": source.name,
-            "prompt": prompt,
-            "text": answer.text,
-            "finish_reason": answer.finish_reason,
-            **export.to_json(objects, files),
-            "details": export.to_details(objects),
-            "dropped": [text for output in outputs for text in self._dropped(output, source.image)],
-            "timing": {"load_s": self._model.load_s, **dataclasses.asdict(answer.timing)},
+    def _left_out(self, chosen: Selection) -> Iterator[str]:
+        """What is to be said about objects that were not kept."""
+        counts = {
+            f"objects with a score below min_score={self._config.min_score}": chosen.below_score,
+            "duplicates": chosen.duplicates,
+            f"objects under a better one of the same label (nms={self._config.nms})": chosen.suppressed,
         }
+        yield from (f"{what}, left out: {count}" for what, count in counts.items() if count)
 
-    def _dropped(self, output: pj.Output, image: Image.Image) -> list[str]:
-        """The incomplete objects of an answer."""
-        return pj.parse(output.text, image.size, self._config.loc_scale)[1]
-
-    def _oddities(self, question: Question, outputs: Sequence[pj.Output], image: Image.Image) -> Iterator[str]:
+    def _oddities(
+        self, question: Question, outputs: Sequence[pj.Output], dropped: Sequence[Sequence[str]]
+    ) -> Iterator[str]:
         """What a user should know about an answer."""
-        for part, output in zip(question.parts, outputs, strict=True):
-            which = f"{part}: " if len(outputs) > 1 else ""
-            task, names = part.split()[0] if part.split() else "", " ; ".join(class_names(part))
+        for prompt, output, texts in zip(question.parts, outputs, dropped, strict=True):
+            which = f"{prompt.text}: " if len(outputs) > 1 else ""
+            names, task = " ; ".join(prompt.labels), prompt.task
             if output.finish_reason == "length":
                 yield f"{which}cut off after {len(output.tokens)} tokens, max_new_tokens allows no more"
-            if dropped := self._dropped(output, image):
-                yield f"{which}incomplete objects in the answer, left out: {len(dropped)}"
+            if texts:
+                yield f"{which}incomplete objects in the answer, left out: {len(texts)}"
             room = self._config.max_new_tokens - len(output.tokens)
-            if self._config.constrain and names and room < _OBJECT_TOKENS[task]:
+            if self._config.constrain and names and room < _OBJECT_TOKENS + task.num_codes:
                 yield f"{which}max_new_tokens={self._config.max_new_tokens} left no room for another object"
-            if task in _OBJECT_TOKENS and not names:
-                yield f"{which}no class is named: say what to look for, as in {task} cat ; dog"
+            if task is not None and task.has_objects and not names:
+                yield f"{which}no class is named: say what to look for, as in {task.name} cat ; dog"
             elif not output.text.strip():
                 yield which + (f"no boxes: no {names} was found" if names else "the answer is empty")
-
-
-def _choose(found: list[pj.Detection], min_score: float, nms: float) -> tuple[list[pj.Detection], list[str]]:
-    """The objects to keep, and what is to be said about the others."""
-    good = select.above(found, min_score)
-    single = select.without_duplicates(good)
-    kept = select.suppress(single, nms) if nms else single
-    counts = {
-        f"objects with a score below min_score={min_score}": len(found) - len(good),
-        "duplicates": len(good) - len(single),
-        f"objects under a better one of the same label (nms={nms})": len(single) - len(kept),
-    }
-    return kept, [f"{what}, left out: {count}" for what, count in counts.items() if count]
 
 
 def _describe(item: pj.Detection) -> str:

@@ -1,17 +1,20 @@
 """Values of a run config, checked."""
 
+import dataclasses
 import difflib
 import math
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from ml_collections import ConfigDict
 
 from paligemma_jax.errors import ConfigError, PromptError, SamplingError
-from paligemma_jax.generation.sampling import Sampling
+from paligemma_jax.processing.request import GenerateOptions, Sampling
 
 EXPORTS = ("coco", "yolo")
+
+T = TypeVar("T")
 
 
 def did_you_mean(name: str, known: Iterable[str], prefix: str = "") -> str:
@@ -33,6 +36,11 @@ def one_of(config: ConfigDict, key: str, allowed: Iterable[Any]) -> Any:
     return value
 
 
+def from_config(kind: type[T], config: ConfigDict) -> T:
+    """A dataclass whose fields are keys of a config."""
+    return kind(**{field.name: config[field.name] for field in dataclasses.fields(kind)})
+
+
 def refuse(config: ConfigDict, names: Iterable[str], why: str) -> None:
     """ConfigError when one of the keys is set, which this run could not do."""
     for name in names:
@@ -40,18 +48,14 @@ def refuse(config: ConfigDict, names: Iterable[str], why: str) -> None:
             raise ConfigError(f"{name}={config[name]!r} is not possible, {why}: leave it out")
 
 
-def sampling(config: ConfigDict, stream: bool) -> Sampling:
-    """How the next token is chosen, of answers that are printed while they are made or not."""
+def generate_options(config: ConfigDict, stream: bool = False) -> GenerateOptions:
+    """How answers are generated, those that are printed while they are made or others."""
     names = ("temperature", "top_k", "top_p", "min_p", "num_beams", "seed")
-    chosen = Sampling(**{name: getattr(config, name) for name in names})
-    if stream and chosen.num_beams > 1:
-        raise SamplingError(f"num_beams={chosen.num_beams} cannot stream: the best beam is known at the end only")
-    return chosen
-
-
-def speculate(config: ConfigDict) -> bool | None:
-    """Whether tokens are guessed ahead; None leaves it to the model."""
-    return {"auto": None, "on": True, "off": False}[one_of(config, "speculate", ("auto", "on", "off"))]
+    sampling = Sampling(**{name: getattr(config, name) for name in names})
+    if stream and sampling.num_beams > 1:
+        raise SamplingError(f"num_beams={sampling.num_beams} cannot stream: the best beam is known at the end only")
+    speculate = {"auto": None, "on": True, "off": False}[one_of(config, "speculate", ("auto", "on", "off"))]
+    return GenerateOptions(config.max_new_tokens, sampling, config.constrain, speculate)
 
 
 def loc_scale(config: ConfigDict) -> int:

@@ -38,7 +38,7 @@ def run(config: ConfigDict) -> int:
     """Save the embeddings of two pictures, ask about each with its own and with the other's, then about variations."""
     as_json = settings.one_of(config, "format", ("text", "json")) == "json"
     stage = settings.one_of(config, "embeddings", ("projected", "features"))
-    sampling = settings.sampling(config, stream=False)
+    options = settings.generate_options(config)
     shares, bits = _numbers(config, "mix", float), _numbers(config, "bits", int)
     for value in bits:
         em.quantize(np.zeros((1, 1)), value)  # what is impossible is known before the model is loaded
@@ -73,9 +73,8 @@ def run(config: ConfigDict) -> int:
         given = np.concatenate([trial.embeddings for trial in trials])
         if stage == "features":
             given = model.project(given)
-        options = {"speculate": settings.speculate(config), "constrain": config.constrain}
         prompts = [config.prompt] * len(trials)
-        outputs = model.generate(None, prompts, config.max_new_tokens, sampling, given, config.batch_size, **options)
+        outputs = model.generate(None, prompts, image_embeddings=given, batch_size=config.batch_size, options=options)
     _report(trials, outputs, config, as_json)
     return 0
 

@@ -4,7 +4,8 @@ from ml_collections import ConfigDict
 
 from paligemma_jax.errors import ConfigError, DataError
 from paligemma_jax.runs import model as models
-from paligemma_jax.training.finetune import finetune
+from paligemma_jax.runs import settings
+from paligemma_jax.training.finetune import Recipe, Settings, finetune
 
 
 def run(config: ConfigDict) -> int:
@@ -14,5 +15,5 @@ def run(config: ConfigDict) -> int:
     if not config.output_dir:
         raise ConfigError("output_dir is empty: name a folder for the tuned model")
     models.check_weights(config)
-    finetune(config)
+    finetune(settings.from_config(Settings, config), settings.from_config(Recipe, config))
     return 0

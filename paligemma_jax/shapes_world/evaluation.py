@@ -8,12 +8,12 @@ from collections.abc import Callable
 import numpy as np
 from tqdm import tqdm
 
+from paligemma_jax.api import PaliGemma
 from paligemma_jax.errors import ConfigError
 from paligemma_jax.evaluation.metrics import ImageDetections, auc, match, mean_average_precision
-from paligemma_jax.pipeline import PaliGemma
 from paligemma_jax.shapes_world.questions import Question, caption, sample_answer, sample_locate
 from paligemma_jax.shapes_world.samples import Sample, scene_sample
-from paligemma_jax.tasks.detection import Detection, parse
+from paligemma_jax.tasks.detection import Detection
 from paligemma_jax.tasks.overlap import box_iou, mask_iou
 
 _ANSWERS_PER_SCENE = 3
@@ -65,7 +65,7 @@ def evaluate(
     an incomplete object. `score_auc` is the chance that a matched box scores higher than one that is not; COCO's `map`,
     which takes the scores too, needs pycocotools and is NaN without.
 
-    With `constrain` answers with boxes can be nothing but well-formed; see `generation.grammar`.
+    With `constrain` answers with boxes can be nothing but well-formed; see `engine.constraints.grammar`.
 
     Returns:
       Per task its numbers, each in 0..1 but for the counts.
@@ -142,7 +142,7 @@ def _measure(model: PaliGemma, asked: list[Asked], tally: Tally, constrain: bool
     for item, output in zip(asked, outputs, strict=True):
         task = item.question.task
         if task in ("detect", "segment"):
-            _measure_location(item, model.objects(output, item.sample.image.size), output.text, tally)
+            _measure_location(item, *model.objects(output, item.sample.image.size), output.text, tally)
             continue
         right = float(output.text == item.question.suffix)
         tally.values[task].append(right)
@@ -151,12 +151,12 @@ def _measure(model: PaliGemma, asked: list[Asked], tally: Tally, constrain: bool
             tally.values[f"answer {kind}"].append(right)
 
 
-def _measure_location(item: Asked, found: list[Detection], text: str, tally: Tally) -> None:
+def _measure_location(item: Asked, found: list[Detection], dropped: list[str], text: str, tally: Tally) -> None:
     task, truth, size = item.question.task, item.question.objects, item.sample.image.size
     values = tally.values
     if not truth:
         values[f"{task} absent"].append(float(not text))
-    values[f"{task} malformed"].append(float(bool(parse(text, size)[1])))
+    values[f"{task} malformed"].append(float(bool(dropped)))
     boxes = [item.sample.boxes[index] for index, _ in truth]
     overlap = np.zeros((len(found), len(truth)))
     for i, detection in enumerate(found):

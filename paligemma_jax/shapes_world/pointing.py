@@ -7,9 +7,9 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
+from paligemma_jax.api import PaliGemma
 from paligemma_jax.inspection import maps, words
 from paligemma_jax.inspection.embeddings import grid_side
-from paligemma_jax.pipeline import PaliGemma
 from paligemma_jax.shapes_world.samples import Sample, scene_sample
 
 _MAX_NEW_TOKENS = 64

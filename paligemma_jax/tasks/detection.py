@@ -30,7 +30,7 @@ class Detection:
     """One object of a picture.
 
     box: (x0, y0, x1, y1) in pixels, x0 <= x1 and y0 <= y1.
-    score: confidence in 0..1, None when unknown; `generation.confidence` says how it is worked out.
+    score: confidence in 0..1, None when unknown; `tasks.confidence` says how it is worked out.
     codes: the 16 segmentation indices, row by row over a 4x4 grid, None without a mask.
     mask: [H, W] bool over the whole picture, None until the codes are decoded.
     span: start and end of the object in the text it was parsed from, to line it up with token probabilities.

@@ -1,5 +1,6 @@
 """Objects to JSON records, mask files and supervision; `coco` and `yolo` hold the forms of those two."""
 
+import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,6 +16,37 @@ from paligemma_jax.tasks.select import known_score
 
 if TYPE_CHECKING:
     import supervision
+
+
+def record(
+    image: str,
+    prompt: str,
+    answer: Any,
+    objects: Sequence[Detection],
+    dropped: Sequence[str],
+    mask_files: Sequence[str | Path] = (),
+    load_s: float = 0.0,
+) -> dict[str, Any]:
+    """One answer as the JSON object that the command line prints.
+
+    Args:
+      image, prompt: what was asked.
+      answer: an `tasks.output.Output`.
+      objects: those that are kept of it, in pixels.
+      dropped: the text of each incomplete object.
+      mask_files: what `save_masks` returned for them.
+      load_s: seconds that loading the model took.
+    """
+    return {
+        "image": image,
+        "prompt": prompt,
+        "text": answer.text,
+        "finish_reason": answer.finish_reason,
+        **to_json(objects, mask_files),
+        "details": to_details(objects),
+        "dropped": list(dropped),
+        "timing": {"load_s": load_s, **dataclasses.asdict(answer.timing)},
+    }
 
 
 def to_json(detections: Sequence[Detection], mask_files: Sequence[str | Path] = ()) -> dict[str, list[dict[str, Any]]]:

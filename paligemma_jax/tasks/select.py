@@ -4,6 +4,7 @@ Every function returns some of the objects it was given, in their order, and cha
 known counts as one of score 0: it goes when any minimum is asked for, and gives way to an equal one with a score.
 """
 
+import dataclasses
 from collections.abc import Sequence
 
 import numpy as np
@@ -17,6 +18,30 @@ _SAME_BOX = 0.95  # IoU of boxes that differ by about a location unit in a corne
 def known_score(item: Detection) -> float:
     """The score of an object, 0 when it is not known or no number."""
     return 0.0 if item.score is None or item.score != item.score else item.score
+
+
+@dataclasses.dataclass(frozen=True)
+class Selection:
+    """The objects of an answer that are kept, and how many were left out for which reason."""
+
+    kept: list[Detection]
+    below_score: int
+    duplicates: int
+    suppressed: int
+
+
+def select(found: Sequence[Detection], min_score: float = 0.0, nms: float = 0.0) -> Selection:
+    """Leave out objects below a score, those said twice, and with `nms` above 0 those that a better one covers.
+
+    Args:
+      found: objects of one image.
+      min_score: 0..1.
+      nms: IoU, 0..1, above which of two boxes of a label the lower scored is left out; 0 keeps both.
+    """
+    good = above(found, min_score)
+    single = without_duplicates(good)
+    kept = suppress(single, nms) if nms else single
+    return Selection(kept, len(found) - len(good), len(good) - len(single), len(single) - len(kept))
 
 
 def above(detections: Sequence[Detection], min_score: float) -> list[Detection]:

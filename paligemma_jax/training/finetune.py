@@ -9,12 +9,11 @@ from typing import Any
 import jax
 import optax
 from flax.traverse_util import flatten_dict
-from ml_collections import ConfigDict
 
+from paligemma_jax import ops
 from paligemma_jax.errors import ConfigError
 from paligemma_jax.loading import load
 from paligemma_jax.models.paligemma import PaliGemma
-from paligemma_jax.models.quantized import Quantized
 from paligemma_jax.training.data import make_batches, read_jsonl
 from paligemma_jax.training.loop import fit, init_state, make_step, open_checkpoints
 from paligemma_jax.training.loss import suffix_loss
@@ -45,8 +44,30 @@ class Recipe:
                 raise ConfigError(f"{name}={value} is not possible: give a number from {low:g} to below {high:g}")
 
 
-def finetune(config: ConfigDict) -> Path:
-    """Train as `configs/finetune.py` says, going on where an earlier run with the same output_dir stopped.
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """What is trained on what, and where it goes; configs/finetune.py says what the fields mean."""
+
+    checkpoint: str
+    dtype: str
+    data: str
+    image_root: str
+    output_dir: str
+    epochs: int
+    batch_size: int
+    text_length: int
+    seed: int
+    log_every: int
+    save_every: int
+
+    def __post_init__(self):
+        for name in ("epochs", "batch_size", "text_length", "log_every", "save_every"):
+            if (value := getattr(self, name)) < 1:
+                raise ConfigError(f"{name}={value} is not possible: give an integer of at least 1")
+
+
+def finetune(settings: Settings, recipe: Recipe) -> Path:
+    """Train, going on where an earlier run with the same output_dir stopped.
 
     Returns:
       The directory of the tuned model, in Hugging Face layout.
@@ -54,29 +75,25 @@ def finetune(config: ConfigDict) -> Path:
     Raises:
       UserError: see the message.
     """
-    recipe = Recipe(**{field.name: config[field.name] for field in dataclasses.fields(Recipe)})
-    for name in ("epochs", "batch_size", "text_length", "log_every", "save_every"):
-        if config[name] < 1:
-            raise ConfigError(f"{name}={config[name]} is not possible: give a whole number of at least 1")
-    examples = read_jsonl(config.data, config.image_root)
-    model = load(config.checkpoint, config.dtype)
-    if any(isinstance(leaf, Quantized) for leaf in flatten_dict(model.params).values()):
-        raise ConfigError(f"{config.checkpoint} is quantized and cannot be trained: give the original weights")
-    sizes = {name: config[name] for name in ("batch_size", "epochs", "text_length", "seed")}
+    examples = read_jsonl(settings.data, settings.image_root)
+    model = load(settings.checkpoint, settings.dtype, prepare=False)
+    if any(map(ops.is_weight, flatten_dict(model.params).values())):
+        raise ConfigError(f"{settings.checkpoint} is quantized and cannot be trained: give the original weights")
+    sizes = {name: getattr(settings, name) for name in ("batch_size", "epochs", "text_length", "seed")}
     batches = make_batches(examples, model.processor, **sizes)
-    print(f"{len(examples)} examples, {len(batches)} steps of {config.batch_size}", file=sys.stderr)
+    print(f"{len(examples)} examples, {len(batches)} steps of {settings.batch_size}", file=sys.stderr)
 
     optimizer = make_optimizer(recipe, len(batches))
     loss = functools.partial(suffix_loss, PaliGemma(model.config), recipe.label_smoothing, batches.num_answers)
-    output = Path(config.output_dir)
+    output = Path(settings.output_dir)
     state = fit(
         init_state(model.params, optimizer),
         make_step(loss, optimizer),
         batches,
         len(batches),
         checkpoints=open_checkpoints(output / "checkpoints"),
-        save_every=config.save_every,
-        log_every=config.log_every,
+        save_every=settings.save_every,
+        log_every=settings.log_every,
         name="finetune",
     )
     model.params = state.params

@@ -18,7 +18,8 @@ def product_flops(jaxpr: Jaxpr) -> int:
             (contracted, _), _ = eqn.params["dimension_numbers"]
             shape = eqn.invars[0].aval.shape
             total += 2 * eqn.outvars[0].aval.size * int(np.prod([shape[axis] for axis in contracted]))
-        for value in eqn.params.values():
+        values = [*eqn.params.values(), *eqn.params.get("branches", ())[-1:]]  # of the ways of platforms the last one
+        for value in values:
             if isinstance(value, ClosedJaxpr | Jaxpr):
                 total += product_flops(getattr(value, "jaxpr", value))
     return total

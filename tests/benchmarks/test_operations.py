@@ -32,7 +32,7 @@ def test_times_add_up_by_kind_and_are_of_one_step():
     "stage", [pytest.param(stage, marks=() if stage == "decode" else pytest.mark.slow) for stage in operations.STAGES]
 )
 def test_a_stage_is_run_and_traced(stage):
-    run, program, steps = operations.prepared(pj.load(TINY, dtype="float32"), stage, 2)
+    run, program, steps = operations.make_stage(pj.load(TINY, dtype="float32"), stage, 2)
     found = operations.traced(run)
     called = operations.kinds(program)
     assert {name for name, _ in found} <= set(called)

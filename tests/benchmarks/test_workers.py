@@ -37,15 +37,16 @@ def test_the_first_run_is_dropped_and_long_ones_are_not_repeated(monkeypatch):
 
 
 def test_rows_that_take_turns_make_a_longer_step(ours, monkeypatch):
-    def generate(pictures, prompt, new_tokens, batch_size):
+    def generate(pictures, prompt, batch_size, options):
         assert (len(pictures), batch_size) == (2, 2)
-        nothing = np.zeros(new_tokens)
+        assert options == pj.GenerateOptions(9, min_new_tokens=9)
+        nothing = np.zeros(options.max_new_tokens)
         timing = pj.Timing(0.0, 1.0, 7.0, 9)
         return [pj.Output("", nothing, nothing, "length", timing, nothing, nothing)] * 2
 
     monkeypatch.setattr(ours._model, "generate", generate)
     assert ours.answer(2, 9)[1] == 7.0
-    monkeypatch.setattr(ours._engine, "most_at_once", lambda num_tokens: 1)
+    monkeypatch.setattr(ours._steps, "most_at_once", lambda num_tokens: 1)
     assert ours.answer(2, 9)[1] == 14.0
 
 

@@ -14,10 +14,10 @@ from paligemma_jax.errors import CheckpointError
 
 @pytest.fixture
 def source(checkpoint, tmp_path):
-    """source(KIND): a directory, or an .npz and what it takes to read it, in float32."""
+    """source(KIND, DTYPE): a directory, or an .npz and what it takes to read it."""
 
-    def build(kind: str) -> list[str]:
-        directory = checkpoint("A", "float32")
+    def build(kind: str, dtype: str = "float32") -> list[str]:
+        directory = checkpoint("A", dtype)
         if kind == "directory":
             return [str(directory)]
         assert main([str(directory), str(tmp_path / "source.npz")]) == 0
@@ -37,20 +37,23 @@ def arrays_in(path) -> dict[str, np.ndarray]:
 
 @pytest.mark.parametrize("kind", ["directory", "npz"])
 @pytest.mark.parametrize("destination", ["out", "out.npz"])
-@pytest.mark.parametrize("dtype", [None, "float16", "bfloat16"])
-def test_dtype_is_that_of_every_array(source, tmp_path, params, kind, destination, dtype):
+@pytest.mark.parametrize(
+    "stored, dtype",
+    [("float32", None), ("float32", "float16"), ("float32", "bfloat16"), ("bfloat16", "float16"), ("bfloat16", None)],
+)
+def test_dtype_is_that_of_every_array(source, tmp_path, params, kind, destination, stored, dtype):
     """--dtype, and no --dtype, which keeps each array's own."""
-    file, *options = source(kind)
+    file, *options = source(kind, stored)
     options += ["--dtype", dtype] if dtype else []
     assert main([file, str(tmp_path / destination), *options]) == 0
     arrays = arrays_in(tmp_path / destination)
-    assert {array.dtype.name for array in arrays.values()} == {dtype or "float32"}
-    norm = params["language_model"]["norm"]["weight"].astype(dtype or "float32")
+    assert {array.dtype.name for array in arrays.values()} == {dtype or stored}
+    norm = params["language_model"]["norm"]["weight"].astype(stored).astype(dtype or stored)
     key = "params/llm/final_norm/scale" if destination == "out.npz" else "language_model.model.norm.weight"
     np.testing.assert_array_equal(arrays[key], norm)
     if destination == "out":
         stated = json.loads((tmp_path / "out" / "config.json").read_text())
-        assert stated["torch_dtype"] == (dtype or "float32")
+        assert stated["torch_dtype"] == (dtype or stored)
 
 
 @pytest.mark.parametrize("kind", ["directory", "npz"])
@@ -76,13 +79,13 @@ def test_format_goes_before_the_name(source, tmp_path, kind):
 @pytest.mark.parametrize("kind", ["directory", "npz"])
 @pytest.mark.parametrize("name, width", [("int8", 20), ("int4", 10)])
 def test_quantize_rounds_to_as_many_bits(source, tmp_path, params, kind, name, width):
-    """The gate of a layer, 28 x 20, is stored in bytes, two numbers in each when they have 4 bits; a norm as it is."""
+    """Gate and up of a layer, 2 x 28 x 20, are stored in bytes, two numbers in each of 4 bits; a norm as it is."""
     file, *options = source(kind)
     assert main([file, str(tmp_path / name), *options, "--quantize", name]) == 0
     assert checkpoints.scan(tmp_path / name).quantization == name
     arrays = arrays_in(tmp_path / name)
-    gate = [array for key, array in arrays.items() if "language_model.model.layers.1.mlp.gate_proj" in key]
-    assert (28, width) in {array.shape for array in gate if array.dtype.itemsize == 1}
+    gate = [array for key, array in arrays.items() if "language_model.model.layers.1.mlp.gate_up_proj" in key]
+    assert (56, width) in {array.shape for array in gate if array.dtype.itemsize == 1}
     norm = params["language_model"]["norm"]["weight"]
     np.testing.assert_array_equal(arrays["language_model.model.norm.weight"], norm)
 

@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 import paligemma_jax as pj
-from paligemma_jax.generation.output import Trace
+from paligemma_jax.engine.forward import Trace
 from paligemma_jax.inspection.findings import KINDS, Findings, inspect_answer
 from paligemma_jax.processing.image import ImageSettings
 from paligemma_jax.processing.processor import Processor

@@ -17,6 +17,7 @@ from paligemma_jax.inspection import rendering
 from paligemma_jax.inspection.figures import figures
 from paligemma_jax.inspection.findings import TopTokens
 from paligemma_jax.inspection.report import report
+from paligemma_jax.inspection.words import Word
 
 ROOT = Path(__file__).resolve().parents[2]
 EVIL = "</script><script>alert(1)</script><img src=x onerror=alert(2)> \" ' & {{data}}"
@@ -149,6 +150,14 @@ def test_probabilities_of_words_are_shown(findings, page):
     for word in findings.words:
         chance = math.exp(findings.logprobs[word.start : word.stop].sum())
         assert f"{word.text}{chance:.2f}" in text
+
+
+def test_the_probability_of_a_word_is_that_of_all_its_tokens(findings):
+    count = len(findings.logprobs)
+    words = [Word("two", 0, 2), Word("rest", 2, count)]
+    likely = dataclasses.replace(findings, words=words, logprobs=np.log([0.5, 0.5, *[1.0] * (count - 3), 0.75]))
+    text = "".join(_Reader(report(likely, {})).text)
+    assert "two0.25" in text and "rest0.75" in text
 
 
 def test_a_head_can_be_chosen_and_little_will_do(findings):

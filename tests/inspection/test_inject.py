@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 import paligemma_jax as pj
-from paligemma_jax.generation import engine
+from paligemma_jax import api
 from paligemma_jax.processing.image import ImageSettings
 from paligemma_jax.processing.processor import Processor
 
@@ -28,7 +28,7 @@ def test_injected_embeddings_are_the_picture(model, projected, monkeypatch):
     logits = [model.logits(p, PROMPTS[0], "a red circle") for p in (black, white)]
     assert np.abs(logits[0] - logits[1]).max() > 1e-3  # the model does look at its picture
     captured = {id(p): model.embed_image(p, projected) for p in (black, white)}
-    monkeypatch.setattr(engine, "embed_pictures", None)  # from here on it would be an error
+    monkeypatch.setattr(api, "embed_images", None)  # from here on it would be an error
     for picture, other in ((black, black), (black, white), (white, black)):
         soft_tokens = captured[id(other)] if projected else model.project(captured[id(other)])
         found = model.generate(picture, PROMPTS, 12, HOT, image_embeddings=soft_tokens)

@@ -5,9 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from paligemma_jax.generation import engine
+from paligemma_jax.engine import forward
 from paligemma_jax.inspection import logit_lens
-from paligemma_jax.models.quantized import quantize
+from paligemma_jax.ops import quantize
 
 
 @pytest.fixture
@@ -51,7 +51,8 @@ def test_an_embedding_is_nearest_to_itself(model, table):
 
 def test_a_rounded_table_will_do(model, table):
     decoder = model.params["language_model"]
-    rounded = dict(model.params, language_model=decoder | {"embed_tokens": {"weight": quantize(jnp.asarray(table), 8)}})
+    embedder = {"weight": quantize(jnp.asarray(table), "int8")}
+    rounded = dict(model.params, language_model=decoder | {"embed_tokens": embedder})
     other = type(model)(model.config, rounded, model.processor)
     assert logit_lens.nearest_tokens(other, table[[40, 900]], 1, centred=False)[0][:, 0].tolist() == [40, 900]
 
@@ -69,9 +70,9 @@ def test_the_last_layer_says_what_the_model_says(model, picture, trace):
 
 def test_layers_are_the_same_in_parts(model, trace, monkeypatch):
     together = logit_lens.top_tokens(model, trace.hidden[:, :7], 2)
-    sizes, likeliest = [], engine.likeliest
+    sizes, top_tokens = [], forward.top_tokens
     monkeypatch.setattr(logit_lens, "_MAX_LOGITS", 5 * model.config.text.vocab_size)
-    monkeypatch.setattr(engine, "likeliest", lambda p, h, **kw: sizes.append(len(h)) or likeliest(p, h, **kw))
+    monkeypatch.setattr(forward, "top_tokens", lambda p, h, **kw: sizes.append(len(h)) or top_tokens(p, h, **kw))
     for first, second in zip(together, logit_lens.top_tokens(model, trace.hidden[:, :7], 2), strict=True):
         np.testing.assert_allclose(first, second, atol=1e-5)
     assert sizes == [4] * 7

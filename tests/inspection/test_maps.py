@@ -8,7 +8,7 @@ import pytest
 from paligemma_jax.errors import PromptError
 from paligemma_jax.inspection import maps
 from paligemma_jax.inspection.words import Word
-from paligemma_jax.models.quantized import quantize
+from paligemma_jax.ops import quantize
 
 
 @pytest.fixture
@@ -46,7 +46,7 @@ def test_a_text_is_like_soft_tokens_that_are_its_embeddings(model):
 
 def test_rows_of_a_rounded_table(model):
     weight = model.params["language_model"]["embed_tokens"]["weight"]
-    rounded = {"language_model": {"embed_tokens": {"weight": quantize(weight, 8)}}}
+    rounded = {"language_model": {"embed_tokens": {"weight": quantize(weight, "int8")}}}
     ids = [5, 9]
     np.testing.assert_allclose(maps.token_embeddings(rounded, ids), maps.token_embeddings(model.params, ids), atol=0.02)
     with pytest.raises(PromptError, match="give a word"):

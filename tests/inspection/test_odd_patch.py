@@ -5,9 +5,9 @@ import pytest
 from PIL import Image
 
 from paligemma_jax.inspection import maps
-from paligemma_jax.inspection.findings import look
+from paligemma_jax.inspection.figures import figures
+from paligemma_jax.inspection.findings import inspect_answer
 from paligemma_jax.inspection.occlusion import occlusion
-from paligemma_jax.inspection.plates import plates
 
 PROMPT, ANSWER = "detect red circle", "<loc0001> red"
 ROW, COLUMN = 0, 2  # of three: neither is the other's mirror, nor is its transpose
@@ -56,11 +56,11 @@ def test_squares_of_two_patches_share_what_is_lost(model, odd_picture):
     assert np.abs(found).max() == np.abs(found[0, 2])
 
 
-def test_plates_show_it_where_it_is(model, odd_picture):
+def test_figures_show_it_where_it_is(model, odd_picture):
     """Norms, similarity, attention and embeddings as the files have them: row by row."""
     kinds = ("norms", "similarity", "attention")
-    found = look(model, Image.fromarray(odd_picture), PROMPT, ANSWER, "red circle", kinds)
-    arrays = {name: values for plate in plates(found) for name, values in plate.arrays.items()}
+    found = inspect_answer(model, Image.fromarray(odd_picture), PROMPT, ANSWER, "red circle", kinds)
+    arrays = {name: values for figure in figures(found) for name, values in figure.arrays.items()}
     soft_tokens = np.asarray(model.embed_image(odd_picture))[0]
     np.testing.assert_allclose(arrays["norms"][ROW, COLUMN], np.linalg.norm(soft_tokens[ODD]), rtol=1e-5)
     np.testing.assert_allclose(arrays["embeddings"][ODD], soft_tokens[ODD], rtol=1e-5)
@@ -79,8 +79,8 @@ def test_plates_show_it_where_it_is(model, odd_picture):
     np.testing.assert_allclose(arrays["similarity_table"], np.reshape(expected, (3, 3)), atol=1e-5)
 
 
-def test_likeness_is_not_that_of_the_mirrored_patch():
+def test_similarity_is_not_that_of_the_mirrored_patch():
     """Two patches of three sides of their own: which is which shows in each map of its own text."""
     patches = np.random.default_rng(1).normal(size=(9, 16))
-    for place in (2, 3, 7):
-        assert maps.likeness(patches, patches[place : place + 1]).argmax() == place
+    for patch in (2, 3, 7):
+        assert maps.centred_similarity(patches, patches[patch : patch + 1]).argmax() == patch

@@ -1,12 +1,10 @@
-"""Masks drawn as matrices, rotations, grouped heads, and the products that a CPU is given."""
+"""Masks drawn as matrices, and rotations."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import pytest
 
-from paligemma_jax.models import attention, cpu
-from paligemma_jax.models.attention import attend, prefix_lm_mask, rope, rotation, write_cache
+from paligemma_jax.models.attention import prefix_lm_mask, rope, rotation
 
 
 def draw(positions, num_keys, prefix_length, length, window=None):
@@ -68,101 +66,11 @@ def test_rope_depends_on_distance_only_and_keeps_lengths():
     )
 
 
-@pytest.mark.parametrize("num_kv_heads", [1, 2, 4])
-def test_attend_is_softmax_of_capped_scores_per_head(num_kv_heads):
-    rng = np.random.default_rng(0)
-    q = rng.normal(size=(2, 3, 4, 6)).astype(np.float32)
-    k, v = rng.normal(size=(2, 2, num_kv_heads, 5, 6)).astype(np.float32)
-    mask = rng.random((2, 3, 5)) < 0.6
-    mask[..., 0] = True
-    expected = np.zeros_like(q)
-    for b, t, n in np.ndindex(2, 3, 4):
-        kv_head = n // (4 // num_kv_heads)
-        scores = 2.0 * np.tanh(0.7 * (k[b, kv_head] @ q[b, t, n]) / 2.0)
-        weights = np.exp(scores) * mask[b, t]
-        expected[b, t, n] = weights / weights.sum() @ v[b, kv_head]
-    np.testing.assert_allclose(attend(q, k, v.swapaxes(2, 3), 0.7, mask, softcap=2.0), expected, atol=1e-5)
-
-
-def test_a_lone_half_precision_query_gives_what_it_gives_among_others():
-    q = jax.random.normal(jax.random.key(1), (2, 5, 6, 8), jnp.bfloat16)
-    k, v = jax.random.normal(jax.random.key(2), (2, 2, 3, 7, 8), jnp.bfloat16)
-    v = jnp.swapaxes(v, 2, 3)
-    np.testing.assert_allclose(attend(q[:, :1], k, v, 1.0), attend(q, k, v, 1.0)[:, :1], rtol=2e-2, atol=1e-2)
-
-
-@pytest.mark.parametrize("as_sums", [True, False])
-def test_a_query_over_a_long_cache_is_what_float32_makes_of_it(monkeypatch, as_sums):
-    monkeypatch.setattr(cpu, "sums_win_per_head", lambda rows, x: as_sums and x.dtype == jnp.bfloat16)
-    q = jax.random.normal(jax.random.key(0), (2, 1, 8, 256), jnp.bfloat16)
-    k = jax.random.normal(jax.random.key(1), (2, 4, 304, 256), jnp.bfloat16)
-    v = jax.random.normal(jax.random.key(2), (2, 4, 256, 304), jnp.bfloat16)
-    mask = jax.random.bernoulli(jax.random.key(3), 0.5, (2, 1, 304))
-    expected = attend(*(x.astype(jnp.float32) for x in (q, k, v)), 0.05, mask, 50.0)
-    found = attend(q, k, v, 0.05, mask, 50.0)
-    assert found.dtype == jnp.bfloat16
-    np.testing.assert_allclose(found.astype(jnp.float32), expected, atol=6e-3)
-
-
-def test_half_precision_queries_are_not_rounded_again_by_the_scale():
-    q = jax.random.normal(jax.random.key(2), (1, 6, 2, 72), jnp.bfloat16)
-    k = jax.random.normal(jax.random.key(3), (1, 2, 6, 72), jnp.bfloat16)
-    scale = 72**-0.5
-    scores = np.einsum("btnh,bnsh->bnts", *(np.asarray(x, np.float64) for x in (q, k))) * scale
-    identity = jnp.broadcast_to(jnp.eye(72, 6), (1, 2, 72, 6))  # the weights come out as they are
-    weights = attend(q, k, identity, scale)[..., :6]
-    np.testing.assert_allclose(np.moveaxis(weights, 2, 1), jax.nn.softmax(scores, axis=-1), atol=1e-5)
-
-
-def test_a_row_that_sees_nothing_stays_finite():
-    q, k, v = jnp.ones((1, 2, 1, 4)), jnp.ones((1, 1, 2, 4)), jnp.ones((1, 1, 4, 2))
-    assert jnp.isfinite(attend(q, k, v, 1.0, jnp.zeros((1, 2, 2), bool))).all()
-
-
-def test_write_cache_takes_each_rows_positions_and_drops_what_is_beyond():
-    cache, new = (jnp.zeros((2, 1, 4, 1)), jnp.zeros((2, 1, 1, 4))), (jnp.ones((2, 1, 1, 1)),) * 2
-    for written in write_cache(cache, new, jnp.array([[1], [4]])):
-        np.testing.assert_array_equal(written.reshape(2, 4), [[0, 1, 0, 0], [0, 0, 0, 0]])
-
-
-@pytest.mark.parametrize("positions", [[[2]], [[4]], [[9]], [[3, 4]], [[0], [3]], [[1, 2], [2, 3]]])
-def test_write_cache_is_an_assignment_per_row_and_position(positions):
-    num_rows, num_new = np.shape(positions)
-    cache = np.random.default_rng(0).normal(size=(2, num_rows, 2, 4, 3)).astype(np.float32)
-    new = np.random.default_rng(1).normal(size=(2, num_rows, 2, num_new, 3)).astype(np.float32)
-    expected = cache.copy()
-    for row, t in np.ndindex(num_rows, num_new):
-        if positions[row][t] < 4:
-            expected[:, row, :, positions[row][t]] = new[:, row, :, t]
-
-    def laid_out(pair: np.ndarray) -> tuple[jax.Array, jax.Array]:
-        return jnp.array(pair[0]), jnp.swapaxes(pair[1], 2, 3)
-
-    written = write_cache(laid_out(cache), laid_out(new), jnp.array(positions))
-    jax.tree.map(np.testing.assert_array_equal, written, laid_out(expected))
-
-
-@pytest.mark.parametrize("masked", [True, False])
-@pytest.mark.parametrize(
-    "num_queries, cached, count",
-    [
-        pytest.param(96, 96 * 4 * 96, 2, marks=pytest.mark.slow),
-        (160, 1, 5),
-        (97, 1, 1),
-        pytest.param(96, 1 << 22, 1, marks=pytest.mark.slow),
-    ],
-)
-def test_queries_that_take_turns_see_the_same(monkeypatch, masked, num_queries, cached, count):
-    shapes = [(2, num_queries, 4, 8), (2, 2, 96, 8), (2, 2, 8, 96)]
-    q, k, v = (jax.random.normal(jax.random.key(i), shape) for i, shape in enumerate(shapes))
-    mask = jax.random.bernoulli(jax.random.key(3), 0.5, (2, num_queries, 96)) if masked else None
-    expected = attend(q, k, v, 0.3, mask, 5.0)
-    monkeypatch.setattr(attention, "_CACHED_SCORES", cached)
-    assert attention._turns(q.shape, 96) == count
-    np.testing.assert_allclose(attend(q, k, v, 0.3, mask, 5.0), expected, rtol=1e-5, atol=1e-5)
-
-    def loss(function, q):
-        return jnp.square(function(q, k, v, 0.3, mask, 5.0)).sum()
-
-    gradients = [jax.grad(loss, argnums=1)(function, q) for function in (attend, attention._attend)]
-    np.testing.assert_allclose(*gradients, rtol=1e-4, atol=1e-4)
+def test_rope_turns_the_halves_of_a_head_as_complex_numbers():
+    x = np.random.default_rng(0).normal(size=(2, 3, 2, 8)).astype(np.float32)
+    positions = np.array([[0, 1, 7], [5, 9, 300]])
+    angle = positions[:, :, None, None] * 100.0 ** (-np.arange(4) / 4)
+    turned = (x[..., :4] + 1j * x[..., 4:]) * np.exp(1j * angle)
+    found = rope(x, rotation(jnp.array(positions), 8, 100.0))
+    np.testing.assert_allclose(found, np.concatenate([turned.real, turned.imag], axis=-1), atol=1e-4)
+    assert "concatenate" not in jax.jit(rope).lower(x, rotation(jnp.array(positions), 8, 100.0)).as_text()

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from paligemma_jax.generation.cache import from_prefill
+from paligemma_jax import ops
 from paligemma_jax.models.gemma import Gemma
 
 PREFIX, LENGTH = np.array([4, 9, 6]), np.array([12, 16, 9])  # three ragged rows; windows of 5 are passed in all
@@ -37,7 +37,7 @@ def x(config):
 def test_cached_decode_equals_the_full_pass_row_by_row(decoder, x):
     full, _ = forward(*decoder, x)
     _, key_values = forward(*decoder, x[:, : PREFIX.max()], PREFIX, PREFIX)
-    cache = from_prefill(key_values, num_slots=20)
+    cache = ops.pad_cache(key_values, num_slots=20)
     for step in range((LENGTH - PREFIX).max()):
         at = np.minimum(PREFIX + step, LENGTH.max() - 1)
         new = x[np.arange(len(at)), at][:, None]
@@ -51,7 +51,7 @@ def test_several_tokens_at_once_continue_a_cache(decoder, x):
     _, key_values = forward(*decoder, x[:, : PREFIX.max()], PREFIX, PREFIX)
     positions = PREFIX[:, None] + np.arange(3)
     new = np.take_along_axis(np.asarray(x), positions[..., None], axis=1)
-    hidden, _ = run(*decoder, new, positions, PREFIX, PREFIX + 3, from_prefill(key_values, num_slots=20))
+    hidden, _ = run(*decoder, new, positions, PREFIX, PREFIX + 3, ops.pad_cache(key_values, num_slots=20))
     np.testing.assert_allclose(hidden, np.take_along_axis(np.asarray(full), positions[..., None], axis=1), atol=2e-5)
 
 

@@ -8,10 +8,12 @@ import numpy as np
 import pytest
 
 from paligemma_jax.config import PaliGemmaConfig
-from paligemma_jax.generation import engine
-from paligemma_jax.generation.sampling import Sampling, row_keys
+from paligemma_jax.engine import steps
+from paligemma_jax.engine.sampling import row_keys, row_options, step_config
+from paligemma_jax.engine.state import answer_size
 from paligemma_jax.models.paligemma import PaliGemma
 from paligemma_jax.processing.processor import Batch
+from paligemma_jax.processing.request import GenerateOptions
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -25,13 +27,18 @@ def _logits(config: PaliGemmaConfig, params: dict, batch: Batch) -> np.ndarray:
 
 
 def _greedy(config: PaliGemmaConfig, params: dict, batch: Batch, max_new_tokens: int) -> np.ndarray:
-    clock, rows = engine.Clock({}), range(len(batch.tokens))
-    soft_tokens = engine.embed_pictures(params, config, batch.pixels, clock)
-    inputs = engine.prepare(batch, soft_tokens, rows)
-    keys = row_keys(0, range(len(inputs.tokens)))
-    rule, chunk = Sampling().rule(), 8
-    chunks = engine.generate(params, config, inputs, keys, rule, max_new_tokens, chunk, clock)
-    return np.concatenate([tokens for tokens, _ in chunks])[:, : len(rows)].T
+    rows = range(len(batch.tokens))
+    soft_tokens = steps.run(params, batch.pixels, config=config, method="embed_image")
+    inputs = steps.select_rows(batch, soft_tokens, rows)
+    options = [GenerateOptions(max_new_tokens)] * len(inputs.tokens)
+    step = step_config(config, None, options, constrained=False)
+    num_tokens = answer_size(max_new_tokens)
+    size = {"num_tokens": num_tokens, "num_slots": inputs.tokens.shape[1] + num_tokens}
+    keys = row_keys([0] * len(options), range(len(options)))
+    state = steps.prefill(params, inputs, row_options(options, keys, None), config=step, **size)
+    while not state.done.all():
+        state = steps.decode(params, state, config=step, num_steps=8)
+    return np.asarray(state.tokens)[: len(rows), :max_new_tokens]
 
 
 @pytest.fixture(scope="session")

@@ -8,7 +8,7 @@ import pytest
 
 from paligemma_jax import checkpoints
 from paligemma_jax.config import PaliGemmaConfig, TextConfig, VisionConfig
-from paligemma_jax.generation import engine
+from paligemma_jax.engine import forward, steps
 from paligemma_jax.models.layers import RMSNorm
 
 pytestmark = [pytest.mark.oracle, pytest.mark.filterwarnings("default")]
@@ -55,9 +55,9 @@ def test_hidden_states_and_attention_are_those_of_transformers(reference, name, 
     expected_hidden, expected_attention = reference.inside(model, batch)
 
     _, params = checkpoints.load(tmp_path, "float32", progress=False)
-    soft_tokens = engine.embed_pictures(params, config, batch.pixels, engine.Clock({}))
-    inputs = engine.prepare(batch, soft_tokens, range(len(ROWS)))
-    hidden, attention, _ = engine.trace(params, inputs, config=config, num_positions=16)
+    soft_tokens = steps.run(params, batch.pixels, config=config, method="embed_image")
+    inputs = steps.select_rows(batch, soft_tokens, range(len(ROWS)))
+    hidden, attention, _ = forward.trace(params, inputs, config=config, num_positions=16)
     norm = RMSNorm(config.text.rms_norm_eps)  # transformers' last hidden states are those after it
     last = norm.apply({"params": params["language_model"]["norm"]}, hidden[-1])
     hidden = np.asarray(jnp.concatenate([hidden[:-1], last[None]]))

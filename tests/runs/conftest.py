@@ -70,8 +70,12 @@ def generate(main, checkpoint, pictures):
     """generate(KEY=VALUE, ...): `main` with the random checkpoint, a picture and few tokens."""
 
     def run(*extra: str, **keys: object) -> tuple[int, str, str]:
-        defaults = {"checkpoint": checkpoint, "image": pictures / "a.png", "max_new_tokens": 4}
-        defaults |= {"compilation_cache": False, "prompt": "caption en"}
+        defaults = {"checkpoint": checkpoint, "compilation_cache": False}
+        run = keys.get("run")
+        if run != "evaluate":  # which asks about pictures of its own
+            defaults |= {"image": pictures / "a.png", "max_new_tokens": 4}
+        if run not in ("evaluate", "chat"):
+            defaults |= {"prompt": "caption en"}
         return main(*(f"--config.{key}={value}" for key, value in (defaults | keys).items()), *extra)
 
     return run
@@ -116,7 +120,7 @@ def answer_with(monkeypatch):
         return np.log(half), half, half
 
     def patch(
-        text: str | Callable[[str], str], odds: Callable[[np.ndarray], tuple[np.ndarray, ...]] = even
+        text: str | Callable[[str], str], scores: Callable[[np.ndarray], tuple[np.ndarray, ...]] = even
     ) -> list[dict[str, Any]]:
         say = text if callable(text) else lambda prompt: text
         calls: list[dict[str, Any]] = []
@@ -124,7 +128,7 @@ def answer_with(monkeypatch):
         def output(model: pj.PaliGemma, prompt: str) -> pj.Output:
             said = say(prompt)
             tokens = np.array([*model.processor.tokenizer.encode(said), model.config.eos_token_id])
-            logprobs, near, expected = odds(tokens)
+            logprobs, near, expected = scores(tokens)
             return pj.Output(said, tokens, logprobs, "eos", pj.Timing(3.0, 1.0, 2.0, len(tokens)), near, expected)
 
         def generate(asked: dict[str, Any]) -> list[pj.Output]:
@@ -137,7 +141,7 @@ def answer_with(monkeypatch):
 
         monkeypatch.setattr(pj.PaliGemma, "generate", _recorded("generate", calls, generate))
         monkeypatch.setattr(pj.PaliGemma, "stream", _recorded("stream", calls, stream))
-        monkeypatch.setattr(pj.PaliGemma, "compile", _recorded("compile", [], lambda asked: None))  # all in vain
+        monkeypatch.setattr("paligemma_jax.loading.programs", lambda *args: iter(()))  # all in vain
         return calls
 
     return patch
@@ -165,9 +169,10 @@ def score_with(monkeypatch):
     def patch(*scores: float) -> None:
         objects = pj.PaliGemma.objects
 
-        def scored(*args, **kw) -> list[pj.Detection]:
-            pairs = zip(objects(*args, **kw), itertools.cycle(scores), strict=False)
-            return [dataclasses.replace(item, score=score) for item, score in pairs]
+        def scored(*args, **kw) -> tuple[list[pj.Detection], list[str]]:
+            found, dropped = objects(*args, **kw)
+            pairs = zip(found, itertools.cycle(scores), strict=False)
+            return [dataclasses.replace(item, score=score) for item, score in pairs], dropped
 
         monkeypatch.setattr(pj.PaliGemma, "objects", scored)
 

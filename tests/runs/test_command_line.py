@@ -12,6 +12,7 @@ from pathlib import Path
 import jax
 import pytest
 
+from configs import base
 from paligemma_jax.errors import ImageError
 from paligemma_jax.runs import command_line
 
@@ -24,8 +25,8 @@ CONFIGS = ["mix224", "mix448", "pt224", "pt448", "pt896"]
     [
         (["--config.promt=x"], "error: unknown key --config.promt: did you mean prompt?\n"),
         (["--config.prompt.x=1"], "error: unknown key --config.prompt.x: did you mean prompt?"),
-        (["--config.max_new_tokens=ten"], "error: --config.max_new_tokens=ten is not possible: give a whole number\n"),
-        (["--config.top_k=0.5"], "error: --config.top_k=0.5 is not possible: give a whole number\n"),
+        (["--config.max_new_tokens=ten"], "error: --config.max_new_tokens=ten is not possible: give an integer\n"),
+        (["--config.top_k=0.5"], "error: --config.top_k=0.5 is not possible: give an integer\n"),
         (["--config.temperature=hot"], "error: --config.temperature=hot is not possible: give a number\n"),
         (["--config.stream=maybe"], "error: --config.stream=maybe is not possible: give true or false\n"),
         (["--prompt=caption"], "error: unknown option --prompt: did you mean --config.prompt?\n"),
@@ -176,3 +177,14 @@ def test_ctrl_c_is_130(monkeypatch):
     program = runpy.run_path(str(ROOT / "main.py"))
     with warnings.catch_warnings():
         assert program["main"]() == 130
+
+
+@pytest.mark.parametrize("run", command_line.UNUSED)
+def test_a_key_that_changes_nothing_is_told(generate, monkeypatch, run):
+    """Only where it is set; other keys are those of tests/runs/test_every_key.py."""
+    monkeypatch.setattr(f"paligemma_jax.runs.{run}.run", lambda config: 0)
+    config = f"--config=configs/{run if run in ('inspect', 'swap') else 'tiny'}.py"
+    assert "scenes_seed" not in generate(config, run=run)[2]
+    _, _, err = generate(config, run=run, **({"temperature": 0.5} if run == "evaluate" else {"scenes_seed": 3}))
+    assert f"note: run={run} does not use " in err and ("temperature" if run == "evaluate" else "scenes_seed") in err
+    assert set(command_line.UNUSED[run]) <= set(base.get_config())

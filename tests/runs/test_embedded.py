@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 import paligemma_jax as pj
-from paligemma_jax.generation import engine
+from paligemma_jax import api
 
 
 @pytest.mark.parametrize("stage, width", [("projected", 32), ("features", 16)])
@@ -16,7 +16,7 @@ def test_what_was_saved_stands_for_its_picture(generate, pictures, tmp_path, sta
     _, plain, _ = generate()
     status, out, err = generate(save_embeddings=file, embeddings=stage)
     assert (status, out) == (0, plain) and f"saved {file}" in err and f"(1, 4, {width})" in err
-    monkeypatch.setattr(engine, "embed_pictures", None)
+    monkeypatch.setattr(api, "embed_images", None)
     status, out, _ = generate(load_embeddings=file, embeddings=stage, image=pictures / "b.jpg")
     assert (status, out) == (0, plain)
     status, streamed, _ = generate(load_embeddings=file, embeddings=stage, stream=True)
@@ -43,7 +43,7 @@ def test_bad_embeddings_are_refused(refused, pictures, tmp_path):
     assert "(2, 4, 32)" in message and "image names 1" in message
     np.save(tmp_path / "wide.npy", np.zeros((4, 33), np.float32))
     message = refused(load_embeddings=tmp_path / "wide.npy")
-    assert "(1, 4, 33)" in message and "(pictures, 4, 32)" in message
+    assert "(1, 4, 33)" in message and "(images, 4, 32)" in message
     assert "does not exist" in refused(load_embeddings=tmp_path / "none.npy")
     assert ".npy" in refused(save_embeddings=tmp_path / "a.txt")
     assert "give projected, features" in refused(embeddings="pixels")

@@ -56,7 +56,7 @@ def test_what_is_left_out_is_not_drawn(generate, answer_with, score_with, tmp_pa
 ANSWERS = {"detect circle": f"{BOX} circle", "detect star": "", "detect red square": f"{FAR} red square ; <loc0001> x"}
 
 
-def test_classes_asked_one_by_one_are_reported_together(generate, pictures, answer_with, monkeypatch):
+def test_classes_asked_apart_are_reported_together(generate, pictures, answer_with, monkeypatch):
     asked = []
 
     def answer(prompt):
@@ -76,7 +76,7 @@ def test_classes_asked_one_by_one_are_reported_together(generate, pictures, answ
     assert err.count("detect red square: incomplete objects in the answer, left out: 1") == 2
 
 
-def test_one_by_one_is_the_same_as_asking_apart(generate, pictures):
+def test_split_classes_is_the_same_as_asking_apart(generate, pictures):
     keys = {"image": pictures, "format": "json", "dtype": "float32"}
     apart = [generate(prompt=f"detect {name}", **keys)[1] for name in ("circle", "square")]
     expected = [
@@ -99,10 +99,13 @@ def test_an_answer_in_parts_is_cut_off_when_a_part_is():
     timing = pj.Timing(0.5, 1.0, None, 2)
     one = pj.Output("a", np.array([5, 1]), np.array([-1.0, -2.0]), "eos", timing, *np.zeros((2, 2)))
     two = pj.Output(" ", np.array([7]), np.array([-3.0]), "length", timing, *np.ones((2, 1)))
-    both = together([one, two, one])
-    assert (both.text, both.finish_reason, both.timing.new_tokens) == ("a ; a", "length", 5)
-    assert both.tokens.tolist() == [5, 1, 7, 5, 1] and both.logprobs.tolist() == [-1, -2, -3, -1, -2]
-    assert together([one]) is one and Question.whole("x").parts == ("x",)
+    three = pj.Output("b", np.array([9, 1]), np.array([-4.0, -5.0]), "eos", timing, *np.array([[2.0, 3.0], [4.0, 5.0]]))
+    both = together([one, two, three])
+    assert (both.text, both.finish_reason, both.timing.new_tokens) == ("a ; b", "length", 5)
+    assert both.tokens.tolist() == [5, 1, 7, 9, 1] and both.logprobs.tolist() == [-1, -2, -3, -4, -5]
+    assert both.near.tolist() == [0, 0, 1, 2, 3] and both.expected.tolist() == [0, 0, 1, 4, 5]
+    assert together([one]) is one
+    assert [part.text for part in Question.of("x").parts] == ["x"]
 
 
 def test_coco_files(generate, pictures, answer_with, score_with, tmp_path):

@@ -1,8 +1,8 @@
 """config.run=inspect: files, what is said about them, and errors before the work."""
 
+import dataclasses
 import json
 import os
-from inspect import signature as signature_of
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +10,7 @@ import pytest
 from PIL import Image
 
 import paligemma_jax as pj
+from paligemma_jax.runs import inspect as inspect_run
 
 KINDS = ("norms", "similarity", "attention", "occlusion", "lens", "embeddings")
 
@@ -86,6 +87,19 @@ def test_only_what_is_asked_for(inspect, generate, tmp_path):
     assert f"attention of the answer, layer 2, head 1: {peak}" in out.splitlines()
 
 
+def test_the_highest_patch_is_told_by_its_row_and_column(inspect, monkeypatch, tmp_path):
+    """Of a map whose highest patch is neither on the diagonal nor where it would be with rows and columns swapped."""
+    look = inspect_run.inspect_answer
+
+    def odd(*args, **options):
+        return dataclasses.replace(look(*args, **options), norms=np.array([0.25, 0.5, 9.0, 0.125], np.float32))
+
+    monkeypatch.setattr(inspect_run, "inspect_answer", odd)
+    out = inspect(maps="norms", answer="red")[1]
+    assert "norm of a soft token: highest in row 2, column 1: 9" in out.splitlines()
+    assert np.load(tmp_path / "out" / "norms.npy").tolist() == [[0.25, 0.5], [9, 0.125]]
+
+
 @pytest.mark.parametrize(
     "keys",
     [
@@ -103,14 +117,13 @@ def test_the_answer_is_that_of_generate(inspect, generate, keys):
 
 
 def test_what_is_prepared_is_what_runs(inspect, monkeypatch):
-    told, signature = [], signature_of(pj.PaliGemma.compile)
-    monkeypatch.setattr(pj.PaliGemma, "compile", lambda *args, **kw: told.append(signature.bind(*args, **kw).arguments))
+    told, load = [], pj.load
+    monkeypatch.setattr(pj, "load", lambda *args, **options: told.extend(options["warm_up"]) or load(*args, **options))
     keys = {"constrain": True, "speculate": "off", "temperature": 0.5, "max_new_tokens": 3}
     assert inspect(maps="norms", **keys)[0] == 0
-    [asked] = told
-    assert (asked["image_groups"], asked["prompts"]) == ([[0]], "detect red circle")
-    assert (asked["max_new_tokens"], asked["sampling"]) == (3, pj.Sampling(temperature=0.5))
-    assert (asked["speculate"], asked["constrain"]) == (False, True)
+    [request] = told
+    assert request.options == pj.GenerateOptions(3, pj.Sampling(temperature=0.5), constrain=True, speculate=False)
+    assert request.prompt.text == "detect red circle" and len(request.images) == 1
 
 
 def test_a_picture_whose_name_is_not_utf_8(inspect, pictures, tmp_path):
@@ -148,7 +161,7 @@ def test_a_file_of_embeddings_needs_no_model(inspect, tmp_path, shape):
     [
         ({"maps": "norms,attentoin"}, "names 'attentoin', which is not known: did you mean attention?"),
         ({"maps": " , "}, "maps is empty"),
-        ({"layer": "top"}, "layer='top' is not possible: give mean, or a whole number"),
+        ({"layer": "top"}, "layer='top' is not possible: give mean, or an integer"),
         ({"layer": 0}, "layer='0'"),
         ({"layer": 4}, "layer=4 is not possible: this model has 2"),
         ({"head": 9}, "head=9 is not possible: this model has 4"),

@@ -66,16 +66,17 @@ def test_how_an_answer_is_made_is_told_to_the_model(run, answer_with, name, stre
     assert status == 0 and calls
     fields = {field.name for field in dataclasses.fields(pj.Sampling)}
     for asked in calls:
-        assert asked["sampling"] == pj.Sampling(**{key: value for key, value in keys.items() if key in fields})
-        assert asked["max_new_tokens"] == 9
-        assert (asked["speculate"], asked["constrain"]) == ((False, True) if "constrain" in keys else (None, False))
+        options = asked["options"]
+        assert options.sampling == pj.Sampling(**{key: value for key, value in keys.items() if key in fields})
+        assert options.max_new_tokens == 9
+        assert (options.speculate, options.constrain) == ((False, True) if "constrain" in keys else (None, False))
 
 
 def test_speculate_is_on_off_or_left_to_the_model(generate, answer_with):
     calls = answer_with("a circle")
     for value in ("on", "off", "auto"):
         assert generate(speculate=value)[0] == 0
-    assert [asked["speculate"] for asked in calls] == [True, False, None]
+    assert [asked["options"].speculate for asked in calls] == [True, False, None]
 
 
 @pytest.mark.parametrize("name", ["generate", "swap"])

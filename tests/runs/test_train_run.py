@@ -9,9 +9,9 @@ from paligemma_jax.runs import train as train_run
 
 @pytest.fixture
 def train(main, monkeypatch):
-    """train(KEY=VALUE, ...) -> (exit status, stderr, configs that were trained with)."""
+    """train(KEY=VALUE, ...) -> (exit status, stderr, settings and recipes that were trained with)."""
     trained = []
-    monkeypatch.setattr(train_run, "finetune", trained.append)
+    monkeypatch.setattr(train_run, "finetune", lambda settings, recipe: trained.append((settings, recipe)))
 
     def run(**keys):
         arguments = [f"--config.{key}={value}" for key, value in ({"compilation_cache": False} | keys).items()]
@@ -23,9 +23,10 @@ def train(main, monkeypatch):
 
 
 def test_trains_with_the_recipe(train):
-    status, err, [config] = train(data="cats.jsonl", epochs=2)
+    status, err, [(settings, recipe)] = train(data="cats.jsonl", epochs=2)
     assert (status, err) == (0, "")
-    assert (config.epochs, config.learning_rate, config.b2, config.batch_size) == (2, 1e-5, 0.999, 32)
+    assert (settings.data, settings.epochs, settings.batch_size) == ("cats.jsonl", 2, 32)
+    assert (recipe.learning_rate, recipe.b2) == (1e-5, 0.999)
 
 
 @pytest.mark.parametrize("keys, message", [({}, "no data is given"), ({"data": "x", "output_dir": ""}, "output_dir")])

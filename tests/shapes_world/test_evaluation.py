@@ -64,7 +64,8 @@ class Oracle:
     def objects(self, output, size):
         found, dropped = parse(output.text, size)
         assert not dropped
-        return [dataclasses.replace(item, mask=thing.mask) for item, thing in zip(found, output.things, strict=True)]
+        pairs = zip(found, output.things, strict=True)
+        return [dataclasses.replace(item, mask=thing.mask) for item, thing in pairs], dropped
 
 
 def measure(model):
@@ -100,10 +101,11 @@ def test_scores_that_know_what_is_right():
             return [*things, invented] if invented else []
 
         def objects(self, output, size):
-            *things, last = super().objects(output, size) or [None]
+            found, dropped = super().objects(output, size)
+            *things, last = found or [None]
             right, wrong = self.scores
             things = [dataclasses.replace(thing, score=right) for thing in things]
-            return things + ([dataclasses.replace(last, score=wrong)] if last else [])
+            return things + ([dataclasses.replace(last, score=wrong)] if last else []), dropped
 
     knows, errs = measure(Unsure(0.9, 0.2))["detect"], measure(Unsure(0.2, 0.9))["detect"]
     assert knows["score_auc"] == 1 and errs["score_auc"] == 0
@@ -189,8 +191,9 @@ def test_who_leaves_objects_incomplete():
             return outputs
 
         def objects(self, output, size):
-            pairs = zip(parse(output.text, size)[0], output.things, strict=True)
-            return [dataclasses.replace(item, mask=thing.mask) for item, thing in pairs]
+            found, dropped = parse(output.text, size)
+            pairs = zip(found, output.things, strict=True)
+            return [dataclasses.replace(item, mask=thing.mask) for item, thing in pairs], dropped
 
     model = Mumbler()
     measured = measure(model)

@@ -1,0 +1,1 @@
+"""The engine: requests to tokens over a static key-value cache."""

@@ -1,0 +1,1 @@
+"""What answers may be: grammars."""

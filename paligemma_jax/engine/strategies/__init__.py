@@ -1,0 +1,1 @@
+"""Ways to generate that drive the same state: beams and speculation."""

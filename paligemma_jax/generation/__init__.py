@@ -1,1 +1,0 @@
-"""Prompts to tokens: static caches, sampling, the decode loop and beam search."""
