@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from paligemma_jax import checkpoints, ops
+from paligemma_jax import checkpoints, numerics, ops
 from paligemma_jax.buckets import power_of_two
 from paligemma_jax.checkpoints.mask_vae import load_mask_vae, save_mask_vae
 from paligemma_jax.config import PaliGemmaConfig
@@ -19,7 +19,6 @@ from paligemma_jax.engine.generate import (
     BATCH_SIZE,
     Generation,
     Progress,
-    answers,
     check_embeddings,
     check_length,
     embed_images,
@@ -156,7 +155,7 @@ class PaliGemma:
         call = self._call()
         generation = self._generation(call, batch, embeddings, [prompt], [options])
         [group] = generation.groups(self.runner, self.params, 1)
-        return TextStream(text_pieces(answers(call, group), call, generation))
+        return TextStream(text_pieces(numerics.answers(call, generation, group), call, generation))
 
     def score(
         self,
@@ -194,6 +193,7 @@ class PaliGemma:
         batch = self.processor(flat, "")
         method = "embed_image" if projected else "encode_image"
         embedded = embed_images(self._call(), self.config, batch.pixels, method)
+        numerics.require_finite_images(embedded, self.config, self.params, batch.pixels)
         return embedded[batch.image_slots[:, 0] // self.config.vision.num_tokens]
 
     def project(self, features: jax.Array | np.ndarray) -> jax.Array:
@@ -215,9 +215,9 @@ class PaliGemma:
         soft_tokens = self._generation(call, batch, embeddings, [prompt], [GenerateOptions()]).soft_tokens
         inputs = steps.select_rows(batch, soft_tokens, range(1))
         length, prefix_length = int(batch.length[0]), int(batch.prefix_length[0])
-        count = length - prefix_length
-        static = {"config": self.config, "num_positions": power_of_two(count)}
-        hidden, attention, logprobs = call.run(forward.trace, inputs, **static)
+        num_positions = power_of_two(count := length - prefix_length)
+        hidden, attention, logprobs = call.run(forward.trace, inputs, config=self.config, num_positions=num_positions)
+        numerics.require_finite(np.asarray(logprobs)[0, :count], self.config, self.params, inputs, 0)
         return forward.Trace(
             tokens=inputs.tokens[0, :length],
             patches=inputs.image_slots[0, :length],
@@ -372,7 +372,7 @@ class PaliGemma:
         generation = self._generation(call, batch, embeddings, prompts, options)
         rows: list[tuple[Progress, int]] = []
         for group in generation.groups(self.runner, self.params, batch_size):
-            *_, last = answers(call, group)
+            *_, last = numerics.answers(call, generation, group)
             rows += [(last, i) for i in range(len(group.rows))]
         return [to_output(progress, row, call, generation) for progress, row in rows]
 
@@ -395,4 +395,6 @@ class PaliGemma:
         for rows in generation.runs(BATCH_SIZE):
             inputs = steps.select_rows(batch, generation.soft_tokens, rows)
             values = np.asarray(call.run(function, inputs, **static))
-            yield from ((values[i], int(lengths[row])) for i, row in enumerate(rows))
+            for i, row in enumerate(rows):
+                numerics.require_finite(values[i, : lengths[row]], self.config, self.params, inputs, i)
+                yield values[i], int(lengths[row])

@@ -36,3 +36,7 @@ class SamplingError(UserError):
 
 class DataError(UserError):
     """Training or evaluation data that cannot be used."""
+
+
+class NumericsError(UserError):
+    """Results that are NaN or infinite: numbers too large for their format, or damaged weights."""

@@ -29,6 +29,9 @@ jax.config.update("jax_compilation_cache_dir", os.environ.get("PALIGEMMA_TEST_CA
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 if "JAX_DISABLE_MOST_OPTIMIZATIONS" not in os.environ:  # compiling is what tests spend their time on
     jax.config.update("jax_disable_most_optimizations", True)
+    if jax.__version_info__ < (0, 11):  # XLA's older code generator compiles in half the time; later ones have none
+        flags = "--xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1"
+        os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {flags}"
 jax.devices()  # XLA has read its flags now, whatever a test makes of them
 
 _VISION = VisionConfig(image_size=28, patch_size=14, width=16, num_layers=2, mlp_dim=24, num_heads=2)

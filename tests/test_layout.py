@@ -20,6 +20,7 @@ ORDER = [
     ("processing", "tasks", "ops"),
     ("models",),
     ("checkpoints", "engine"),
+    ("numerics",),
     ("api", "loading", "paligemma_jax"),
     ("training", "evaluation", "inspection", "patch_vit", "annotate", "serving", "shapes_world"),
     ("runs",),

@@ -181,8 +181,10 @@ class Gemma(nn.Module):
         return [masks[w] for w in windows]
 
     def logits(self, hidden: jax.Array) -> jax.Array:
-        """Hidden states [..., D] to float32 logits [..., V]."""
-        return ops.materialize(ops.soft_cap(self.embed_tokens.decode(hidden), self.config.final_softcap))
+        """Hidden states [..., D] to float32 logits [..., V]; NaN for an infinite one, which a cap would hide."""
+        logits = self.embed_tokens.decode(hidden)
+        capped = ops.soft_cap(logits, self.config.final_softcap)
+        return ops.materialize(jnp.where(jnp.isfinite(logits), capped, jnp.nan))
 
     def lens(self, hidden: jax.Array) -> jax.Array:
         """Hidden states [..., D] of any layer to the logits [..., V] they would give if it were the last."""

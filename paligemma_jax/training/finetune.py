@@ -10,7 +10,7 @@ import jax
 import optax
 from flax.traverse_util import flatten_dict
 
-from paligemma_jax import ops
+from paligemma_jax import numerics, ops
 from paligemma_jax.errors import ConfigError
 from paligemma_jax.loading import load
 from paligemma_jax.models.paligemma import PaliGemma
@@ -95,6 +95,7 @@ def finetune(settings: Settings, recipe: Recipe) -> Path:
         save_every=settings.save_every,
         log_every=settings.log_every,
         name="finetune",
+        explain=functools.partial(numerics.explain_batch, model.config),
     )
     model.params = state.params
     model.save(output)

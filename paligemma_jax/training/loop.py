@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import optax
 import orbax.checkpoint as ocp
 
-from paligemma_jax.errors import CheckpointError, ConfigError, UserError
+from paligemma_jax.errors import CheckpointError, NumericsError, UserError
 
 Tree = Any
 LossFn = Callable[[Tree, Tree], tuple[jax.Array, dict[str, jax.Array]]]  # (params, batch) -> loss, metrics
@@ -42,14 +42,21 @@ def init_state(params: Tree, optimizer: optax.GradientTransformation) -> TrainSt
 
 
 def make_step(loss_fn: LossFn, optimizer: optax.GradientTransformation) -> StepFn:
-    """A jitted update with the old state donated; the metrics gain `loss` and `grad_norm`."""
+    """A jitted update with the old state donated; the metrics gain `loss` and `grad_norm`.
+
+    Where one of those is not finite, parameters and optimizer state stay as they were.
+    """
 
     def step(state: TrainState, batch: Tree) -> tuple[TrainState, dict[str, jax.Array]]:
         (loss, metrics), grads = jax.value_and_grad(loss_fn, has_aux=True)(state.params, batch)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
-        metrics = {"loss": loss, **metrics, "grad_norm": optax.tree.norm(grads)}
-        return TrainState(state.step + 1, params, opt_state), metrics
+        norm = optax.tree.norm(grads)
+        finite = jnp.isfinite(loss) & jnp.isfinite(norm)  # else all stays as it is, so that the cause can be found
+        kept = jax.tree.map(
+            lambda new, old: jnp.where(finite, new, old), (params, opt_state), (state.params, state.opt_state)
+        )
+        return TrainState(state.step + 1, *kept), {"loss": loss, **metrics, "grad_norm": norm}
 
     return jax.jit(step, donate_argnums=0, compiler_options=_compiler_options())
 
@@ -100,15 +107,17 @@ def fit(
     log_every: int = 50,
     name: str = "train",
     log: Callable[[dict[str, float]], None] | None = None,
+    explain: Callable[[Tree, Tree], str] | None = None,
 ) -> TrainState:
     """Train to `num_steps`, resuming from `checkpoints` if any; returns the last state.
 
     `batch_at(step)` gives the batch of a step; the next one is prepared while a step runs. Every `log_every` steps a
-    line with the means since the last one goes to stderr, and to `log` as numbers. Ctrl-C, and a batch that cannot be
+    line with the means since the last one goes to stderr, and to `log` as numbers. `explain(params, batch)` says why a
+    loss is not finite. Ctrl-C, and a batch that cannot be
     had, save before they stop the run.
 
     Raises:
-      ConfigError: the loss is not finite any more; what led there is not saved.
+      NumericsError: the loss is not finite any more; what led there is not saved.
       CheckpointError: see `restore`.
       UserError: from `batch_at`.
     """
@@ -117,7 +126,9 @@ def fit(
     first = int(state.step)
     if first:
         print(f"{name} goes on from step {first} of {num_steps}", file=sys.stderr)
-    history = _History(name, first, num_steps, log)
+    history = _History(
+        name, first, num_steps, log, lambda step: explain(state.params, batch_at(step)) if explain else ""
+    )
 
     def save() -> None:
         history.check_finite()
@@ -146,9 +157,16 @@ def fit(
 class _History:
     """Metrics of the steps since the last report."""
 
-    def __init__(self, name: str, step: int, num_steps: int, log: Callable[[dict[str, float]], None] | None):
+    def __init__(
+        self,
+        name: str,
+        step: int,
+        num_steps: int,
+        log: Callable[[dict[str, float]], None] | None,
+        explain: Callable[[int], str],
+    ):
         self.step = step
-        self._name, self._num_steps, self._log = name, num_steps, log
+        self._name, self._num_steps, self._log, self._explain = name, num_steps, log, explain
         self._restart()
 
     def _restart(self) -> None:
@@ -160,12 +178,12 @@ class _History:
         self._metrics.append(metrics)
 
     def check_finite(self) -> None:
-        """Raise ConfigError if the loss or gradient of a step since the last report is not finite."""
+        """Raise NumericsError if the loss or gradient of a step since the last report is not finite."""
         for step, metrics in enumerate(self._metrics, self.step - len(self._metrics) + 1):
             if not (math.isfinite(metrics["loss"]) and math.isfinite(metrics["grad_norm"])):
-                raise ConfigError(
+                raise NumericsError(
                     f"{self._name} failed at step {step}: loss {float(metrics['loss']):g}, gradient "
-                    f"{float(metrics['grad_norm']):g}; give a lower learning_rate"
+                    f"{float(metrics['grad_norm']):g}; {self._explain(step - 1) or 'give a lower learning_rate'}"
                 )
 
     def report(self) -> None:

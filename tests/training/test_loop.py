@@ -8,7 +8,7 @@ import numpy as np
 import optax
 import pytest
 
-from paligemma_jax.errors import CheckpointError, ConfigError, ImageError
+from paligemma_jax.errors import CheckpointError, ImageError, NumericsError
 from paligemma_jax.training.loop import fit, init_state, make_step, open_checkpoints, restore
 
 WEIGHTS = np.array([1.0, -2.0, 0.5, 3.0], np.float32)
@@ -169,7 +169,7 @@ def test_a_broken_state_stops_the_run_and_is_not_saved(tmp_path, log_every, save
         return {**batch, "y": batch["y"] * np.nan} if step == 6 else batch
 
     manager = open_checkpoints(tmp_path)
-    with pytest.raises(ConfigError, match=r"toy failed at step 7: loss nan.* lower learning_rate"):
+    with pytest.raises(NumericsError, match=r"toy failed at step 7: loss nan.* lower learning_rate"):
         intervals = {"log_every": log_every, "save_every": save_every}
         fit(start(), STEP, poisoned, 12, checkpoints=manager, name="toy", **intervals)
     assert manager.latest_step() is None
@@ -182,7 +182,7 @@ def test_ctrl_c_does_not_save_a_broken_state(tmp_path):
         return {"x": np.full((16, 4), np.inf, np.float32), "y": np.zeros(16, np.float32)}
 
     manager = open_checkpoints(tmp_path)
-    with pytest.raises(ConfigError, match="failed at step 1:"):
+    with pytest.raises(NumericsError, match="failed at step 1:"):
         fit(start(), STEP, poisoned, 12, checkpoints=manager)
     assert manager.latest_step() is None
 
