@@ -20,6 +20,7 @@ import jax.numpy as jnp
 import optax
 import orbax.checkpoint as ocp
 
+from paligemma_jax import ops
 from paligemma_jax.errors import CheckpointError, NumericsError, UserError
 
 Tree = Any
@@ -63,7 +64,7 @@ def make_step(loss_fn: LossFn, optimizer: optax.GradientTransformation) -> StepF
 
 def _compiler_options() -> dict[str, str]:
     # On CPU XLA's YNNPACK matmuls are slower in training than the ones they replace.
-    return {"xla_cpu_experimental_ynn_fusion_type": ""} if jax.default_backend() == "cpu" else {}
+    return {"xla_cpu_experimental_ynn_fusion_type": ""} if ops.Target.detect().platform == "cpu" else {}
 
 
 def open_checkpoints(directory: str | Path, *, keep: int = 2) -> ocp.CheckpointManager:
