@@ -97,6 +97,8 @@ def prompts(config: ConfigDict) -> list[str]:
         lines = read_lines(path)
     except FileNotFoundError:
         raise PromptError(f"prompts_file {path} does not exist: give a text file with a prompt per line") from None
+    except OSError as error:
+        raise PromptError(f"prompts_file {path} cannot be read: {error.strerror}") from None
     except UnicodeDecodeError:
         raise PromptError(f"prompts_file {path} is not UTF-8 text: save it as UTF-8") from None
     if not (found := [prompt for line in lines if (prompt := line.strip(" \t"))]):
