@@ -45,7 +45,7 @@ def read_jsonl(path: str | Path, image_root: str | Path | None = None) -> list[E
 
 def _example(line: str, where: str, root: Path) -> Example:
     try:
-        value = json.loads(line)
+        value = json.loads(line, strict=False)  # a form feed or tab in a string does no harm
     except ValueError as error:
         raise DataError(f"{where} is not JSON ({error})") from None
     if not isinstance(value, dict):
