@@ -155,7 +155,8 @@ def _named_ids(file: Path, vocabulary: Vocabulary) -> dict[str, int]:
         token = read_json(file).get(f"{name}_token")
         token = token.get("content") if isinstance(token, dict) else token
         if token is not None:
-            id_ = vocabulary.id_of(token) if isinstance(token, str) else None
+            is_text = isinstance(token, str) and token.isprintable()
+            id_ = vocabulary.id_of(token) if is_text else None
             if id_ is None:
                 raise TokenizerError(f"{file} has {name}_token {token!r:.40}, which is no token: give one that is")
             found[name] = id_

@@ -4,7 +4,8 @@ Both give the ids of a text and the bytes of an id; `Tokenizer` is the same over
 a text: "<bos>", "<eos>", "<pad>", "<unk>" and "<image>" in a prompt are letters. This is where ids differ, on purpose,
 from those of transformers, which lets a prompt end itself, or bring an image of its own.
 
-The two differ from each other in what nobody writes: U+2581, SentencePiece's sign for a space, next to spaces.
+The two differ from each other in what hardly anybody writes: more than 31 spaces in a row, and U+2581, SentencePiece's
+sign for a space, next to spaces.
 """
 
 import dataclasses
@@ -28,6 +29,7 @@ MODEL_FILE, JSON_FILE = "tokenizer.model", "tokenizer.json"
 
 _GEMMA_PIECES = 256000
 _LIST = re.compile(r'"added_tokens"\s*:\s*(?=\[)')
+_AFFIX = re.compile(r'("(?:continuing_subword_prefix|end_of_word_suffix)"\s*:\s*)"(?:[^"\\]|\\.)*"')  # Gemma has none
 _BYTE = re.compile(r"<0x([0-9A-F]{2})>")
 _SPACE = "▁"  # a space in a piece
 _SAMPLE = "a é 漢\t\0"  # letters, spaces, and what has no token but those of its bytes
@@ -176,7 +178,9 @@ class JsonVocabulary:
         import tokenizers  # takes a while, and most checkpoints have a SentencePiece model
 
         try:
-            self._file = tokenizers.Tokenizer.from_str(read_text(path))
+            settings, *vocabulary = read_text(path).partition('"vocab"')
+            text = "".join([_AFFIX.sub(r"\1null", settings), *vocabulary])
+            self._file = tokenizers.Tokenizer.from_str(text)
         except OSError as error:
             raise TokenizerError(f"{path} cannot be read: {error.strerror}") from None
         except BaseException as error:  # `tokenizers` raises nothing more precise, and panics
@@ -266,7 +270,7 @@ def _added_tokens(directory: Path) -> dict[str, AddedToken]:
 
 def _added(id_: Any, fields: Mapping[str, Any]) -> AddedToken:
     content, number = fields["content"], int(id_)
-    if not isinstance(content, str) or not content or number < 0:
+    if not content.encode() or number < 0:  # a lone surrogate is a ValueError too
         raise ValueError
     flags = (bool(fields.get(name, False)) for name in ("lstrip", "rstrip", "single_word"))
     return AddedToken(number, content, *flags)

@@ -134,6 +134,7 @@ _FILL = {"strategy": {"Fixed": 9}, "direction": "Left", "pad_id": 1, "pad_type_i
         lambda value: value.update(padding=_FILL | {"pad_to_multiple_of": None}),
         lambda value: value.update(normalizer=None, pre_tokenizer=None, post_processor=None, decoder=None),
         lambda value: value["model"].update(dropout=0.5, fuse_unk=False, byte_fallback=False),
+        lambda value: value["model"].update(continuing_subword_prefix="##\u2028", end_of_word_suffix='"'),
     ],
 )
 def test_settings_that_are_not_gemmas_are_not_read(json_dir, from_json, tmp_path, change):
