@@ -14,6 +14,7 @@ from paligemma_jax import files, ops
 from paligemma_jax.checkpoints import big_vision, config_json, huggingface, load, parameter_count, resolve, scan
 from paligemma_jax.config import PaliGemmaConfig, variant_name
 from paligemma_jax.errors import CheckpointError, ConfigError, UserError
+from paligemma_jax.processing.tokenizer import TOKENIZER_FILES
 
 _EXAMPLES = """examples:
   python -m convert paligemma2-3b-mix-224.npz paligemma2-3b-mix-224 --dtype bfloat16
@@ -92,7 +93,7 @@ def convert(options: argparse.Namespace) -> None:
     else:
         huggingface.save(destination, config, params, options.dtype, processor_from=processor)
     print(f"wrote {destination}: {variant_name(config) or 'custom geometry'}, {parameter_count(config):,} parameters")
-    if not to_npz and not (destination / "tokenizer.model").is_file():
+    if not to_npz and not any((destination / name).is_file() for name in TOKENIZER_FILES):
         print("note: no tokenizer was copied; --processor DIR names a directory that has one", file=sys.stderr)
 
 
@@ -119,7 +120,7 @@ def _read_config(source: Path, path: Path | None) -> PaliGemmaConfig | None:
 
 def _keep_rows(config: PaliGemmaConfig, params: dict, rows: int) -> tuple[PaliGemmaConfig, dict]:
     """Drop the rows of the embedding table from `rows` on, which only padding and the image placeholder use."""
-    if not config.eos_token_id < rows <= config.text.vocab_size:
+    if not max(config.eos_token_ids) < rows <= config.text.vocab_size:
         raise ConfigError(f"--rows {rows} is impossible: the table has {config.text.vocab_size} rows")
     weight = params["language_model"]["embed_tokens"]["weight"]
     if hasattr(weight, "quantization"):

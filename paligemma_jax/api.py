@@ -321,7 +321,7 @@ class PaliGemma:
         directory = Path(directory)
         checkpoints.save(directory, self.config, self.params, processor_from=self._source)
         if self._source is None:
-            with replacing(directory / "tokenizer.model") as temporary:
+            with replacing(directory / self.processor.tokenizer.file_name) as temporary:
                 temporary.write_bytes(self.processor.tokenizer.to_bytes())
         self.processor.image_settings.save(directory, self.config.vision.num_tokens)
         if self._mask_vae is not None:

@@ -6,6 +6,7 @@ Every size comes from here; a checkpoint's config.json is the only place where o
 import dataclasses
 
 MASK_SIZE = 64  # pixels of the side of a mask in the mask VQ-VAE
+PADDING_ID = 0  # in slots that nothing sees; any row of a table will do, whatever a file has as pad_token_id
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,14 +61,26 @@ class PaliGemmaConfig:
 
     vision: VisionConfig = VisionConfig()
     text: TextConfig = TextConfig()
-    image_token_id: int = 257152  # placeholder id; ids from here on are never sampled
+    image_token_id: int = 257152  # placeholder id, never generated; nor are higher ones that are not in `added_ids`
     bos_token_id: int = 2
     eos_token_id: int = 1
-    pad_token_id: int = 0
+    pad_token_id: int = 0  # what the file says, to be saved again; unused slots hold PADDING_ID
+    more_eos_ids: tuple[int, ...] = ()  # that end an answer too
+    added_ids: tuple[tuple[int, int], ...] = ()  # ranges [first, end) behind image_token_id that the tokenizer names
 
     @property
     def version(self) -> int:
         return self.text.version
+
+    @property
+    def eos_token_ids(self) -> tuple[int, ...]:
+        """All ids that end an answer."""
+        return self.eos_token_id, *self.more_eos_ids
+
+    @property
+    def text_ids(self) -> tuple[tuple[int, int], ...]:
+        """Ranges [first, end) of the ids that may be generated; the other rows of the table are spare."""
+        return (0, self.image_token_id), *self.added_ids
 
 
 def _gemma2(width: int, num_layers: int, mlp_dim: int, heads: int, kv_heads: int, head_dim: int, scalar: float):

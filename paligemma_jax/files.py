@@ -18,7 +18,7 @@ from paligemma_jax.errors import CheckpointError
 def read_json(path: Path) -> dict[str, Any]:
     """Read a JSON object; CheckpointError when the file is missing or holds something else."""
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = json.loads(read_text(path))
     except FileNotFoundError:
         raise CheckpointError(f"{path} is missing") from None
     except (ValueError, RecursionError) as error:  # UnicodeDecodeError is a ValueError
@@ -26,6 +26,20 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise CheckpointError(f"{path} holds a JSON {type(value).__name__} instead of an object")
     return value
+
+
+def read_text(path: Path) -> str:
+    """The text of a UTF-8 file as it is, without a byte order mark; OSError, UnicodeDecodeError."""
+    return path.read_bytes().decode("utf-8-sig")
+
+
+def read_lines(path: Path) -> list[str]:
+    r"""The lines of a text file: what ends with \n or \r\n, and nothing else; errors as of `read_text`.
+
+    Python's `str.splitlines` would also split at U+2028, U+0085, form feed and others, which are part of a line's text.
+    """
+    lines = read_text(path).split("\n")
+    return [line.removesuffix("\r") for line in (lines if lines[-1] else lines[:-1])]
 
 
 def write_json(path: Path, value: dict[str, Any]) -> None:

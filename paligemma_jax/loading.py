@@ -1,5 +1,6 @@
 """Files to a model that is ready to run."""
 
+import dataclasses
 import os
 import time
 from collections.abc import Sequence
@@ -33,7 +34,7 @@ def load(
     """Load a model.
 
     Args:
-      path: Hugging Face directory, hub id, or big_vision .npz with tokenizer.model beside it.
+      path: Hugging Face directory, hub id, or big_vision .npz with tokenizer.model or tokenizer.json beside it.
       dtype: "bfloat16", "float16" or "float32", of the parameters and activations.
       quantization: "int8" or "int4" rounds the decoder's weights as they are read, and the image encoder's to 8 bits;
         None takes them as they are. A checkpoint that was written quantized needs nothing here.
@@ -54,8 +55,8 @@ def load(
     directory = found if found.is_dir() else found.parent
     tokenizer = Tokenizer.from_dir(directory)
     contents = checkpoints.scan(found)  # all small files are looked at before the long part
-    config = contents.config
-    tokenizer.check(config)
+    tokenizer.check(contents.config)
+    config = dataclasses.replace(contents.config, added_ids=tokenizer.added_ids(contents.config))
     processor = Processor(config, tokenizer, ImageSettings.from_dir(directory, config.vision.image_size))
     masks = _find_mask_vae(directory, mask_vae)
     num_rows = min(batch_size, most_at_once(config.vision.num_tokens))

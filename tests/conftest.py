@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import sentencepiece
+import tokenizers
 from flax.traverse_util import unflatten_dict
 
 import paligemma_jax as pj
@@ -144,6 +145,30 @@ def tokenizer_dir(tmp_path_factory) -> Path:
 @pytest.fixture(scope="session")
 def tokenizer(tokenizer_dir) -> Tokenizer:
     return Tokenizer.from_dir(tokenizer_dir)
+
+
+@pytest.fixture(scope="session")
+def write_tokenizer_json(tokenizer_dir):
+    """write_tokenizer_json(directory, more=(), **flags): tokenizer.json of the tokenizer, as transformers 5 saves it.
+
+    `more` are tokens behind <image>, with the flags of `tokenizers.AddedToken`.
+    """
+    model = sentencepiece.SentencePieceProcessor(str(tokenizer_dir / "tokenizer.model"))
+    vocabulary = {model.id_to_piece(id_): id_ for id_ in range(model.vocab_size())}
+    parts = [((piece[:i], piece[i:]), id_) for piece, id_ in vocabulary.items() for i in range(1, len(piece))]
+    merges = [pair for pair, _ in sorted(parts, key=lambda p: p[1]) if pair[0] in vocabulary and pair[1] in vocabulary]
+
+    def write(directory: Path, more: Iterable[str] = (), **flags) -> None:
+        bpe = tokenizers.models.BPE(vocabulary, merges, unk_token="<unk>", fuse_unk=True, byte_fallback=True)
+        result = tokenizers.Tokenizer(bpe)
+        result.normalizer = tokenizers.normalizers.Replace(" ", "▁")
+        result.add_special_tokens(["<pad>", "<eos>", "<bos>", "<unk>", "<mask>"])
+        result.add_tokens([tokenizers.AddedToken(text, normalized=False) for text in ("\n", *LOC_TOKENS, *SEG_TOKENS)])
+        result.add_special_tokens(["<image>"])
+        result.add_special_tokens([tokenizers.AddedToken(text, normalized=False, **flags) for text in more])
+        result.save(str(directory / "tokenizer.json"))
+
+    return write
 
 
 @pytest.fixture(scope="session")

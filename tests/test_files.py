@@ -76,3 +76,29 @@ def test_progress_is_silent_when_quick_or_unwanted(capsys, monkeypatch):
     out, err = capsys.readouterr()
     assert out == ""
     assert err.splitlines() == ["loading x: 1.0 of 4.0 GB, 0 s", "loading x: 3.0 of 4.0 GB, 0 s"]
+
+
+_ODD = "a\u2028b\u2029c\x85d\x0ce\x0bf\x1cg\rh"  # what Python's str.splitlines would split
+
+
+@pytest.mark.parametrize(
+    ("data", "lines"),
+    [
+        (b"", []),
+        (b"one\ntwo", ["one", "two"]),
+        (b"one\r\n\r\ntwo\n", ["one", "", "two"]),
+        (b"\n", [""]),
+        (f"{_ODD}\n{_ODD}\r\n".encode(), [_ODD, _ODD]),
+        ("\ufeffone\n\ufefftwo\n".encode(), ["one", "\ufefftwo"]),
+    ],
+)
+def test_lines_end_with_line_breaks_alone(tmp_path, data, lines):
+    (tmp_path / "x").write_bytes(data)
+    assert files.read_lines(tmp_path / "x") == lines
+
+
+@pytest.mark.parametrize("text", ["{}", '{"a": "b\u2028c"}', '{\r\n"a": 1}'])
+def test_json_may_begin_with_a_byte_order_mark(tmp_path, text):
+    for name, mark in (("plain", ""), ("marked", "\ufeff")):
+        (tmp_path / name).write_text(mark + text, encoding="utf-8")
+    assert files.read_json(tmp_path / "marked") == files.read_json(tmp_path / "plain")

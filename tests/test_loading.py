@@ -137,6 +137,52 @@ def test_save_and_load_give_the_same_model(model, pictures, tmp_path):
     assert len(half.generate(pictures[0], PROMPTS[0], 2)) == 1
 
 
+def test_a_model_whose_tokenizer_is_json_alone_gives_the_same_and_is_saved_so(
+    model, pictures, write_tokenizer_json, tmp_path
+):
+    """With tokens of a fine-tune behind <image>, a pad id of the trainer's, and byte order marks."""
+    model.save(tmp_path)
+    (tmp_path / "tokenizer.model").unlink()
+    write_tokenizer_json(tmp_path, ("<s_menu>", "</s_menu>"))
+    fields = json.loads((tmp_path / "config.json").read_text()) | {"pad_token_id": -1}
+    (tmp_path / "config.json").write_text("\ufeff" + json.dumps(fields), encoding="utf-8")
+    for name in ("tokenizer_config.json", "special_tokens_map.json"):
+        (tmp_path / name).write_text(json.dumps({"pad_token": "<eos>"}))
+    (tmp_path / "generation_config.json").write_text('\ufeff{"eos_token_id": [1, 7]}', encoding="utf-8")
+    loaded, image = pj.load(tmp_path, dtype="float32"), model.config.image_token_id
+    assert loaded.config.added_ids == ((image + 1, image + 3),) and loaded.config.eos_token_ids == (1, 7)
+    loaded.config = dataclasses.replace(model.config, pad_token_id=-1)  # with what it may say besides
+    loaded.processor = dataclasses.replace(loaded.processor, config=loaded.config)
+    assert all(map(same, model.generate(pictures, PROMPTS, 8), loaded.generate(pictures, PROMPTS, 8)))
+    again = tmp_path / "again"
+    again.mkdir()
+    (again / "tokenizer.model").write_bytes(b"of another model")
+    loaded.save(again)
+    names = {path.name for path in tmp_path.glob("*.json")}
+    assert {path.name for path in again.iterdir()} == names | {"model.safetensors"}
+    assert json.loads((again / "config.json").read_text())["pad_token_id"] == -1
+    assert pj.load(again).config.eos_token_ids == (1, 7)
+    pj.PaliGemma(loaded.config, loaded.params, loaded.processor).save(tmp_path / "made")
+    assert not (tmp_path / "made" / "tokenizer.model").exists()
+    assert pj.load(tmp_path / "made").config.added_ids == ((image + 1, image + 3),)
+
+
+def test_what_a_fine_tune_added_is_said(model, pictures, write_tokenizer_json, tmp_path):
+    """Only if it has a name: the other rows behind <image> are spare, however likely."""
+    model.save(tmp_path)
+    write_tokenizer_json(tmp_path, ("<s_menu>", "</s_menu>"))
+    loaded, image = pj.load(tmp_path, dtype="float32", prepare=False), model.config.image_token_id
+    table = np.array(loaded.params["language_model"]["embed_tokens"]["weight"])
+    table[:image] *= 0.01
+    table[image:] = table[image] * np.r_[9, 1, -1, -9, [9] * (len(table) - image - 4)][:, None]  # one of two is likely
+    loaded.params["language_model"]["embed_tokens"]["weight"] = jnp.asarray(table)
+    stream = loaded.stream(pictures[0], "caption en", 1)
+    [piece] = stream
+    [said] = stream.output.tokens
+    assert said in (image + 1, image + 2)
+    assert piece == stream.output.text == {image + 1: "<s_menu>", image + 2: "</s_menu>"}[said]
+
+
 def test_save_writes_the_image_settings_that_the_model_runs_with(model, tmp_path):
     model.save(tmp_path)
     (tmp_path / "preprocessor_config.json").rename(tmp_path / "processor_config.json")

@@ -5,6 +5,7 @@ would change the network and that this implementation does not have is refused b
 Source: transformers 5, models/{paligemma,gemma,gemma2,siglip}/configuration_*.py; 4.4x and later files are read too.
 """
 
+import dataclasses
 from typing import Any
 
 from paligemma_jax import ops
@@ -50,7 +51,7 @@ _GEMMA2_DEFAULTS = _TEXT_DEFAULTS | {
 }
 _TOP_DEFAULTS = {"image_token_index": 256000}
 _GEMMA2_ONLY = ("query_pre_attn_scalar", "attn_logit_softcapping", "final_logit_softcapping")
-_SPECIAL_IDS = {"bos_token_id": 2, "eos_token_id": 1, "pad_token_id": 0}
+_BOS, _EOS, _PAD = 2, 1, 0
 _TANH_GELUS = ("gelu_pytorch_tanh", "gelu_new", "gelu_fast")  # three names of one function
 _GEMMA_VOCABULARY = 257152  # pieces, <loc0000>..<loc1023>, <seg000>..<seg127>
 _LOCAL, _GLOBAL = "sliding_attention", "full_attention"
@@ -75,6 +76,12 @@ class _Section:
         if type(value) is not int or value < 1:
             raise self.error(name, f"must be a positive integer, not {value!r}")
         return value
+
+    def token_ids(self, name: str) -> tuple[int, ...]:
+        """One id or a list of them, each once; none when the field is absent."""
+        value = self.get(name)
+        ids = value if isinstance(value, list) else [value] if value is not None else []
+        return tuple(dict.fromkeys(_Section({name: id_}, self.prefix, {}, self.source).token_id(name) for id_ in ids))
 
     def token_id(self, name: str) -> int:
         value = self.get(name)
@@ -124,24 +131,42 @@ def from_json(value: dict[str, Any], source: str = "config.json") -> PaliGemmaCo
     text.require("model_type", ("gemma", "gemma2"))
     if text.get("model_type") == "gemma2":
         text.defaults = _GEMMA2_DEFAULTS
+    # The hub's files state ids at the top, transformers 5 in text_config.
+    bos = top.token_ids("bos_token_id") or text.token_ids("bos_token_id") or (_BOS,)
+    eos = top.token_ids("eos_token_id") or text.token_ids("eos_token_id") or (_EOS,)
+    if len(bos) > 1:
+        raise top.error("bos_token_id", f"must be one token id, not {list(bos)}")
     config = PaliGemmaConfig(
         vision=_read_vision(vision),
         text=_read_text(text),
         image_token_id=top.token_id("image_token_index"),
-        **{name: _special_id(top, text, name) for name in _SPECIAL_IDS},
+        bos_token_id=bos[0],
+        eos_token_id=eos[0],
+        pad_token_id=_pad_token_id(top, text),
+        more_eos_ids=eos[1:],
     )
     _check_joints(config, top, vision, text)
     return config
 
 
-def _special_id(top: _Section, text: _Section, name: str) -> int:
-    """The hub's files state ids at the top, transformers 5 in text_config."""
-    for section in (top, text):
-        ids = section.get(name)
-        if ids is not None:
-            one = ids[0] if isinstance(ids, list) and len(ids) == 1 else ids
-            return _Section({name: one}, section.prefix, {}, section.source).token_id(name)
-    return _SPECIAL_IDS[name]
+def with_generation(
+    config: PaliGemmaConfig, value: dict[str, Any], source: str = "generation_config.json"
+) -> PaliGemmaConfig:
+    """`config` with what ends an answer by a parsed generation_config.json, which wins, as in transformers."""
+    section = _Section(value, "", {}, source)
+    ids = section.token_ids("eos_token_id") or config.eos_token_ids
+    _check_ids(section, "eos_token_id", ids, config)
+    return dataclasses.replace(config, eos_token_id=ids[0], more_eos_ids=ids[1:])
+
+
+def _pad_token_id(top: _Section, text: _Section) -> int:
+    """Kept as it is, -1 too: nothing sees padding."""
+    section = top if top.get("pad_token_id") is not None else text
+    value = section.get("pad_token_id")
+    one = value[0] if isinstance(value, list) and len(value) == 1 else value
+    if type(one) not in (int, type(None)):
+        raise section.error("pad_token_id", f"must be one token id, not {value!r}")
+    return _PAD if one is None else one
 
 
 def _read_vision(section: _Section) -> VisionConfig:
@@ -248,13 +273,19 @@ def _check_joints(config: PaliGemmaConfig, top: _Section, vision: _Section, text
             f"{text.get('num_image_tokens')!r} differs from the {config.vision.num_tokens} patches of vision_config"
         )
         raise text.error("num_image_tokens", problem)
-    special = {name: getattr(config, name) for name in _SPECIAL_IDS}
-    for name, value in special.items():
-        if value >= config.text.vocab_size:
-            raise top.error(name, f"{value} is outside text_config.vocab_size {config.text.vocab_size}")
+    _check_ids(top, "bos_token_id", (config.bos_token_id,), config)
+    _check_ids(top, "eos_token_id", config.eos_token_ids, config)
     image = config.image_token_id
-    if image in special.values() or image < _GEMMA_VOCABULARY <= config.text.vocab_size:
+    if image == config.bos_token_id or image < _GEMMA_VOCABULARY <= config.text.vocab_size:
         raise top.error("image_token_index", f"{image} is an ordinary token; the released models have 257152")
+
+
+def _check_ids(section: _Section, name: str, ids: tuple[int, ...], config: PaliGemmaConfig) -> None:
+    for id_ in ids:
+        if id_ >= config.text.vocab_size:
+            raise section.error(name, f"{id_} is outside text_config.vocab_size {config.text.vocab_size}")
+        if id_ == config.image_token_id:
+            raise section.error(name, f"{id_} is the image token: give the id of <bos> or <eos>")
 
 
 def _quantization_note(quantization: str) -> dict[str, Any]:
@@ -275,7 +306,8 @@ def to_json(config: PaliGemmaConfig, dtype: str = "bfloat16", quantization: str 
         raise ConfigError(
             "a Gemma 1 decoder has no query scalar, softcap or sliding window that config.json could state"
         )
-    ids = {name: getattr(config, name) for name in _SPECIAL_IDS}
+    eos = list(config.eos_token_ids) if config.more_eos_ids else config.eos_token_id
+    ids = {"bos_token_id": config.bos_token_id, "eos_token_id": eos, "pad_token_id": config.pad_token_id}
     decoder = {
         "model_type": "gemma" if text.version == 1 else "gemma2",
         "vocab_size": text.vocab_size,

@@ -28,15 +28,19 @@ from paligemma_jax.config import PaliGemmaConfig
 from paligemma_jax.errors import CheckpointError
 
 SINGLE, INDEX, CONFIG = "model.safetensors", "model.safetensors.index.json", "config.json"
-_PROCESSOR_FILES = (
+GENERATION = "generation_config.json"
+_TOKENIZER_FILES = (
     "tokenizer.model",
     "tokenizer.json",
     "tokenizer_config.json",
     "special_tokens_map.json",
     "added_tokens.json",
+)
+_PROCESSOR_FILES = (
+    *_TOKENIZER_FILES,
     "preprocessor_config.json",
     "processor_config.json",
-    "generation_config.json",
+    GENERATION,
 )
 
 _EMBED, _HEAD = "language_model.model.embed_tokens.weight", "lm_head.weight"
@@ -109,6 +113,8 @@ def scan(directory: Path) -> Contents:
     """
     path = directory / CONFIG
     config = config_json.from_json(files.read_json(path), str(path))
+    if (generation := directory / GENERATION).is_file():
+        config = config_json.with_generation(config, files.read_json(generation), str(generation))
     headers = _read_headers(directory)
     tensors = {}
     for key, tensor in headers.items():
@@ -313,8 +319,13 @@ def _shards(sizes: dict[str, int], limit: int) -> list[list[str]]:
 
 
 def copy_processor(source: Path, directory: Path) -> list[str]:
-    """Copy the tokenizer and preprocessor files that `source` has; returns their names."""
+    """Copy the tokenizer and preprocessor files that `source` has; returns their names.
+
+    A tokenizer that lay in `directory` before goes: a file of it that is not replaced would be read with the new ones.
+    """
     names = [name for name in _PROCESSOR_FILES if (source / name).is_file()]
+    for old in set(_TOKENIZER_FILES) - set(names) if set(_TOKENIZER_FILES) & set(names) else ():
+        (directory / old).unlink(missing_ok=True)
     for name in names:
         with files.replacing(directory / name) as temporary:
             shutil.copyfile(source / name, temporary)

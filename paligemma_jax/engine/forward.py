@@ -52,8 +52,7 @@ def suffix_logprobs(params: Params, inputs: Inputs, *, config: PaliGemmaConfig, 
     """Log-probability of each suffix token [B, num_positions]; entries beyond a row's own suffix mean nothing."""
     logits = suffix_logits(params, inputs, config=config, num_positions=num_positions)
     targets = jnp.take_along_axis(inputs.tokens, _suffix_positions(inputs, num_positions), axis=1)
-    # A row with a short suffix runs into padding, whose id need not be below V.
-    return token_logprobs(logits, jnp.minimum(targets, logits.shape[-1] - 1))
+    return token_logprobs(logits, targets)
 
 
 @functools.partial(jax.jit, static_argnames=("config", "num_positions"))
@@ -79,7 +78,7 @@ def top_tokens(
 
     Returns ids i32 [M, count] and their probabilities, best first.
     """
-    logits = forbid(apply(params, config, "lens", hidden), config.image_token_id)
+    logits = forbid(apply(params, config, "lens", hidden), config)
     probabilities, tokens = lax.top_k(jax.nn.softmax(logits, axis=-1), count)
     return tokens, probabilities
 

@@ -186,7 +186,8 @@ def text_pieces(growing: Iterator[Progress], call: Call, generation: Generation)
     given = 0
     for progress in growing:
         said = int(progress.step[0])
-        if piece := "".join(map(decoder.feed, progress.tokens[0, given:said])):
+        tokens = progress.tokens[0, given:said]
+        if piece := "".join(decoder.feed(id_) for id_ in tokens if id_ not in generation.config.eos_token_ids):
             yield piece
         given = said
     if rest := decoder.finish():
@@ -199,6 +200,7 @@ def to_output(progress: Progress, row: int, call: Call, generation: Generation) 
     count = int(progress.step[row])
     tokens = progress.tokens[row, :count]
     scores = jax.tree.map(lambda x: x[row, :count], progress.scores)
-    reason = "eos" if tokens[-1] == generation.config.eos_token_id else "length"
-    text = generation.tokenizer.decode(tokens)
+    ended = tokens[-1] in generation.config.eos_token_ids
+    text = generation.tokenizer.decode(tokens[: count - ended])  # what ends an answer may have a text, as <end_of_turn>
+    reason = "eos" if ended else "length"
     return Output(text, tokens, scores.logprobs, reason, call.timing(count), scores.near, scores.expected)

@@ -7,6 +7,7 @@ Axes: B rows, M sequences (B n of them: n per row, one after the other), V vocab
 """
 
 import dataclasses
+import functools
 from collections import Counter
 from collections.abc import Callable, Hashable, Sequence
 
@@ -156,12 +157,12 @@ def allow(
     logits: jax.Array, step: jax.Array, options: RowOptions, position: grammar.Position | None, config: StepConfig
 ) -> jax.Array:
     """Logits or log-probabilities [M, V] with -inf for what may not be said next; arguments as for `choose`."""
-    allowed = forbid(logits, config.model.image_token_id)
+    allowed = forbid(logits, config.model)
     per_row = len(logits) // len(options.limit)
     if config.delayed:
-        is_eos = lax.broadcasted_iota(jnp.int32, logits.shape, 1) == config.model.eos_token_id
+        ends = is_eos(lax.broadcasted_iota(jnp.int32, logits.shape, 1), config.model)
         too_early = step < jnp.repeat(options.least, per_row) - 1
-        allowed = jnp.where(is_eos & too_early[:, None], -jnp.inf, allowed)
+        allowed = jnp.where(ends & too_early[:, None], -jnp.inf, allowed)
     if config.constrained:
         left = jnp.repeat(options.limit, per_row) - 1 - step
         allowed = grammar.allow(options.grammar, position, left, allowed)
@@ -192,10 +193,16 @@ def token_scores(logits: jax.Array, tokens: jax.Array, loc_start: int | None) ->
     return TokenScores(logprobs, jnp.where(is_location, near, 0.0), jnp.broadcast_to(expected, logprobs.shape))
 
 
-def forbid(logits: jax.Array, num_allowed: int) -> jax.Array:
-    """Logits [..., V] with those of the ids from `num_allowed` on set to -inf."""
+def forbid(logits: jax.Array, config: PaliGemmaConfig) -> jax.Array:
+    """Logits [..., V] with those of the ids that no text has set to -inf."""
     ids = lax.broadcasted_iota(jnp.int32, logits.shape, logits.ndim - 1)
-    return jnp.where(ids < num_allowed, logits, -jnp.inf)
+    ranges = [(ids >= first) & (ids < end) if first else ids < end for first, end in config.text_ids]
+    return jnp.where(functools.reduce(jnp.logical_or, ranges), logits, -jnp.inf)
+
+
+def is_eos(tokens: jax.Array, config: PaliGemmaConfig) -> jax.Array:
+    """Which tokens [...] end an answer."""
+    return functools.reduce(jnp.logical_or, [tokens == id_ for id_ in config.eos_token_ids])
 
 
 def token_logprobs(logits: jax.Array, tokens: jax.Array) -> jax.Array:

@@ -15,8 +15,9 @@ import jax.numpy as jnp
 from jax import lax
 
 from paligemma_jax.buckets import power_of_two
+from paligemma_jax.config import PADDING_ID
 from paligemma_jax.engine.constraints import grammar
-from paligemma_jax.engine.sampling import RowOptions, StepConfig, TokenScores, advance, choose
+from paligemma_jax.engine.sampling import RowOptions, StepConfig, TokenScores, advance, choose, is_eos
 from paligemma_jax.ops import Cache, pad_cache
 
 _MIN_ANSWER = 32  # tokens that every state has room for
@@ -69,7 +70,7 @@ def fresh(
     count = len(prefix_length)
     nothing = jnp.zeros((count, num_tokens), jnp.float32)
     return DecodeState(
-        tokens=jnp.full((count, num_tokens), config.model.pad_token_id, jnp.int32),
+        tokens=jnp.full((count, num_tokens), PADDING_ID, jnp.int32),
         scores=TokenScores(nothing, nothing, nothing),
         step=jnp.zeros(count, jnp.int32),
         prefix_length=prefix_length,
@@ -95,7 +96,7 @@ def append(state: DecodeState, tokens: jax.Array, scores: TokenScores, config: S
         return jnp.where(here, new[:, None], row)
 
     step = state.step + ~state.done
-    ended = (tokens == config.model.eos_token_id) | (step >= state.options.limit)
+    ended = is_eos(tokens, config.model) | (step >= state.options.limit)
     return dataclasses.replace(
         state,
         tokens=put(state.tokens, tokens),
@@ -145,7 +146,7 @@ def empty(prefix: DecodeState, num_rows: int, num_slots: int, config: StepConfig
     state = jax.tree.map(blank, prefix)
     return dataclasses.replace(
         state,
-        tokens=jnp.full_like(state.tokens, config.model.pad_token_id),
+        tokens=jnp.full_like(state.tokens, PADDING_ID),
         done=jnp.ones(num_rows, bool),
         cache=pad_cache(state.cache, num_slots),
     )

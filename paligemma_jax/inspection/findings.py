@@ -141,7 +141,7 @@ def inspect_answer(
 
 def _decode(model: PaliGemma, ids: np.ndarray, scores: np.ndarray) -> TopTokens:
     """Top tokens with their texts; <bos> and <eos>, which decode to nothing, are named."""
-    named = {model.config.bos_token_id: "<bos>", model.config.eos_token_id: "<eos>"}
+    named = {model.config.bos_token_id: "<bos>"} | dict.fromkeys(model.config.eos_token_ids, "<eos>")
     known, inverse = np.unique(ids, return_inverse=True)
     texts = np.array([named.get(int(id_)) or model.processor.tokenizer.decode([id_]) for id_ in known], object)
     return TopTokens(ids, texts[inverse].reshape(ids.shape), scores)

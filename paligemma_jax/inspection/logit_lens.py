@@ -30,10 +30,11 @@ def nearest_tokens(
     anisotropic, so that plain cosines rank the same few tokens first everywhere.
     """
     table = model.params["language_model"]["embed_tokens"]["weight"]
-    num_tokens = model.config.image_token_id  # the ids that follow have no text
-    size = min(_TABLE_ROWS, num_tokens)
-    # A chunk that would reach beyond the vocabulary starts earlier and skips what it repeats: one size, one program.
-    parts = [(min(start, num_tokens - size), start) for start in range(0, num_tokens, size)]
+    ranges = model.config.text_ids  # spare rows have no text
+    num_tokens = sum(end - first for first, end in ranges)
+    size = min(_TABLE_ROWS, model.config.image_token_id)
+    # A chunk that would reach beyond its range starts earlier and skips what it repeats: one size, one program.
+    parts = [(min(start, end - size), start) for first, end in ranges for start in range(first, end, size)]
     parts = [(begin, start - begin) for begin, start in parts]
     vectors, mean = _unit(jnp.asarray(vectors, jnp.float32)), jnp.zeros((1, vectors.shape[1]))
     if centred:

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from paligemma_jax import buckets
-from paligemma_jax.config import PaliGemmaConfig
+from paligemma_jax.config import PADDING_ID, PaliGemmaConfig
 from paligemma_jax.errors import ImageError, PromptError
 from paligemma_jax.processing.image import ImageSettings, ImageSource, load_image
 from paligemma_jax.processing.tokenizer import Tokenizer
@@ -25,7 +25,7 @@ class Batch:
     """What the networks take; a prompt's own padding is known from `length` alone."""
 
     pixels: np.ndarray  # f32 [I, S, S, 3], each distinct picture once; I = 0 when its soft tokens are known already
-    tokens: np.ndarray  # i32 [B, T], image slots hold image_token_id, padding pad_token_id
+    tokens: np.ndarray  # i32 [B, T], image slots hold image_token_id, padding PADDING_ID
     image_slots: np.ndarray  # i32 [B, T], index into the flattened soft tokens [I*N, D] at image slots, else -1
     prefix_length: np.ndarray  # i32 [B], image tokens + bos + prefix + "\n"
     length: np.ndarray  # i32 [B], the same plus suffix and eos
@@ -100,7 +100,7 @@ class Processor:
         if pad_to is not None and longest > pad_to:
             raise PromptError(f"a prompt with its pictures has {longest} tokens, more than {pad_to}: shorten it")
         shape = num_rows, pad_to or buckets.sequence(longest)
-        tokens = np.full(shape, self.config.pad_token_id, np.int32)
+        tokens = np.full(shape, PADDING_ID, np.int32)
         image_slots = np.full(shape, -1, np.int32)
         for row, (slots, prefix, answer) in enumerate(zip(soft_tokens, prefixes, answers, strict=True)):
             tokens[row, : len(slots)] = self.config.image_token_id
@@ -118,10 +118,17 @@ class Processor:
     def _prefix(self, prompt: str) -> list[int]:
         # The line break is encoded apart: "\n\n" is another token, and the models have never seen it here.
         text = _checked(prompt).removesuffix("\n")
-        return [self.config.bos_token_id, *self.tokenizer.encode(text), self.tokenizer.newline_id]
+        return [self.config.bos_token_id, *self._encode(text), self.tokenizer.newline_id]
 
     def _suffix(self, suffix: str | None) -> list[int]:
-        return [] if suffix is None else [*self.tokenizer.encode(_checked(suffix)), self.config.eos_token_id]
+        return [] if suffix is None else [*self._encode(_checked(suffix)), self.tokenizer.eos_id]
+
+    def _encode(self, text: str) -> list[int]:
+        ids, rows = self.tokenizer.encode(text), self.config.text.vocab_size
+        if (strange := max(ids, default=0)) >= rows:
+            name = self.tokenizer.decode([strange])
+            raise PromptError(f"{name} is id {strange} of the tokenizer, but the model has {rows} rows: leave it out")
+        return ids
 
 
 def image_groups(images: Images | None, prompts: str | Sequence[str], count: int) -> list[list[int]]:

@@ -112,13 +112,13 @@ def _read(name: str) -> tuple[str, Image.Image]:
 def _lines() -> Iterator[str]:
     """What the user types, without the white space around it, until the end of the input."""
     if not (sys.stdin.isatty() and sys.stdout.isatty()):
-        yield from (line.strip() for line in sys.stdin)
+        yield from (line.removeprefix("\ufeff").strip(" \t\r\n") for line in sys.stdin)
         return
     with contextlib.suppress(ImportError):  # some systems have none
         import readline  # noqa: F401 - gives `input` a history and a cursor
     while True:
         try:
-            yield input("> ").strip()
+            yield input("> ").strip(" \t")
         except EOFError:
             note("")
             return

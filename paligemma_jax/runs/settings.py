@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 from ml_collections import ConfigDict
 
 from paligemma_jax.errors import ConfigError, PromptError, SamplingError
+from paligemma_jax.files import read_lines
 from paligemma_jax.processing.request import GenerateOptions, Sampling
 
 EXPORTS = ("coco", "yolo")
@@ -93,11 +94,13 @@ def prompts(config: ConfigDict) -> list[str]:
         return [config.prompt]
     path = Path(config.prompts_file).expanduser()
     try:
-        lines = path.read_text(encoding="utf-8-sig").splitlines()
+        lines = read_lines(path)
     except FileNotFoundError:
         raise PromptError(f"prompts_file {path} does not exist: give a text file with a prompt per line") from None
+    except OSError as error:
+        raise PromptError(f"prompts_file {path} cannot be read: {error.strerror}") from None
     except UnicodeDecodeError:
         raise PromptError(f"prompts_file {path} is not UTF-8 text: save it as UTF-8") from None
-    if not (found := [line.strip() for line in lines if line.strip()]):
+    if not (found := [prompt for line in lines if (prompt := line.strip(" \t"))]):
         raise PromptError(f"prompts_file {path} is empty: write a prompt on each line")
     return found

@@ -54,7 +54,7 @@ def score(
     decoder = StreamDecoder(tokenizer)
     ends = np.cumsum([len(decoder.feed(token)) for token in output.tokens])  # in the text, of each token
     if output.finish_reason == "eos":
-        ends[-1] += 1  # <eos> has no text, and is no part of the last object
+        ends[-1] = len(output.text) + 1  # <eos> is not in the text, and no part of the last object
     return [_scored(item, output, tokenizer, ends, size, loc_scale) for item in found]
 
 

@@ -12,6 +12,7 @@ import grain.python as grain
 import numpy as np
 
 from paligemma_jax.errors import DataError
+from paligemma_jax.files import read_lines
 from paligemma_jax.processing.processor import Processor
 
 
@@ -33,7 +34,7 @@ def read_jsonl(path: str | Path, image_root: str | Path | None = None) -> list[E
     path = Path(path)
     root = Path(image_root) if image_root else path.parent
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = read_lines(path)
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"{path} cannot be read ({error}): give a .jsonl file as data") from None
     examples = [_example(line, f"{path} line {i}", root) for i, line in enumerate(lines, 1) if line.strip()]
@@ -44,7 +45,7 @@ def read_jsonl(path: str | Path, image_root: str | Path | None = None) -> list[E
 
 def _example(line: str, where: str, root: Path) -> Example:
     try:
-        value = json.loads(line)
+        value = json.loads(line, strict=False)  # a form feed or tab in a string does no harm
     except ValueError as error:
         raise DataError(f"{where} is not JSON ({error})") from None
     if not isinstance(value, dict):

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from paligemma_jax.checkpoints.config_json import from_json, to_json
+from paligemma_jax.checkpoints.config_json import from_json, to_json, with_generation
 from paligemma_jax.config import VARIANTS, PaliGemmaConfig, TextConfig, VisionConfig
 from paligemma_jax.errors import ConfigError
 
@@ -122,6 +122,42 @@ def test_special_ids_may_stand_in_the_text_config(paligemma_1):
     assert (config.bos_token_id, config.eos_token_id, config.pad_token_id) == (5, 6, 0)
 
 
+@pytest.mark.parametrize(
+    ("top", "text", "generation", "expected"),
+    [
+        ([1, 107], None, {}, (1, 107)),
+        (None, [107, 1, 107], {}, (107, 1)),
+        ([], 106, {}, (106,)),
+        (None, None, {"eos_token_id": None}, (1,)),
+        (1, [1, 5], {"eos_token_id": [107, 9]}, (107, 9)),
+        ([1, 107], None, {"eos_token_id": 8}, (8,)),
+        ([1, 107], None, {"max_length": 20}, (1, 107)),
+    ],
+)
+def test_several_ids_may_end_an_answer_and_generation_config_wins(paligemma_1, top, text, generation, expected):
+    paligemma_1["eos_token_id"], paligemma_1["text_config"]["eos_token_id"] = top, text
+    config = with_generation(from_json(paligemma_1), generation)
+    assert config.eos_token_ids == expected and config.eos_token_id == expected[0]
+    saved = to_json(config)
+    assert saved["eos_token_id"] == saved["text_config"]["eos_token_id"]
+    assert saved["eos_token_id"] == (list(expected) if len(expected) > 1 else expected[0])
+    assert from_json(saved) == config
+
+
+@pytest.mark.parametrize("bad", [300000, "1", [[1]], -3, 257152])
+def test_a_bad_generation_config_is_named(paligemma_1, bad):
+    with pytest.raises(ConfigError, match=r"^here/generation_config\.json: eos_token_id"):
+        with_generation(from_json(paligemma_1), {"eos_token_id": bad}, "here/generation_config.json")
+
+
+@pytest.mark.parametrize("pad", [1, -1, 257152, 10**6, [0], None])
+def test_any_pad_id_is_kept_and_changes_nothing(paligemma_1, pad):
+    paligemma_1["pad_token_id"] = paligemma_1["text_config"]["pad_token_id"] = pad
+    config = from_json(paligemma_1)
+    assert dataclasses.replace(config, pad_token_id=0) == VARIANTS["paligemma-3b-224"]
+    assert to_json(config)["pad_token_id"] == (pad if isinstance(pad, int) else 0)
+
+
 def test_layers_that_are_all_global_have_no_window(paligemma_2):
     paligemma_2["text_config"]["layer_types"] = ["full_attention"] * 26
     assert from_json(paligemma_2).text.sliding_window is None
@@ -147,8 +183,13 @@ BAD = (
     ("image_token_index", -1),
     ("image_token_index", "image"),
     ("image_token_index", 256000),
-    ("eos_token_id", [1, 107]),
-    ("eos_token_id", 300000),
+    ("eos_token_id", [1, 300000]),
+    ("eos_token_id", "1"),
+    ("eos_token_id", [1, True]),
+    ("eos_token_id", 257152),
+    ("eos_token_id", -1),
+    ("bos_token_id", [2, 3]),
+    ("pad_token_id", "<pad>"),
     ("projection_dim", 1024),
     ("text_config.model_type", "gemma3_text"),
     ("text_config.hidden_size", 0),

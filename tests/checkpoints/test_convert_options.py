@@ -90,16 +90,17 @@ def test_quantize_rounds_to_as_many_bits(source, tmp_path, params, kind, name, w
     np.testing.assert_array_equal(arrays["language_model.model.norm.weight"], norm)
 
 
-def test_processor_is_where_tokenizer_and_preprocessor_come_from(source, tmp_path, capsys):
+@pytest.mark.parametrize("tokenizer", ["tokenizer.model", "tokenizer.json"])
+def test_processor_is_where_tokenizer_and_preprocessor_come_from(source, tmp_path, capsys, tokenizer):
     file, *options = source("directory")
     folder = tmp_path / "processor"
     folder.mkdir()
-    for name in ("tokenizer.model", "preprocessor_config.json"):
+    for name in (tokenizer, "preprocessor_config.json"):
         (folder / name).write_bytes(name.encode())
     assert main([file, str(tmp_path / "bare"), *options]) == 0
     assert "no tokenizer was copied" in capsys.readouterr().err
     assert main([file, str(tmp_path / "whole"), *options, "--processor", str(folder)]) == 0
-    assert (tmp_path / "whole" / "tokenizer.model").read_bytes() == b"tokenizer.model"
+    assert (tmp_path / "whole" / tokenizer).read_bytes() == tokenizer.encode()
     assert (tmp_path / "whole" / "preprocessor_config.json").is_file() and not capsys.readouterr().err
 
 

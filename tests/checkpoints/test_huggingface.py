@@ -1,5 +1,6 @@
 """Hugging Face directories: layouts, dtypes and shards read, bad files refused by name, saves read back."""
 
+import dataclasses
 import json
 import re
 from pathlib import Path
@@ -287,17 +288,49 @@ def test_save_refuses_parameters_of_another_geometry(tmp_path, config, params):
     assert not (tmp_path / "out").exists()
 
 
-def test_processor_files_are_copied_along(tmp_path, config, params):
+@pytest.mark.parametrize(
+    "names",
+    [
+        ["tokenizer.model"],
+        ["tokenizer.json", "tokenizer_config.json"],
+        ["tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "tokenizer.model"],
+    ],
+)
+def test_processor_files_are_copied_along(tmp_path, config, params, names):
+    """And replace those of another tokenizer, of which nothing stays."""
+    source, out = tmp_path / "source", tmp_path / "out"
+    for directory, files in ((source, [*names, "README.md"]), (out, ["tokenizer.model", "added_tokens.json"])):
+        directory.mkdir()
+        for name in files:
+            (directory / name).write_text(f"{name} of {directory.name}")
+    huggingface.save(out, config, params, processor_from=source)
+    assert {path.name for path in out.iterdir()} == {"config.json", "model.safetensors", *names}
+    assert all((out / name).read_text() == f"{name} of source" for name in names)
+
+
+def test_a_tokenizer_stays_where_none_comes(tmp_path, config, params):
     source = tmp_path / "source"
     source.mkdir()
-    (source / "tokenizer.model").write_bytes(b"pieces")
-    (source / "README.md").write_text("not this")
-    huggingface.save(tmp_path / "out", config, params, processor_from=source)
-    assert {path.name for path in (tmp_path / "out").iterdir()} == {
-        "config.json",
-        "model.safetensors",
-        "tokenizer.model",
-    }
+    (tmp_path / "tokenizer.model").write_text("there before")
+    huggingface.save(tmp_path, config, params, processor_from=source)
+    assert (tmp_path / "tokenizer.model").exists()
+
+
+@pytest.mark.parametrize("mark", ["", "\ufeff"])
+def test_generation_config_says_what_ends_an_answer(tmp_path, config, params, mark):
+    huggingface.save(tmp_path, config, params)
+    assert huggingface.scan(tmp_path).config.eos_token_ids == (1,)
+    file = tmp_path / "generation_config.json"
+    file.write_text(mark + '{"eos_token_id": [7, 1, 7], "pad_token_id": -1}', encoding="utf-8")
+    assert huggingface.scan(tmp_path).config == dataclasses.replace(config, eos_token_id=7, more_eos_ids=(1,))
+    for bad, problem in (
+        ("{", "not valid JSON"),
+        ('{"eos_token_id": [96]}', "outside"),
+        ('{"eos_token_id": 0.5}', "one"),
+    ):
+        file.write_text(bad)
+        with pytest.raises((CheckpointError, ConfigError), match=rf"generation_config\.json.* {problem}"):
+            huggingface.scan(tmp_path)
 
 
 def _torch_config(transformers, config):

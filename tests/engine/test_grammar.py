@@ -1,5 +1,7 @@
 """Answers that can be nothing but well-formed objects, whatever the weights say."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -182,6 +184,22 @@ def test_a_free_row_has_no_grammar(model):
         assert (found[:4, :allowed] == 1).all() and not np.isfinite(found[:, allowed:]).any()
         assert np.isfinite(found[4]).sum() == 1 or token != tokens[0]  # no room for an object
         position = _advance(table, position, jnp.full(5, token))
+
+
+def test_any_id_of_the_end_ends_and_added_tokens_are_free(model):
+    """In a row with a grammar wherever an answer may end; in one without, beside it, as ever."""
+    tokenizer, size = model.processor.tokenizer, model.config.text.vocab_size
+    config = dataclasses.replace(model.config, more_eos_ids=(7,), added_ids=((size - 3, size - 1),))
+    prompts = [None, *map(read_prompt, ("caption en", "detect", "detect ;", "detect cat"))]
+    table = jnp.asarray(grammar.tables(tokenizer, prompts, config))
+    position, left = grammar.start(table), jnp.full(5, 30, jnp.int32)
+    logits = jnp.ones((5, size))
+    for token in (tokenizer.loc_start, *tokenizer.encode("<loc0000><loc0000><loc0000> cat")):
+        position = _advance(table, position, jnp.full(5, token))
+    found = np.isfinite(np.asarray(_allow(table, position, left, logits)))
+    assert found[:4, : size - 1].all() and not found[:4, size - 1].any()
+    assert found[4, [1, 7]].all() and found[4].sum() == 3, "both, and what goes on"
+    np.testing.assert_array_equal(_advance(table, position, jnp.full(5, 7)).node[4], 1)
 
 
 def test_without_labels_there_is_no_program_of_a_grammar(model, pictures):

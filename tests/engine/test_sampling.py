@@ -11,8 +11,11 @@ from paligemma_jax import ops
 from paligemma_jax.config import PaliGemmaConfig
 from paligemma_jax.engine.sampling import (
     RowOptions,
+    allow,
     choose,
     filter_logits,
+    forbid,
+    is_eos,
     row_keys,
     row_options,
     step_config,
@@ -143,6 +146,25 @@ def test_the_end_is_not_chosen_before_the_least_number_of_tokens():
         logits = jnp.broadcast_to(LOGITS[:1], LOGITS.shape)
         chosen = [_choose(logits, jnp.full(4, step), rows, None, config)[0] == end.eos_token_id for step in range(5)]
         np.testing.assert_array_equal(chosen, [[False, True] * 2] * 3 + [[True] * 4] * 2)
+
+
+@pytest.mark.parametrize("ids", [(7,), (1, 7), (7, 3, 49)])
+def test_any_id_of_the_end_ends_and_waits_for_the_least_number_of_tokens(ids):
+    config = PaliGemmaConfig(None, None, image_token_id=50, eos_token_id=ids[0], more_eos_ids=ids[1:])
+    np.testing.assert_array_equal(np.flatnonzero(is_eos(jnp.arange(60), config)), sorted(ids))
+    options = GenerateOptions(9, min_new_tokens=4)
+    rows = row_options([options], row_keys([0], "a"), None)
+    for step, expected in ((0, set(ids)), (2, set(ids)), (3, set())):
+        step_options = step_config(config, None, [options], False)
+        allowed = allow(jnp.zeros((1, 50)), jnp.array([step]), rows, None, step_options)
+        assert {*np.flatnonzero(~np.isfinite(allowed[0])).tolist()} == expected
+
+
+@pytest.mark.parametrize("added", [(), ((51, 53),), ((51, 52), (55, 57), (58, 60))])
+def test_ids_without_a_name_are_forbidden(added):
+    config = PaliGemmaConfig(None, None, image_token_id=50, added_ids=added)
+    allowed = np.flatnonzero(np.isfinite(forbid(jnp.zeros(60), config)))
+    np.testing.assert_array_equal(allowed, [*range(50), *(id_ for ids in added for id_ in range(*ids))])
 
 
 def test_draws_follow_the_distribution():

@@ -126,11 +126,11 @@ def test_rows_have_limits_and_least_numbers_of_tokens_of_their_own(
 
 
 def test_rows_end_within_accepted_drafts(gemma2, random_params, make_inputs, both, answers_of):
-    """The context goes on behind what has become <eos>; the network would choose there what it says."""
+    """The context goes on behind what has become another <eos>; the network would choose there what it says."""
     inputs, params = make_inputs(gemma2, PROMPTS), random_params(gemma2)
     answers = answers_of(gemma2, params, inputs, options(HOT, 24))
     ended = next(t for t in answers[0, 3:8] if t not in answers[0, :3])
-    config = dataclasses.replace(gemma2, eos_token_id=int(ended))
+    config = dataclasses.replace(gemma2, more_eos_ids=(int(ended),))
     *_, last = both(config, params, inputs, context_of(answers), options(HOT, 24), num_drafts=7, num_steps=3)
     assert 4 <= last.step[0] <= 8 and last.tokens[0, last.step[0] - 1] == ended
     assert (last.tokens[0, last.step[0] :] == config.pad_token_id).all()

@@ -139,15 +139,17 @@ def inside(model: PaliGemmaForConditionalGeneration, batch: Batch) -> tuple[np.n
     return tuple(torch.stack(arrays).numpy() for arrays in (output.hidden_states, output.attentions))
 
 
-def greedy(model: PaliGemmaForConditionalGeneration, batch: Batch, max_new_tokens: int) -> np.ndarray:
+def greedy(model: PaliGemmaForConditionalGeneration, batch: Batch, max_new_tokens: int, **options) -> np.ndarray:
     """Greedy tokens [B, max_new_tokens] after prompts without a suffix, padded on the left as `generate` wants it.
 
     Reserved ids, from the one that stands for pictures on, are suppressed; a lone row ends with <eos>.
+    `options` are those of `generate` instead, such as `num_beams`.
     """
     prompts = [row[:length] for row, length in zip(batch.tokens, batch.length, strict=True)]
     longest = int(batch.length.max())
     mask = np.stack([np.arange(longest) >= longest - len(prompt) for prompt in prompts])
     tokens = np.stack([np.pad(prompt, (longest - len(prompt), 0)) for prompt in prompts])
+    reserved = list(range(model.config.image_token_id, model.config.text_config.vocab_size))
     output = model.generate(
         input_ids=torch.from_numpy(tokens).long(),
         pixel_values=_pixel_values(model, batch),
@@ -155,6 +157,6 @@ def greedy(model: PaliGemmaForConditionalGeneration, batch: Batch, max_new_token
         token_type_ids=torch.zeros(tokens.shape, dtype=torch.long),
         max_new_tokens=max_new_tokens,
         do_sample=False,
-        suppress_tokens=list(range(model.config.image_token_id, model.config.text_config.vocab_size)),
+        **{"suppress_tokens": reserved} | options,
     )
     return output[:, longest:].numpy()

@@ -126,7 +126,7 @@ def test_markers_from_added_tokens(plain_dir, tmp_path, name, content):
 
 def test_bare_gemma_model_gets_the_known_layout(plain_dir, monkeypatch):
     pieces = sentencepiece.SentencePieceProcessor(str(plain_dir / "tokenizer.model")).vocab_size()
-    monkeypatch.setattr("paligemma_jax.processing.tokenizer._GEMMA_PIECES", pieces)
+    monkeypatch.setattr("paligemma_jax.processing.vocabulary._GEMMA_PIECES", pieces)
     tokenizer = Tokenizer.from_dir(plain_dir)
     assert (tokenizer.loc_start, tokenizer.seg_start) == (pieces, pieces + 1024)
 

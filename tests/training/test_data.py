@@ -20,7 +20,8 @@ def folder(tmp_path):
 def write(folder):
     def write(*lines):
         file = folder / "data.jsonl"
-        file.write_text("\n".join(line if isinstance(line, str) else json.dumps(line) for line in lines))
+        text = "\n".join(line if isinstance(line, str) else json.dumps(line) for line in lines)
+        file.write_text(text, encoding="utf-8")
         return file
 
     return write
@@ -34,6 +35,15 @@ def test_examples_are_read_in_order(write, folder):
     found = read_jsonl(write(LINE, "", several))
     assert found[0] == Example((str(folder / "0.png"),), "caption en", "a star")
     assert found[1] == Example((str(folder / "1.png"), str(folder / "2.png")), "détecter", "")
+
+
+@pytest.mark.parametrize("odd", ["\u2028", "\u2029", "\x85", "\x0c", "\x1c"])
+def test_a_line_ends_with_a_line_break_alone(write, folder, odd):
+    """Others may stand inside a JSON string, as they are; a byte order mark is passed over."""
+    texts = {"prefix": f"caption{odd}en", "suffix": f"a{odd}star"}
+    line = json.dumps(LINE | texts, ensure_ascii=False).replace(json.dumps(odd)[1:-1], odd)
+    file = write("\ufeff" + line + "\r", line)
+    assert read_jsonl(file) == 2 * [Example((str(folder / "0.png"),), *texts.values())]
 
 
 def test_pictures_may_lie_elsewhere(write, tmp_path_factory, folder):

@@ -78,7 +78,7 @@ def tables(
     A node's numbers lie side by side, so that a step looks them up once; see `Choices`. S, at least `min_nodes`, and C
     are powers of two, so that few programs are compiled.
     """
-    known = {prompt: _nodes(tokenizer, prompt, config.eos_token_id, config.image_token_id) for prompt in prompts}
+    known = {prompt: _nodes(tokenizer, prompt, config) for prompt in prompts}
     found = [known[prompt] for prompt in prompts]
     num_nodes = power_of_two(max(min_nodes, *map(len, found)))
     num_single = power_of_two(max(4, *(len(node.choices) for nodes in found for node in nodes)))
@@ -130,28 +130,30 @@ def _at(table: jax.Array, position: Position) -> Choices:
     return Choices(*numbers[:, :_FIELDS].T, *jnp.split(numbers[:, _FIELDS:], 3, axis=1))
 
 
-def _nodes(tokenizer: Tokenizer, prompt: Prompt | None, eos: int, num_allowed: int) -> list[_Node]:
+def _nodes(tokenizer: Tokenizer, prompt: Prompt | None, config: PaliGemmaConfig) -> list[_Node]:
     """The nodes of one prompt."""
-    free = _Node((0, num_allowed), _FREE)
+    free = _Node((0, config.text_ids[-1][1]), _FREE)
+    ends = dict.fromkeys(config.eos_token_ids, _END)
     table = [free, _Node(free.span, _END), _Node(), _Node()]
     if prompt is None or not prompt.labels:
         return table
     labels = [label for label in prompt.labels if is_label(label)]
     if not labels:  # none can be written: the answer is empty
-        table[_WHOLE] = _Node((eos, eos + 1), _END)
+        table[_WHOLE] = _Node((config.eos_token_id, config.eos_token_id + 1), _END, choices=ends)
         return table
     locs = tokenizer.loc_start, tokenizer.loc_start + len(LOC_TOKENS)
     segs = tokenizer.seg_start, tokenizer.seg_start + len(SEG_TOKENS)
     spans = [(locs, side) for side in (1, 2, 3)] + [(segs, _NONE)] * prompt.task.num_codes
     table[_BEGIN] = _Node(locs, len(table), 0)
-    table[_WHOLE] = _Node(locs, len(table), 0, {eos: _END})
+    table[_WHOLE] = _Node(locs, len(table), 0, ends)
     for span, side in spans:
         table.append(_Node(span, len(table) + 1, side))
     table.append(_Node())
     root = len(table) - 1
     for label in labels:
-        for text, end, target in ((f" {label}", [eos], _END), (f" {label} ; ", [], _BEGIN)):
-            _add(table, root, [*tokenizer.encode(text), *end], target)
+        for eos in ends:
+            _add(table, root, [*tokenizer.encode(f" {label}"), eos], _END)
+        _add(table, root, tokenizer.encode(f" {label} ; "), _BEGIN)
     return table
 
 

@@ -1,11 +1,11 @@
 """Beam search over the same state and steps as sampling; deterministic.
 
-As in transformers: of the 2K best continuations of a row's K beams, those among the first K that end become finished
+As in transformers: of the C best continuations of a row's K beams, those among the first K that end become finished
 answers, scored by their mean log-probability per token (length penalty 1, <eos> counted); the best K that go on are the
 next beams. A row is done when no beam's mean beats its worst finished answer and K are finished. What is still going on
 at the length limit counts as finished there.
 
-Axes: B rows, K beams, M tokens of an answer, V vocabulary, C candidates (2K).
+Axes: B rows, K beams, M tokens of an answer, V vocabulary, C candidates: K that go on, whatever ends.
 """
 
 import dataclasses
@@ -17,7 +17,8 @@ import jax.numpy as jnp
 from jax import lax
 
 from paligemma_jax import ops
-from paligemma_jax.engine.sampling import RowOptions, StepConfig, TokenScores, advance, allow, token_scores
+from paligemma_jax.config import PADDING_ID
+from paligemma_jax.engine.sampling import RowOptions, StepConfig, TokenScores, advance, allow, is_eos, token_scores
 from paligemma_jax.engine.state import DecodeState, fresh, take_rows, where_row
 from paligemma_jax.engine.steps import Inputs, Params, first_logits, next_logits
 
@@ -79,7 +80,7 @@ def prefill(
     running = fresh(take_rows(ops.pad_cache(cache, num_slots), copies), length, options, config, num_tokens)
     nothing = jnp.zeros((num_rows, num_beams, num_tokens), jnp.float32)
     finished = Finished(
-        tokens=jnp.full(nothing.shape, config.model.pad_token_id, jnp.int32),
+        tokens=jnp.full(nothing.shape, PADDING_ID, jnp.int32),
         scores=TokenScores(nothing, nothing, nothing),
         step=jnp.zeros(nothing.shape[:2], jnp.int32),
         mean=jnp.full(nothing.shape[:2], -jnp.inf),
@@ -107,10 +108,11 @@ def _extend(state: BeamState, logits: jax.Array, config: StepConfig) -> BeamStat
     logprobs = jax.nn.log_softmax(logits, axis=-1)
     logprobs = allow(logprobs, running.step, running.options, running.position, config)
 
-    # The best 2K of a row are among the best 2K of each beam.
-    num_candidates = min(2 * num_beams, logprobs.shape[-1])
+    # Of a beam as many as there are ids of <eos> may end. The best C of a row are among the best C of each beam.
+    count = num_beams * (1 + len(config.model.eos_token_ids))
+    num_candidates = min(count, logprobs.shape[-1])
     best, tokens = lax.top_k(logprobs, num_candidates)
-    totals, order = lax.top_k((state.total.reshape(-1, 1) + best).reshape(num_rows, -1), 2 * num_beams)
+    totals, order = lax.top_k((state.total.reshape(-1, 1) + best).reshape(num_rows, -1), count)
     parents = order // num_candidates  # [B, C]
     chosen = tokens, token_scores(logits, tokens, config.loc_start)
     tokens, scores = jax.tree.map(lambda x: jnp.take_along_axis(x.reshape(num_rows, -1), order, axis=1), chosen)
@@ -124,7 +126,7 @@ def _extend(state: BeamState, logits: jax.Array, config: StepConfig) -> BeamStat
         return jnp.where(here, new[:, :, None], row[first_row + parents])  # [B, C, M]
 
     lengthened = jax.tree.map(lengthen, (running.tokens, running.scores), (tokens, scores))
-    ends = tokens == config.model.eos_token_id
+    ends = is_eos(tokens, config.model)
     leading = jnp.arange(totals.shape[1])[None] < num_beams
     mean = jnp.where((ends | (step + 1 >= limit)) & leading, totals / (step + 1), -jnp.inf)
     candidates = Finished(*lengthened, jnp.broadcast_to(step + 1, mean.shape), mean)

@@ -25,7 +25,7 @@ from paligemma_jax import ops
 from paligemma_jax.buckets import power_of_two
 from paligemma_jax.engine import steps
 from paligemma_jax.engine.constraints import grammar
-from paligemma_jax.engine.sampling import RowOptions, StepConfig, advance, choose
+from paligemma_jax.engine.sampling import RowOptions, StepConfig, advance, choose, is_eos
 from paligemma_jax.engine.state import DecodeState, where_row
 from paligemma_jax.engine.steps import Inputs, Params, next_logits
 from paligemma_jax.processing.tokenizer import LOC_TOKENS, SEG_TOKENS, Tokenizer
@@ -192,7 +192,7 @@ def _lengthen(params: Params, speculative: SpeculativeState, config: StepConfig,
     chosen = choose(flat[0], flat[1], state.options, flat[2], config)
     tokens, scores = jax.tree.map(lambda x: x.reshape(num_rows, -1), chosen)
 
-    ends = tokens == config.model.eos_token_id
+    ends = is_eos(tokens, config.model)
     accepted = jnp.cumprod(drafts == tokens[:, :-1], axis=1)
     ended = jnp.cumsum(ends[:, :-1], axis=1) > 0
     going_on = jnp.pad((accepted > 0) & ~ended, [(0, 0), (1, 0)], constant_values=True)
