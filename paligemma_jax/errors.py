@@ -1,13 +1,42 @@
 """What can go wrong because of an input. The command line prints the message as one line and exits with 1."""
 
+MOST_CHARACTERS = 290  # of a line of a message: behind "error: " it stays below 300
+_LONG_WORD = 60
+
 
 def one_line(error: object) -> str:
     """What an error of another library says, to be part of a message of ours."""
     return " ".join(str(error).split()) or type(error).__name__
 
 
+def shortened(text: object, most: int = MOST_CHARACTERS) -> str:
+    """A text whose lines have at most `most` characters: of longer ones the longest words lose their middle first."""
+    return "\n".join(_shortened_line(line, most) for line in str(text).split("\n"))
+
+
+def _shortened_line(line: str, most: int) -> str:
+    while len(line) > most:
+        word = max(line.split(" "), key=len)
+        kept = max(len(word) - (len(line) - most), min(_LONG_WORD, most))
+        if len(word) <= kept:  # no word is to blame
+            return _without_middle(line, most)
+        line = line.replace(word, _without_middle(word, kept), 1)
+    return line
+
+
+def _without_middle(text: str, most: int) -> str:
+    end = (most - 3) // 2
+    return f"{text[: most - 3 - end]}...{text[-end:]}"
+
+
 class UserError(Exception):
-    """Base of all errors that a user can mend; the message names the thing at fault and the remedy."""
+    """Base of all errors that a user can mend; the message names the thing at fault and the remedy.
+
+    No line of it is longer than a few lines of a terminal, however long the path or data URI that it names.
+    """
+
+    def __init__(self, message: object = ""):
+        super().__init__(shortened(message))
 
 
 class ConfigError(UserError):

@@ -1,9 +1,7 @@
 import contextlib
-import http.server
 import io
 import struct
 import threading
-import time
 import warnings
 import zlib
 
@@ -14,8 +12,7 @@ from hypothesis import strategies as st
 from PIL import Image, ImageOps
 
 from paligemma_jax.errors import ImageError
-from paligemma_jax.processing import image as image_module
-from paligemma_jax.processing.image import find_images, load_image
+from paligemma_jax.processing.image import load_image
 
 NOISE = np.random.default_rng(0).integers(0, 256, (30, 47, 3), np.uint8)
 RGB = Image.fromarray(NOISE)
@@ -237,106 +234,3 @@ def test_global_state_stays(tmp_path):
     for thread in threads:
         thread.join()
     assert (Image.MAX_IMAGE_PIXELS, list(warnings.filters)) == before
-
-
-class Handler(http.server.BaseHTTPRequestHandler):
-    def do_GET(self):
-        status, body = self.server.pages.get(self.path, (404, b""))
-        self.send_response(status)
-        if self.path != "/slow":
-            self.send_header("Content-Length", str(len(body)))
-        self.end_headers()
-        if self.path == "/slow":
-            with contextlib.suppress(ConnectionError):
-                for _ in range(100):
-                    time.sleep(0.01)
-                    self.wfile.write(b"x")
-        self.wfile.write(body[: 1000 if self.path == "/short.png" else None])
-
-    def log_message(self, *_):
-        pass
-
-
-@pytest.fixture
-def site():
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
-        server.pages = {
-            "/a.png": (200, encoded(RGB, format="PNG")),
-            "/short.png": (200, encoded(RGB, format="PNG")),
-            "/slow": (200, b""),
-            "/page": (200, b"<html>"),
-            "/empty": (200, b""),
-            "/busy": (503, b""),
-        }
-        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
-        thread.start()
-        yield f"http://127.0.0.1:{server.server_port}"
-        server.shutdown()
-        thread.join()
-
-
-def test_url(site):
-    assert_same(load_image(f"{site}/a.png"), RGB)
-    for page, word in {
-        "none.png": "answered 404",
-        "busy": "answered 503",
-        "page": "not a picture",
-        "empty": "is empty",
-        "short.png": "damaged or truncated",
-    }.items():
-        assert_one_line_error(f"{site}/{page}", f"{site}/{page}", word)
-
-
-def test_url_size_limit(site, monkeypatch):
-    monkeypatch.setattr(image_module, "MAX_DOWNLOAD_BYTES", 1000)
-    assert_one_line_error(f"{site}/a.png", "is larger than")
-
-
-def test_url_time_limit(site, monkeypatch):
-    monkeypatch.setattr(image_module, "DOWNLOAD_TIMEOUT_S", 0.1)
-    assert_one_line_error(f"{site}/slow", "took more than 0.1 s")
-
-
-@pytest.mark.parametrize("url", ["http://127.0.0.1:1/a.png", "http://", "http://[bad/a.png", "http://a b/c.png"])
-def test_unreachable_url(url):
-    assert_one_line_error(url, "cannot be fetched")
-
-
-@pytest.fixture
-def album(tmp_path):
-    for name in ("10.png", "2.PNG", "1.jpg", "notes.txt", ".hidden.png", "sub/3.webp", "odd [1].png"):
-        path = tmp_path / name
-        path.parent.mkdir(exist_ok=True)
-        path.touch()
-    (tmp_path / "folder.png").mkdir()
-    return tmp_path
-
-
-@pytest.mark.parametrize(
-    ("pattern", "found"),
-    [
-        ("", ["1.jpg", "2.PNG", "10.png", "odd [1].png"]),
-        ("*", ["1.jpg", "2.PNG", "10.png", "odd [1].png"]),
-        ("1*", ["1.jpg", "10.png"]),
-        ("**/*.webp", ["sub/3.webp"]),
-        ("odd [1].png", ["odd [1].png"]),
-        ("notes.txt", ["notes.txt"]),  # named by the user: the loader says what is wrong with it
-    ],
-)
-def test_find_images(album, pattern, found):
-    assert find_images(str(album / pattern)) == [str(album / name) for name in found]
-
-
-def test_find_images_passes_urls_on():
-    assert find_images("https://example.org/a?b=*") == ["https://example.org/a?b=*"]
-
-
-@pytest.mark.parametrize(("pattern", "word"), [("x*", "matches no pictures"), ("x.png", "does not exist")])
-def test_find_images_finds_nothing(album, pattern, word):
-    with pytest.raises(ImageError, match=word):
-        find_images(str(album / pattern))
-
-
-def test_find_images_in_an_empty_folder(album):
-    with pytest.raises(ImageError, match="holds no pictures"):
-        find_images(str(album / "folder.png"))
