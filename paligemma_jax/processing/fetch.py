@@ -54,9 +54,12 @@ def percent_encoded(url: str) -> str:
         ValueError: it has no possible host.
     """
     parts = urllib.parse.urlsplit(url.strip())
-    host = parts.netloc if parts.netloc.isascii() else parts.netloc.encode("idna").decode("ascii")
-    rest = (_NOT_ENCODED.sub(lambda match: urllib.parse.quote(match[0], safe=""), part) for part in parts[2:])
-    return urllib.parse.urlunsplit((parts.scheme, host, *rest))
+    user, at, host = parts.netloc.rpartition("@")
+    host = host if host.isascii() else host.encode("idna").decode("ascii")
+    user, *rest = (
+        _NOT_ENCODED.sub(lambda match: urllib.parse.quote(match[0], safe=""), part) for part in (user, *parts[2:])
+    )
+    return urllib.parse.urlunsplit((parts.scheme, f"{user}{at}{host}", *rest))
 
 
 def _data(uri: str) -> bytes:

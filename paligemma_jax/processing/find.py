@@ -70,7 +70,7 @@ def _why_not_in_folder(name: str) -> str | None:
     """Why a file of a folder is no picture to look at, None when it is one."""
     suffix = Path(name).suffix.lower()
     if os.path.isdir(name):
-        return f"folder: {os.path.join(os.path.dirname(name), '**')} goes into it"
+        return "folder: ** goes into it"
     if not os.path.isfile(name):
         return "not a file"
     if os.path.basename(name).startswith("."):

@@ -64,7 +64,7 @@ def load_image(source: ImageSource) -> Image.Image:
     if isinstance(source, str | os.PathLike):
         return _from_path(Path(source).expanduser())
     if isinstance(source, bytes | bytearray | memoryview):
-        return decode(io.BytesIO(source), "the given bytes")
+        return decode(io.BytesIO(source), "the given data")
     if callable(getattr(source, "read", None)):
         return _from_file(source)
     if hasattr(source, "__array__"):

@@ -113,9 +113,12 @@ def _text(config: ConfigDict) -> str:
 
 
 def _picture(config: ConfigDict) -> tuple[str, Image.Image]:
-    names = find_images(config.image, tell=note)
+    passed_over: list[str] = []
+    names = find_images(config.image, tell=passed_over.append)
     if len(names) > 1:
         raise ImageError(f"{config.image} holds {len(names)} pictures: inspect looks at one, give its path")
+    for line in passed_over:
+        note(line)
     return label(names[0]), load_image(names[0])
 
 

@@ -5,6 +5,7 @@ import threading
 import warnings
 import zlib
 
+import jax
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -147,6 +148,59 @@ def test_arrays():
         np.testing.assert_array_equal(np.asarray(load_image(grey)), NOISE[:, :, [0, 0, 0]])
 
 
+def test_arrays_of_jax():
+    assert_same(load_image(jax.numpy.asarray(NOISE)), RGB)
+    assert_same(load_image(jax.numpy.asarray(NOISE)[:, :, :1]), RGB.getchannel(0).convert("RGB"))
+    for dtype in ("float32", "bfloat16"):
+        assert_one_line_error(jax.numpy.asarray(NOISE / 255, dtype), f"{dtype} from 0 to 1", "(255 * array)")
+    for function in (jax.jit, jax.grad):  # where an array has no values yet
+        with pytest.raises(ImageError, match="gives no array"):
+            function(lambda x: load_image(x) and x.sum())(jax.numpy.ones((4, 4, 3)))
+
+
+class Drip:
+    """A stream that can be read once, without a way back, as of a network."""
+
+    def __init__(self, content):
+        self.content = content
+
+    def read(self):
+        content, self.content = self.content, b""
+        return content
+
+
+@pytest.mark.parametrize("format_", ["PNG", "JPEG", "GIF"])
+def test_bytes_and_open_files(tmp_path, format_):
+    """A file is read from its start, wherever it was left, where that is possible; it stays open."""
+    content = encoded(RGB, format=format_)
+    expected = Image.open(io.BytesIO(content)).convert("RGB")
+    for source in (content, bytearray(content), memoryview(content), io.BytesIO(content), Drip(content)):
+        assert_same(load_image(source), expected)
+    written = io.BytesIO()
+    RGB.save(written, format=format_)  # and not rewound
+    for _ in range(2):
+        assert_same(load_image(written), expected)
+    (tmp_path / "a").write_bytes(content)
+    with (tmp_path / "a").open("rb") as file:
+        file.seek(7)
+        assert_same(load_image(file), expected)
+        assert not file.closed
+    assert_one_line_error(file, str(tmp_path / "a"), "cannot be read", "closed")
+    with (tmp_path / "a").open(encoding="latin-1") as file:
+        assert_one_line_error(file, "gives str instead of bytes")
+
+
+def test_animations_show_their_first_frame(tmp_path):
+    frames = [Image.new("RGB", (20, 10), color) for color in ("red", "lime", "blue")]
+    for name in ("a.gif", "a.apng", "a.png", "a.webp", "a.tiff"):
+        options = {"lossless": True} if name.endswith("webp") else {}
+        frames[0].save(tmp_path / name, save_all=True, append_images=frames[1:], **options)
+        with Image.open(tmp_path / name) as stored:
+            assert stored.n_frames == 3
+            stored.seek(2)
+        assert_same(load_image(tmp_path / name), frames[0])
+
+
 def test_result_is_a_copy():
     image = RGB.copy()
     load_image(image).putpixel((0, 0), (1, 2, 3))
@@ -156,13 +210,28 @@ def test_result_is_a_copy():
 @pytest.mark.parametrize(
     ("source", "words"),
     [
-        (NOISE / 255, ["float64", "uint8"]),
-        (NOISE[None], ["[1, 30, 47, 3]", "expected [H, W]"]),
+        (NOISE / 255, ["float64 from 0 to 1", "uint8", "(255 * array).round().astype('uint8')"]),
+        ((NOISE / 255).astype(np.float16), ["float16 from 0 to 1", "(255 * array)"]),
+        (NOISE > 9, ["bool from 0 to 1", "(255 * array)"]),
+        (NOISE / 127.5 - 1, ["float64: pictures are uint8", "scaled to that"]),
+        (NOISE.astype(np.int64), ["int64", "uint8"]),
+        (NOISE * np.nan, ["float64", "uint8"]),
+        (np.full((4, 4), "x"), ["<U1", "uint8"]),
+        (np.full((4, 4), None), ["object", "uint8"]),
+        (np.uint8(7), ["[]", "expected [H, W]"]),
+        (NOISE.transpose(2, 0, 1), ["[3, 30, 47], channels first", "array.transpose(1, 2, 0)"]),
+        (NOISE[:, :, 0][None], ["[1, 30, 47], channels first", "array.transpose(1, 2, 0)"]),
+        (NOISE[None], ["[1, 30, 47, 3]", "expected [H, W]", "list(array)"]),
         (NOISE[:, :, :2], ["[30, 47, 2]", "expected [H, W]"]),
         (NOISE[:0], ["[0, 47, 3]", "no pixels"]),
         (Image.new("RGB", (0, 5)), ["0 x 5", "no pixels"]),
         (None, ["NoneType", "is not a picture"]),
         ([1, 2], ["list", "is not a picture"]),
+        (b"", ["the given data is empty"]),
+        (b"<html>", ["the given data is not a picture"]),
+        (io.BytesIO(), ["the given file is empty"]),
+        (io.BytesIO(b"BM"), ["the given file"]),
+        (io.StringIO("text"), ["gives str instead of bytes", "binary mode"]),
         ("nowhere/a.png", ["nowhere/a.png does not exist"]),
         ("", ["folder"]),
         ("a\0b", ["cannot be opened"]),
