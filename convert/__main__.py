@@ -13,7 +13,7 @@ import numpy as np
 from paligemma_jax import files, ops
 from paligemma_jax.checkpoints import big_vision, config_json, huggingface, load, parameter_count, resolve, scan
 from paligemma_jax.config import PaliGemmaConfig, variant_name
-from paligemma_jax.errors import CheckpointError, ConfigError, UserError, shortened
+from paligemma_jax.errors import CheckpointError, ConfigError, UserError, error_line
 
 _EXAMPLES = """examples:
   python -m convert paligemma2-3b-mix-224.npz paligemma2-3b-mix-224 --dtype bfloat16
@@ -34,7 +34,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (UserError, OSError) as error:
         if options.debug:
             raise
-        print(f"error: {shortened(error)}", file=sys.stderr)
+        print(error_line(error), file=sys.stderr)
         return 1
     return 0
 
@@ -44,7 +44,7 @@ class _Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         self.print_usage(sys.stderr)
-        self.exit(1, f"error: {shortened(message)}\n")
+        self.exit(1, f"{error_line(message)}\n")
 
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:

@@ -1,12 +1,17 @@
 """What can go wrong because of an input. The command line prints the message as one line and exits with 1."""
 
-MOST_CHARACTERS = 290  # of a line of a message: behind "error: " it stays below 300
+MOST_CHARACTERS = 299  # of a line for the user
 _LONG_WORD = 60
 
 
 def one_line(error: object) -> str:
     """What an error of another library says, to be part of a message of ours."""
     return " ".join(str(error).split()) or type(error).__name__
+
+
+def error_line(error: object) -> str:
+    """How the command lines print an error: no line is longer than `MOST_CHARACTERS`, whatever path it names."""
+    return shortened(f"error: {error}")
 
 
 def shortened(text: object, most: int = MOST_CHARACTERS) -> str:
@@ -30,13 +35,7 @@ def _without_middle(text: str, most: int) -> str:
 
 
 class UserError(Exception):
-    """Base of all errors that a user can mend; the message names the thing at fault and the remedy.
-
-    No line of it is longer than a few lines of a terminal, however long the path or data URI that it names.
-    """
-
-    def __init__(self, message: object = ""):
-        super().__init__(shortened(message))
+    """Base of all errors that a user can mend; the message names the thing at fault and the remedy."""
 
 
 class ConfigError(UserError):

@@ -10,7 +10,7 @@ from ml_collections import ConfigDict
 from PIL import Image
 
 import paligemma_jax as pj
-from paligemma_jax.errors import ConfigError, shortened
+from paligemma_jax.errors import ConfigError, error_line
 from paligemma_jax.processing.fetch import label
 from paligemma_jax.processing.find import find_images
 from paligemma_jax.processing.image import load_image
@@ -88,9 +88,9 @@ def _talk(chat: Chat) -> None:
             except BrokenPipeError:
                 raise
             except (pj.UserError, OSError) as error:
-                note(f"error: {shortened(error)}")
+                note(error_line(error))
             except RuntimeError as error:
-                note(f"error: {environment.out_of_memory(error)}")
+                note(error_line(environment.out_of_memory(error)))
     except KeyboardInterrupt:
         note("")
 
