@@ -5,6 +5,8 @@ import json
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from PIL import Image
 
 from paligemma_jax.checkpoints import hub
@@ -257,3 +259,29 @@ def test_settings_that_would_lose_part_of_a_picture(read_settings, crop):
 def test_damaged_settings(read_settings):
     with pytest.raises(CheckpointError, match="not valid JSON"):
         read_settings("{")
+
+
+ODD = st.recursive(
+    st.none() | st.booleans() | st.integers(-2, 9) | st.integers() | st.floats() | st.sampled_from(["", "x", "8", "3"]),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(["height", "width", "x"]), inner),
+    max_leaves=4,
+)
+KEYS = ["size", "crop_size", "pad_size", "resample", "rescale_factor", "image_mean", "image_std"]
+KEYS += ["do_resize", "do_rescale", "do_normalize", "do_convert_rgb", "do_center_crop", "do_pad", "default_to_square"]
+KEYS += ["image_processor_type"]
+
+
+@settings(derandomize=True, deadline=None, max_examples=100)
+@given(fields=st.dictionaries(st.sampled_from(KEYS), ODD, max_size=4), nested=st.booleans())
+def test_odd_files_give_settings_or_one_line(fields, nested, tmp_path_factory):
+    folder = tmp_path_factory.getbasetemp() / "odd"
+    folder.mkdir(exist_ok=True)
+    (folder / "preprocessor_config.json").write_text(json.dumps({"size": 1} if nested else fields))
+    (folder / "processor_config.json").write_text(json.dumps({"image_processor": fields} if nested else {}))
+    try:
+        settings_ = ImageSettings.from_dir(folder, 8)
+    except ConfigError as error:
+        assert "\n" not in str(error) and "config.json: " in str(error)
+        return
+    assert np.isfinite(settings_.to_pixels(RGB.crop((0, 0, 8, 8)))).all()
+    assert ImageSettings.from_json(json.loads(json.dumps(settings_.to_json())), 8) == settings_
