@@ -61,9 +61,10 @@ def find_images(pattern: str, also: Sequence[str] = (), tell: Callable[[str], No
 
 @functools.cache
 def suffixes() -> frozenset[str]:
-    """Endings of files that PIL can read, in small letters."""
+    """Endings of files that PIL can read by itself, in small letters."""
     known = Image.registered_extensions().items()
-    return frozenset(suffix for suffix, kind in known if kind in Image.OPEN and kind not in _NO_PICTURES) | {*_ALSO}
+    opened = {suffix for suffix, kind in known if kind in Image.OPEN and kind not in _NO_PICTURES}
+    return frozenset(opened.union(_ALSO).difference(_HEIF_SUFFIXES))
 
 
 def _why_not_in_folder(name: str) -> str | None:
