@@ -11,6 +11,7 @@ from PIL import Image
 
 import paligemma_jax as pj
 from paligemma_jax.tasks import coco, yolo
+from paligemma_jax.tasks.draw import draw, label_color
 
 STAR = "<loc0000><loc0000><loc0512><loc1023> star"  # the upper half
 NOISE = np.random.default_rng(0).integers(0, 256, (20, 30, 3), np.uint8)
@@ -67,6 +68,15 @@ def test_exports_of_them(model):
     [annotation] = coco.annotate(found, 1, found.size, ["star"])
     assert annotation["bbox"] == pytest.approx([0, 0, 20, 15.01], abs=0.01)
     assert coco.image(1, "a.jpg", found.size) == {"id": 1, "file_name": "a.jpg", "width": 20, "height": 30}
+
+
+def test_they_are_drawn_on_the_upright_picture(model):
+    """A picture that is opened by PIL alone lies on its side; the box is drawn where it was seen."""
+    with Image.open(io.BytesIO(turned())) as opened:
+        drawn = draw(opened, model.detect(opened, "star"))
+    assert opened.size == (30, 20) and drawn.size == (20, 30)
+    edge = np.asarray(drawn)[:, 0]  # of the box in the upper half, and of the picture
+    assert (edge[:14] == label_color("star")).all() and not (edge[18:] == label_color("star")).all(axis=1).any()
 
 
 def test_they_are_lists():

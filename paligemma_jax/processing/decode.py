@@ -19,7 +19,7 @@ from PIL import Image, UnidentifiedImageError, features
 from paligemma_jax.errors import ImageError, one_line
 
 MAX_PIXELS = 2**27  # 134 million, 400 MB as RGB; the largest phone pictures have 108 million
-STORED_MODE = "stored mode"  # in `info` of pictures that were not RGB
+STORED_MODE, STORED_NAME = "stored mode", "stored name"  # what `info` of a picture of `to_rgb` holds
 HEIF_REMEDY = 'pip install -e ".[heif]"'
 AVIF_REMEDY = "pip install -U pillow"
 
@@ -100,7 +100,7 @@ def _brands(head: bytes) -> set[bytes]:
 
 
 def to_rgb(image: Image.Image, name: str) -> Image.Image:
-    """A new upright RGB image of one of any mode; its `info` holds nothing but the mode that it had."""
+    """A new upright RGB image of one of any mode; its `info` says which it had, and what it is called."""
     width, height = image.size
     if width * height == 0:
         raise ImageError(f"{name} is {width} x {height}: it has no pixels")
@@ -110,13 +110,14 @@ def to_rgb(image: Image.Image, name: str) -> Image.Image:
         image.load()
         if (turn := _UPRIGHT.get(_orientation(image))) is not None:
             image = image.transpose(turn)
-        mode = image.info.get(STORED_MODE, image.mode)
+        info = {STORED_MODE: image.mode, STORED_NAME: name}  # a stale profile says nothing about the new pixels
+        info |= {key: image.info[key] for key in info if key in image.info}  # it was converted before
         converted = _convert(image, name)
     except ImageError:
         raise
     except Exception as error:  # a damaged file can fail anywhere in a decoder
         raise _damaged(name, error) from None
-    converted.info = {} if mode == "RGB" else {STORED_MODE: mode}  # a stale profile says nothing about the new pixels
+    converted.info = info
     return converted
 
 

@@ -13,7 +13,7 @@ from PIL import Image
 
 from paligemma_jax.errors import ConfigError, ImageError, one_line
 from paligemma_jax.files import read_json, write_json
-from paligemma_jax.processing.decode import STORED_MODE, decode, to_rgb
+from paligemma_jax.processing.decode import STORED_MODE, STORED_NAME, decode, to_rgb
 from paligemma_jax.processing.fetch import fetch, is_url, label
 
 
@@ -175,17 +175,17 @@ class ImageSettings:
         Raises:
             ImageError: a picture that these settings leave in another shape, or whose mode they do not convert.
         """
-        mode = image.info.get(STORED_MODE, image.mode)
+        mode, name = image.info.get(STORED_MODE, image.mode), image.info.get(STORED_NAME, "a picture")
         if mode != "RGB" and not self.convert_rgb:
             remedy = "convert it to RGB, or set do_convert_rgb to true"
-            raise ImageError(f"do_convert_rgb is false in {self.source}, and a picture has mode {mode}: {remedy}")
-        shape = f"a picture is {image.width} x {image.height}"
+            raise ImageError(f"{name} has mode {mode}, and do_convert_rgb is false in {self.source}: {remedy}")
+        shape = f"{name} is {image.width} x {image.height}"
         if self.shapes == "square" and image.width != image.height:
-            remedy = f"set it to {json.dumps(_square(self.size))}, or give square pictures"
-            raise ImageError(f"size is a shortest_edge in {self.source}, and {shape}, which would not fit: {remedy}")
+            remedy = f"give square pictures, or set it to {json.dumps(_square(self.size))}"
+            raise ImageError(f"{shape}, and size is a shortest_edge in {self.source}: {remedy}")
         if self.shapes == "same" and image.size != (self.size, self.size):
-            remedy = f"set do_resize to true, or give pictures of {self.size} x {self.size}"
-            raise ImageError(f"do_resize is false in {self.source}, and {shape}: {remedy}")
+            remedy = f"give pictures of {self.size} x {self.size}, or set do_resize to true"
+            raise ImageError(f"{shape}, and do_resize is false in {self.source}: {remedy}")
         return to_pixels(image, self.size, self.resample, self.mean, self.std, self.rescale_factor)
 
     @classmethod

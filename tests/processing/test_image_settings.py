@@ -157,24 +157,23 @@ def test_which_shapes_of_pictures_fit(read_settings, fields, shapes):
         if fits:
             np.testing.assert_array_equal(settings_.to_pixels(picture), to_pixels(picture, 8))
         else:
-            word = (
-                "do_resize is false in .*config.json"
-                if shapes == "same"
-                else "size is a shortest_edge in .*config.json"
-            )
-            with pytest.raises(ImageError, match=f"{word}, and a picture is {picture.width} x {picture.height}"):
+            what = "do_resize is false" if shapes == "same" else "size is a shortest_edge"
+            with pytest.raises(
+                ImageError, match=f"is {picture.width} x {picture.height}, and {what} in .*config.json: "
+            ):
                 settings_.to_pixels(picture)
 
 
 @pytest.mark.parametrize("mode", ["L", "RGBA", "P", "CMYK", "I;16", "1"])
-def test_other_modes_are_converted_or_refused_by_name(read_settings, mode):
+def test_other_modes_are_converted_or_refused_by_name(read_settings, tmp_path, mode):
     """Without do_convert_rgb transformers normalizes three channels of a picture that has another number of them."""
     picture = Image.new("I;16", (9, 5)) if mode == "I;16" else RGB.convert(mode)
-    rgb = load_image(load_image(picture))  # detect and the command line load it themselves
+    picture.save(tmp_path / "a.tiff")
+    rgb = load_image(load_image(tmp_path / "a.tiff"))  # detect and the command line load it themselves
     assert read_settings({"do_convert_rgb": True}, size=8).to_pixels(rgb).shape == (8, 8, 3)
     settings_ = read_settings({"do_convert_rgb": False}, size=8)
     np.testing.assert_array_equal(settings_.to_pixels(load_image(RGB)), to_pixels(RGB, 8))
-    with pytest.raises(ImageError, match=f"do_convert_rgb is false in .*, and a picture has mode {mode}: convert it"):
+    with pytest.raises(ImageError, match=f"a.tiff has mode {mode}, and do_convert_rgb is false in .*config.json: "):
         settings_.to_pixels(rgb)
 
 
