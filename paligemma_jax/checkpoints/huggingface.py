@@ -26,6 +26,7 @@ from paligemma_jax.checkpoints.arrays import ALIGNMENT, dtype_named
 from paligemma_jax.checkpoints.quantized import QuantizedTensor
 from paligemma_jax.config import PaliGemmaConfig
 from paligemma_jax.errors import CheckpointError
+from paligemma_jax.processing.image import PREPROCESSOR_NAME, PROCESSOR_NAME
 
 SINGLE, INDEX, CONFIG = "model.safetensors", "model.safetensors.index.json", "config.json"
 _PROCESSOR_FILES = (
@@ -34,8 +35,8 @@ _PROCESSOR_FILES = (
     "tokenizer_config.json",
     "special_tokens_map.json",
     "added_tokens.json",
-    "preprocessor_config.json",
-    "processor_config.json",
+    PREPROCESSOR_NAME,
+    PROCESSOR_NAME,
     "generation_config.json",
 )
 
@@ -313,8 +314,14 @@ def _shards(sizes: dict[str, int], limit: int) -> list[list[str]]:
 
 
 def copy_processor(source: Path, directory: Path) -> list[str]:
-    """Copy the tokenizer and preprocessor files that `source` has; returns their names."""
+    """Copy the tokenizer and preprocessor files that `source` has; returns their names.
+
+    Of the two files with image settings, one that only `directory` has is removed: it may come before the other.
+    """
     names = [name for name in _PROCESSOR_FILES if (source / name).is_file()]
+    if image_files := {PREPROCESSOR_NAME, PROCESSOR_NAME}.intersection(names):
+        for stale in {PREPROCESSOR_NAME, PROCESSOR_NAME} - image_files:
+            (directory / stale).unlink(missing_ok=True)
     for name in names:
         with files.replacing(directory / name) as temporary:
             shutil.copyfile(source / name, temporary)

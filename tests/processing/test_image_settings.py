@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from paligemma_jax.checkpoints import hub
+from paligemma_jax.checkpoints import hub, huggingface
 from paligemma_jax.errors import CheckpointError, ConfigError, ImageError
 from paligemma_jax.processing.image import ImageSettings, load_image, to_pixels
 
@@ -158,9 +158,7 @@ def test_which_shapes_of_pictures_fit(read_settings, fields, shapes):
             np.testing.assert_array_equal(settings_.to_pixels(picture), to_pixels(picture, 8))
         else:
             what = "do_resize is false" if shapes == "same" else "size is a shortest_edge"
-            with pytest.raises(
-                ImageError, match=f"is {picture.width} x {picture.height}, and {what} in .*config.json: "
-            ):
+            with pytest.raises(ImageError, match=f"is {picture.width} x {picture.height}, and {what} in .*config.json"):
                 settings_.to_pixels(picture)
 
 
@@ -197,6 +195,15 @@ def test_what_is_saved_is_what_was_in_force(tmp_path):
     assert saved["image_seq_length"] == 1024 and saved["size"] == {"height": 448, "width": 448}
     assert saved["resample"] == 1 and saved["image_mean"] == IMAGENET["image_mean"]
     assert ImageSettings.from_dir(tmp_path, 448) == settings_
+
+
+def test_settings_of_an_earlier_conversion_do_not_come_first(tmp_path):
+    for name in ("new", "old"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "new" / "preprocessor_config.json").write_text(json.dumps(HUB_SETTINGS))
+    (tmp_path / "old" / "processor_config.json").write_text(json.dumps({"image_processor": {"size": 224}}))
+    assert huggingface.copy_processor(tmp_path / "new", tmp_path / "old") == ["preprocessor_config.json"]
+    assert ImageSettings.from_dir(tmp_path / "old", 448) == ImageSettings(448)
 
 
 def test_the_hub_is_asked_for_both_files():
