@@ -13,7 +13,7 @@ import numpy as np
 from paligemma_jax import files, ops
 from paligemma_jax.checkpoints import big_vision, config_json, huggingface, load, parameter_count, resolve, scan
 from paligemma_jax.config import PaliGemmaConfig, variant_name
-from paligemma_jax.errors import CheckpointError, ConfigError, UserError
+from paligemma_jax.errors import CheckpointError, ConfigError, UserError, error_line
 from paligemma_jax.processing.tokenizer import TOKENIZER_FILES
 
 _EXAMPLES = """examples:
@@ -35,7 +35,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (UserError, OSError) as error:
         if options.debug:
             raise
-        print(f"error: {error}", file=sys.stderr)
+        print(error_line(error), file=sys.stderr)
         return 1
     return 0
 
@@ -45,7 +45,7 @@ class _Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         self.print_usage(sys.stderr)
-        self.exit(1, f"error: {message}\n")
+        self.exit(1, f"{error_line(message)}\n")
 
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:

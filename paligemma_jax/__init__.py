@@ -6,11 +6,13 @@ from paligemma_jax.errors import UserError
 from paligemma_jax.loading import load
 from paligemma_jax.processing.request import GenerateOptions, Request, Sampling
 from paligemma_jax.tasks.detection import Detection, parse
+from paligemma_jax.tasks.detections import Detections
 from paligemma_jax.tasks.output import Output, TextStream, Timing
 
 __all__ = [
     "VARIANTS",
     "Detection",
+    "Detections",
     "GenerateOptions",
     "Output",
     "PaliGemma",

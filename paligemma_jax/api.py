@@ -34,6 +34,7 @@ from paligemma_jax.processing.processor import Batch, Images, Processor, image_g
 from paligemma_jax.processing.request import GenerateOptions, Request, Sampling, integer
 from paligemma_jax.tasks.confidence import read_objects
 from paligemma_jax.tasks.detection import Detection, is_label
+from paligemma_jax.tasks.detections import Detections
 from paligemma_jax.tasks.output import Output, TextStream
 from paligemma_jax.tasks.prompts import read_prompt
 from paligemma_jax.tasks.segmentation import attach_masks
@@ -45,7 +46,7 @@ MASK_VAE_VARIABLE = "PALIGEMMA_MASK_VAE"
 _GREEDY = Sampling()
 _EMBEDDINGS = jax.Array | np.ndarray | None
 
-Found = list[Detection] | list[list[Detection]]  # the objects of an image, or of each of a list of images
+Found = Detections | list[Detections]  # the objects of an image, or of each of a list of images
 
 
 class PaliGemma:
@@ -99,8 +100,8 @@ class PaliGemma:
         Pixels and soft tokens of all images are held until the call ends: give very many in several calls.
 
         Args:
-          images: a PIL image, path, URL or uint8 array [H, W, 3], used for every prompt, or a list with one per prompt;
-            an item may itself be a list of images seen together.
+          images: an image as `load_image` takes it, used for every prompt, or a list with one per prompt; an item may
+            itself be a list of images seen together.
           prompts: one string, used for every image, or a list as long.
           max_new_tokens, sampling, speculate, constrain: see `GenerateOptions`, which `options` takes as one.
           image_embeddings: soft tokens [I, N, D] to use instead of the images' own, in the order of `images` (one per
@@ -263,7 +264,7 @@ class PaliGemma:
           min_score, nms: as in `tasks.select.select`.
 
         Returns:
-          The objects of the image, in the order of the answer; for a list of images a list of them.
+          The objects of the image, in the order of the answer, with its `size`; for a list of images a list of them.
 
         Raises:
           PromptError: no classes, or thresholds out of range.
@@ -284,7 +285,7 @@ class PaliGemma:
         for picture in pictures:
             each = (self.objects(next(outputs), picture.size, loc_scale, task == "segment") for _ in parts)
             found = [item for objects, _ in each for item in objects]
-            results.append(select(found, min_score, nms).kept)
+            results.append(Detections(select(found, min_score, nms).kept, picture.size))
         return results if several else results[0]
 
     def objects(

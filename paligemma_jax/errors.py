@@ -1,9 +1,37 @@
 """What can go wrong because of an input. The command line prints the message as one line and exits with 1."""
 
+MOST_CHARACTERS = 299  # of a line for the user
+_LONG_WORD = 60
+
 
 def one_line(error: object) -> str:
     """What an error of another library says, to be part of a message of ours."""
     return " ".join(str(error).split()) or type(error).__name__
+
+
+def error_line(error: object) -> str:
+    """How the command lines print an error: no line is longer than `MOST_CHARACTERS`, whatever path it names."""
+    return shortened(f"error: {error}")
+
+
+def shortened(text: object, most: int = MOST_CHARACTERS) -> str:
+    """A text whose lines have at most `most` characters: of longer ones the longest words lose their middle first."""
+    return "\n".join(_shortened_line(line, most) for line in str(text).split("\n"))
+
+
+def _shortened_line(line: str, most: int) -> str:
+    while len(line) > most:
+        word = max(line.split(" "), key=len)
+        kept = max(len(word) - (len(line) - most), min(_LONG_WORD, most))
+        if len(word) <= kept:  # no word is to blame
+            return _without_middle(line, most)
+        line = line.replace(word, _without_middle(word, kept), 1)
+    return line
+
+
+def _without_middle(text: str, most: int) -> str:
+    end = (most - 3) // 2
+    return f"{text[: most - 3 - end]}...{text[-end:]}"
 
 
 class UserError(Exception):

@@ -26,6 +26,7 @@ from paligemma_jax.checkpoints.arrays import ALIGNMENT, dtype_named
 from paligemma_jax.checkpoints.quantized import QuantizedTensor
 from paligemma_jax.config import PaliGemmaConfig
 from paligemma_jax.errors import CheckpointError
+from paligemma_jax.processing.image import PREPROCESSOR_NAME, PROCESSOR_NAME
 
 SINGLE, INDEX, CONFIG = "model.safetensors", "model.safetensors.index.json", "config.json"
 GENERATION = "generation_config.json"
@@ -36,12 +37,7 @@ _TOKENIZER_FILES = (
     "special_tokens_map.json",
     "added_tokens.json",
 )
-_PROCESSOR_FILES = (
-    *_TOKENIZER_FILES,
-    "preprocessor_config.json",
-    "processor_config.json",
-    GENERATION,
-)
+_IMAGE_FILES = (PREPROCESSOR_NAME, PROCESSOR_NAME)
 
 _EMBED, _HEAD = "language_model.model.embed_tokens.weight", "lm_head.weight"
 _TO_LAYOUT_A = (  # our path -> key; every rule that matches applies, in this order
@@ -321,11 +317,13 @@ def _shards(sizes: dict[str, int], limit: int) -> list[list[str]]:
 def copy_processor(source: Path, directory: Path) -> list[str]:
     """Copy the tokenizer and preprocessor files that `source` has; returns their names.
 
-    A tokenizer that lay in `directory` before goes: a file of it that is not replaced would be read with the new ones.
+    Of a tokenizer or image settings that lay in `directory` before, files that are not replaced are removed: they would
+    be read with the new ones.
     """
-    names = [name for name in _PROCESSOR_FILES if (source / name).is_file()]
-    for old in set(_TOKENIZER_FILES) - set(names) if set(_TOKENIZER_FILES) & set(names) else ():
-        (directory / old).unlink(missing_ok=True)
+    names = [name for name in (*_TOKENIZER_FILES, *_IMAGE_FILES, GENERATION) if (source / name).is_file()]
+    for kind in (set(_TOKENIZER_FILES), set(_IMAGE_FILES)):
+        for stale in kind.difference(names) if kind.intersection(names) else ():
+            (directory / stale).unlink(missing_ok=True)
     for name in names:
         with files.replacing(directory / name) as temporary:
             shutil.copyfile(source / name, temporary)

@@ -94,7 +94,7 @@ class GenerateOptions:
 class Request:
     """One prompt about one image or several seen together.
 
-    images: paths, URLs, PIL images or uint8 arrays [H, W, 3].
+    images: as `load_image` takes them.
     prompt: what is asked, taken apart once.
     options: how the answer is generated.
     """

@@ -16,7 +16,7 @@ from PIL import Image
 
 from paligemma_jax.errors import ConfigError, ImageError, one_line
 from paligemma_jax.files import replacing
-from paligemma_jax.processing.image import MAX_PIXELS
+from paligemma_jax.processing.decode import MAX_PIXELS
 
 VIDEO_SUFFIXES = (
     ".3gp",

@@ -10,8 +10,10 @@ from ml_collections import ConfigDict
 from PIL import Image
 
 import paligemma_jax as pj
-from paligemma_jax.errors import ConfigError
-from paligemma_jax.processing.image import find_images, load_image
+from paligemma_jax.errors import ConfigError, error_line
+from paligemma_jax.processing.fetch import label
+from paligemma_jax.processing.find import find_images
+from paligemma_jax.processing.image import load_image
 from paligemma_jax.runs import environment, settings
 from paligemma_jax.runs import model as models
 from paligemma_jax.runs.generate import print_pieces
@@ -86,9 +88,9 @@ def _talk(chat: Chat) -> None:
             except BrokenPipeError:
                 raise
             except (pj.UserError, OSError) as error:
-                note(f"error: {error}")
+                note(error_line(error))
             except RuntimeError as error:
-                note(f"error: {environment.out_of_memory(error)}")
+                note(error_line(environment.out_of_memory(error)))
     except KeyboardInterrupt:
         note("")
 
@@ -105,8 +107,8 @@ def _obey(chat: Chat, line: str) -> None:
 
 def _read(name: str) -> tuple[str, Image.Image]:
     """The first picture of a path, URL, folder or glob, with its own name."""
-    name = find_images(name)[0]
-    return name, load_image(name)
+    name = find_images(name, tell=note)[0]
+    return label(name), load_image(name)
 
 
 def _lines() -> Iterator[str]:

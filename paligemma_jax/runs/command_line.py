@@ -9,7 +9,7 @@ from pathlib import Path
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
-from paligemma_jax.errors import ConfigError, UserError
+from paligemma_jax.errors import ConfigError, UserError, error_line
 from paligemma_jax.runs import environment
 from paligemma_jax.runs.notes import note
 from paligemma_jax.runs.settings import did_you_mean, one_of
@@ -93,7 +93,7 @@ def main(arguments: Sequence[str], default_config: Path) -> int:
 def _fail(message: str, debug: bool) -> int:
     if debug:
         raise  # the error that is being handled
-    print(f"error: {message}", file=sys.stderr)
+    print(error_line(message), file=sys.stderr)
     return 1
 
 

@@ -12,8 +12,8 @@ from ml_collections import ConfigDict
 from tqdm import tqdm
 
 import paligemma_jax as pj
-from paligemma_jax.errors import ConfigError, ImageError
-from paligemma_jax.processing.image import find_images
+from paligemma_jax.errors import ConfigError, ImageError, error_line
+from paligemma_jax.processing.find import find_images
 from paligemma_jax.processing.video import VIDEO_SUFFIXES, is_video, require
 from paligemma_jax.runs import environment, exports, settings
 from paligemma_jax.runs import model as models
@@ -42,7 +42,7 @@ def run(config: ConfigDict) -> int:
     kinds = settings.exports(config)
     exports.check(kinds, prompts)
     models.check_weights(config)
-    names = find_images(config.image, also=VIDEO_SUFFIXES)
+    names = find_images(config.image, also=VIDEO_SUFFIXES, tell=note)
     has_video = any(map(is_video, names))
     if has_video:
         require()
@@ -71,7 +71,7 @@ def run(config: ConfigDict) -> int:
         for group in itertools.chain([first], groups):
             bar.clear()
             for problem in (item for item in group if isinstance(item, ImageError)):
-                note(f"error: {problem}")
+                note(error_line(problem))
                 failed += 1
             sources = [source for source in group if isinstance(source, Source)]
             pictures = [source.image if isinstance(source, Source) else None for source in group]

@@ -16,9 +16,12 @@ from paligemma_jax.inspection.findings import KINDS, Findings, TopTokens, inspec
 from paligemma_jax.inspection.maps import head_name, layer_name, select_head, select_layer
 from paligemma_jax.inspection.occlusion import WAYS, squares
 from paligemma_jax.inspection.report import report
-from paligemma_jax.processing.image import find_images, load_image
+from paligemma_jax.processing.fetch import label
+from paligemma_jax.processing.find import find_images
+from paligemma_jax.processing.image import load_image
 from paligemma_jax.runs import environment, settings
 from paligemma_jax.runs import model as models
+from paligemma_jax.runs.notes import note
 from paligemma_jax.tasks.prompts import read_prompt
 
 _MAX_WORDS = 100
@@ -110,10 +113,13 @@ def _text(config: ConfigDict) -> str:
 
 
 def _picture(config: ConfigDict) -> tuple[str, Image.Image]:
-    names = find_images(config.image)
+    passed_over: list[str] = []
+    names = find_images(config.image, tell=passed_over.append)
     if len(names) > 1:
         raise ImageError(f"{config.image} holds {len(names)} pictures: inspect looks at one, give its path")
-    return names[0], load_image(names[0])
+    for line in passed_over:
+        note(line)
+    return label(names[0]), load_image(names[0])
 
 
 def _write(figure: Figure, directory: Path) -> list[Path]:

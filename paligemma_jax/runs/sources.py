@@ -3,7 +3,6 @@
 import dataclasses
 import itertools
 import re
-import urllib.parse
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TypeVar
@@ -11,8 +10,8 @@ from typing import TypeVar
 from PIL import Image
 
 from paligemma_jax.errors import ImageError
-from paligemma_jax.processing import video
-from paligemma_jax.processing.image import is_url, load_image
+from paligemma_jax.processing import fetch, video
+from paligemma_jax.processing.image import load_image
 
 _Item = TypeVar("_Item")
 
@@ -36,8 +35,8 @@ class Source:
         """The name without folder and suffix, as files that belong to the picture are called."""
         if self.video is not None:
             return f"{Path(self.video).stem}_{self.time:07.2f}s"
-        if is_url(self.name):
-            return plain(Path(urllib.parse.urlsplit(self.name).path).stem)
+        if fetch.is_url(self.name):
+            return plain(fetch.stem(self.name))
         return Path(self.name).stem
 
 
@@ -59,12 +58,12 @@ def read(names: Iterable[str], video_fps: float) -> Iterator[Source | ImageError
     for name in names:
         try:
             if video.is_video(name):
-                if is_url(name):
+                if fetch.is_url(name):
                     raise ImageError(f"{name} is a video: download it and give its path")
                 for time, image in video.frames(name, video_fps):
                     yield Source(f"{name} @ {time:.2f} s", image, name, time)
             else:
-                yield Source(name, load_image(name))
+                yield Source(fetch.label(name), load_image(name))
         except ImageError as error:
             yield error
 

@@ -11,6 +11,7 @@ from ml_collections import ConfigDict
 import paligemma_jax as pj
 from paligemma_jax.errors import ConfigError
 from paligemma_jax.inspection import embeddings as em
+from paligemma_jax.processing.fetch import label
 from paligemma_jax.processing.image import load_image
 from paligemma_jax.runs import environment, settings
 from paligemma_jax.runs import model as models
@@ -49,8 +50,8 @@ def run(config: ConfigDict) -> int:
         raise ConfigError(f"box={config.box!r} is not possible: give x0,y0,x1,y1 as shares of the picture, 0..1")
     if box:
         em.patches_in(box, 1)
-    names = [config.image, config.other_image]
-    pictures = [load_image(name) for name in names]
+    pictures = [load_image(name) for name in (config.image, config.other_image)]
+    names = [label(config.image), label(config.other_image)]
     if not config.output_dir:
         raise ConfigError("swap writes a.npy and b.npy: set output_dir")
     unused = ("stream", "export", "save_embeddings", "load_embeddings", "prompts_file", "split_classes")

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
+from paligemma_jax.processing.decode import to_rgb
 from paligemma_jax.tasks.detection import Box, Detection
 
 Color = tuple[int, int, int]
@@ -30,15 +31,16 @@ def draw(image: Image.Image, detections: Sequence[Detection]) -> Image.Image:
     label is shortened; one that would hide what it names, in a picture of a few pixels, is left out.
 
     Args:
-      image: any mode.
-      detections: boxes in pixels of the picture; masks, where present, of the picture's size.
+      image: any mode; it is turned upright as its EXIF data says, as it was when it was looked at.
+      detections: boxes in pixels of the upright picture; masks, where present, of its size.
 
     Returns:
-      A new RGB picture of the same size.
+      A new RGB picture of the same size, upright.
     """
+    image = to_rgb(image, "the picture")
     side = (image.width * image.height) ** 0.5
     line = max(1, round(side / 200))
-    canvas = np.array(image.convert("RGB"))
+    canvas = np.array(image)
     masks = [(item.mask, label_color(item.label)) for item in detections if item.mask is not None]
     for mask, color in sorted(masks, key=lambda pair: -pair[0].sum()):
         _paint_mask(canvas, mask, color, line)

@@ -1,12 +1,11 @@
 import contextlib
-import http.server
 import io
 import struct
 import threading
-import time
 import warnings
 import zlib
 
+import jax
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -14,8 +13,7 @@ from hypothesis import strategies as st
 from PIL import Image, ImageOps
 
 from paligemma_jax.errors import ImageError
-from paligemma_jax.processing import image as image_module
-from paligemma_jax.processing.image import find_images, load_image
+from paligemma_jax.processing.image import load_image
 
 NOISE = np.random.default_rng(0).integers(0, 256, (30, 47, 3), np.uint8)
 RGB = Image.fromarray(NOISE)
@@ -150,6 +148,59 @@ def test_arrays():
         np.testing.assert_array_equal(np.asarray(load_image(grey)), NOISE[:, :, [0, 0, 0]])
 
 
+def test_arrays_of_jax():
+    assert_same(load_image(jax.numpy.asarray(NOISE)), RGB)
+    assert_same(load_image(jax.numpy.asarray(NOISE)[:, :, :1]), RGB.getchannel(0).convert("RGB"))
+    for dtype in ("float32", "bfloat16"):
+        assert_one_line_error(jax.numpy.asarray(NOISE / 255, dtype), f"{dtype} from 0 to 1", "(255 * array)")
+    for function in (jax.jit, jax.grad):  # where an array has no values yet
+        with pytest.raises(ImageError, match="gives no array"):
+            function(lambda x: load_image(x) and x.sum())(jax.numpy.ones((4, 4, 3)))
+
+
+class Drip:
+    """A stream that can be read once, without a way back, as of a network."""
+
+    def __init__(self, content):
+        self.content = content
+
+    def read(self):
+        content, self.content = self.content, b""
+        return content
+
+
+@pytest.mark.parametrize("format_", ["PNG", "JPEG", "GIF"])
+def test_bytes_and_open_files(tmp_path, format_):
+    """A file is read from its start, wherever it was left, where that is possible; it stays open."""
+    content = encoded(RGB, format=format_)
+    expected = Image.open(io.BytesIO(content)).convert("RGB")
+    for source in (content, bytearray(content), memoryview(content), io.BytesIO(content), Drip(content)):
+        assert_same(load_image(source), expected)
+    written = io.BytesIO()
+    RGB.save(written, format=format_)  # and not rewound
+    for _ in range(2):
+        assert_same(load_image(written), expected)
+    (tmp_path / "a").write_bytes(content)
+    with (tmp_path / "a").open("rb") as file:
+        file.seek(7)
+        assert_same(load_image(file), expected)
+        assert not file.closed
+    assert_one_line_error(file, str(tmp_path / "a"), "cannot be read", "closed")
+    with (tmp_path / "a").open(encoding="latin-1") as file:
+        assert_one_line_error(file, "gives str instead of bytes")
+
+
+def test_animations_show_their_first_frame(tmp_path):
+    frames = [Image.new("RGB", (20, 10), color) for color in ("red", "lime", "blue")]
+    for name in ("a.gif", "a.apng", "a.png", "a.webp", "a.tiff"):
+        options = {"lossless": True} if name.endswith("webp") else {}
+        frames[0].save(tmp_path / name, save_all=True, append_images=frames[1:], **options)
+        with Image.open(tmp_path / name) as stored:
+            assert stored.n_frames == 3
+            stored.seek(2)
+        assert_same(load_image(tmp_path / name), frames[0])
+
+
 def test_result_is_a_copy():
     image = RGB.copy()
     load_image(image).putpixel((0, 0), (1, 2, 3))
@@ -159,13 +210,28 @@ def test_result_is_a_copy():
 @pytest.mark.parametrize(
     ("source", "words"),
     [
-        (NOISE / 255, ["float64", "uint8"]),
-        (NOISE[None], ["[1, 30, 47, 3]", "expected [H, W]"]),
+        (NOISE / 255, ["float64 from 0 to 1", "uint8", "(255 * array).round().astype('uint8')"]),
+        ((NOISE / 255).astype(np.float16), ["float16 from 0 to 1", "(255 * array)"]),
+        (NOISE > 9, ["bool from 0 to 1", "(255 * array)"]),
+        (NOISE / 127.5 - 1, ["float64: pictures are uint8", "scaled to that"]),
+        (NOISE.astype(np.int64), ["int64", "uint8"]),
+        (NOISE * np.nan, ["float64", "uint8"]),
+        (np.full((4, 4), "x"), ["<U1", "uint8"]),
+        (np.full((4, 4), None), ["object", "uint8"]),
+        (np.uint8(7), ["[]", "expected [H, W]"]),
+        (NOISE.transpose(2, 0, 1), ["[3, 30, 47], channels first", "array.transpose(1, 2, 0)"]),
+        (NOISE[:, :, 0][None], ["[1, 30, 47], channels first", "array.transpose(1, 2, 0)"]),
+        (NOISE[None], ["[1, 30, 47, 3]", "expected [H, W]", "list(array)"]),
         (NOISE[:, :, :2], ["[30, 47, 2]", "expected [H, W]"]),
         (NOISE[:0], ["[0, 47, 3]", "no pixels"]),
         (Image.new("RGB", (0, 5)), ["0 x 5", "no pixels"]),
         (None, ["NoneType", "is not a picture"]),
         ([1, 2], ["list", "is not a picture"]),
+        (b"", ["the given data is empty"]),
+        (b"<html>", ["the given data is not a picture"]),
+        (io.BytesIO(), ["the given file is empty"]),
+        (io.BytesIO(b"BM"), ["the given file"]),
+        (io.StringIO("text"), ["gives str instead of bytes", "binary mode"]),
         ("nowhere/a.png", ["nowhere/a.png does not exist"]),
         ("", ["folder"]),
         ("a\0b", ["cannot be opened"]),
@@ -237,106 +303,3 @@ def test_global_state_stays(tmp_path):
     for thread in threads:
         thread.join()
     assert (Image.MAX_IMAGE_PIXELS, list(warnings.filters)) == before
-
-
-class Handler(http.server.BaseHTTPRequestHandler):
-    def do_GET(self):
-        status, body = self.server.pages.get(self.path, (404, b""))
-        self.send_response(status)
-        if self.path != "/slow":
-            self.send_header("Content-Length", str(len(body)))
-        self.end_headers()
-        if self.path == "/slow":
-            with contextlib.suppress(ConnectionError):
-                for _ in range(100):
-                    time.sleep(0.01)
-                    self.wfile.write(b"x")
-        self.wfile.write(body[: 1000 if self.path == "/short.png" else None])
-
-    def log_message(self, *_):
-        pass
-
-
-@pytest.fixture
-def site():
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
-        server.pages = {
-            "/a.png": (200, encoded(RGB, format="PNG")),
-            "/short.png": (200, encoded(RGB, format="PNG")),
-            "/slow": (200, b""),
-            "/page": (200, b"<html>"),
-            "/empty": (200, b""),
-            "/busy": (503, b""),
-        }
-        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
-        thread.start()
-        yield f"http://127.0.0.1:{server.server_port}"
-        server.shutdown()
-        thread.join()
-
-
-def test_url(site):
-    assert_same(load_image(f"{site}/a.png"), RGB)
-    for page, word in {
-        "none.png": "answered 404",
-        "busy": "answered 503",
-        "page": "not a picture",
-        "empty": "is empty",
-        "short.png": "damaged or truncated",
-    }.items():
-        assert_one_line_error(f"{site}/{page}", f"{site}/{page}", word)
-
-
-def test_url_size_limit(site, monkeypatch):
-    monkeypatch.setattr(image_module, "MAX_DOWNLOAD_BYTES", 1000)
-    assert_one_line_error(f"{site}/a.png", "is larger than")
-
-
-def test_url_time_limit(site, monkeypatch):
-    monkeypatch.setattr(image_module, "DOWNLOAD_TIMEOUT_S", 0.1)
-    assert_one_line_error(f"{site}/slow", "took more than 0.1 s")
-
-
-@pytest.mark.parametrize("url", ["http://127.0.0.1:1/a.png", "http://", "http://[bad/a.png", "http://a b/c.png"])
-def test_unreachable_url(url):
-    assert_one_line_error(url, "cannot be fetched")
-
-
-@pytest.fixture
-def album(tmp_path):
-    for name in ("10.png", "2.PNG", "1.jpg", "notes.txt", ".hidden.png", "sub/3.webp", "odd [1].png"):
-        path = tmp_path / name
-        path.parent.mkdir(exist_ok=True)
-        path.touch()
-    (tmp_path / "folder.png").mkdir()
-    return tmp_path
-
-
-@pytest.mark.parametrize(
-    ("pattern", "found"),
-    [
-        ("", ["1.jpg", "2.PNG", "10.png", "odd [1].png"]),
-        ("*", ["1.jpg", "2.PNG", "10.png", "odd [1].png"]),
-        ("1*", ["1.jpg", "10.png"]),
-        ("**/*.webp", ["sub/3.webp"]),
-        ("odd [1].png", ["odd [1].png"]),
-        ("notes.txt", ["notes.txt"]),  # named by the user: the loader says what is wrong with it
-    ],
-)
-def test_find_images(album, pattern, found):
-    assert find_images(str(album / pattern)) == [str(album / name) for name in found]
-
-
-def test_find_images_passes_urls_on():
-    assert find_images("https://example.org/a?b=*") == ["https://example.org/a?b=*"]
-
-
-@pytest.mark.parametrize(("pattern", "word"), [("x*", "matches no pictures"), ("x.png", "does not exist")])
-def test_find_images_finds_nothing(album, pattern, word):
-    with pytest.raises(ImageError, match=word):
-        find_images(str(album / pattern))
-
-
-def test_find_images_in_an_empty_folder(album):
-    with pytest.raises(ImageError, match="holds no pictures"):
-        find_images(str(album / "folder.png"))
