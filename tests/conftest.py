@@ -23,6 +23,7 @@ from paligemma_jax.config import PaliGemmaConfig, TextConfig, VisionConfig
 from paligemma_jax.processing.image import ImageSettings
 from paligemma_jax.processing.processor import Processor
 from paligemma_jax.processing.tokenizer import LOC_TOKENS, SEG_TOKENS, Tokenizer
+from tests.checkpoints.mutate import write_checkpoint
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 # What is measured here is not for others; the folder is for running the same tests again and again.
@@ -184,3 +185,21 @@ def make_model(random_params, tokenizer):
         return pj.PaliGemma(config, random_params(config), processor)
 
     return make
+
+
+@pytest.fixture(scope="session")
+def saved_models(make_model) -> dict[str, pj.PaliGemma]:
+    """One of each generation, with a query scalar that a config.json of Gemma 1 can state."""
+    first, second = make_model("gemma"), make_model("gemma2")
+    text = dataclasses.replace(first.config.text, query_scalar=float(first.config.text.head_dim))
+    config = dataclasses.replace(first.config, text=text)
+    return {"gemma": pj.PaliGemma(config, first.params, first.processor), "gemma2": second}
+
+
+@pytest.fixture(scope="session")
+def small_checkpoints(saved_models, write_tokenizer_json, tmp_path_factory) -> dict[str, Path]:
+    """Directories of the saved models, with every file that some tool writes, in shards."""
+    found = {name: tmp_path_factory.mktemp(name) for name in saved_models}
+    for name, model in saved_models.items():
+        write_checkpoint(model, found[name], write_tokenizer_json)
+    return found

@@ -125,7 +125,7 @@ class PieceVocabulary:
         except RuntimeError:
             raise TokenizerError(f"{path} is not a SentencePiece model, or damaged: copy it again") from None
         size = model.vocab_size()
-        new = {t.content: t for t in added.values() if t.id_ >= size or model.id_to_piece(t.id_) != t.content}
+        new = {t.content: t for t in added.values() if t.id_ >= size or _piece(model, t.id_) != t.content}
         if size == _GEMMA_PIECES and LOC_TOKENS[0] not in new:  # Gemma's own: what comes next is known
             markers = (AddedToken(size + i, token) for i, token in enumerate(LOC_TOKENS + SEG_TOKENS))
             new |= {token.content: token for token in markers}
@@ -150,20 +150,27 @@ class PieceVocabulary:
         model = self._model
         if not 0 <= id_ < model.vocab_size() or model.is_control(id_) or model.is_unknown(id_):
             return b""
-        piece = model.id_to_piece(id_)
+        piece = _piece(model, id_)
         return bytes([int(piece[3:5], 16)]) if model.is_byte(id_) else piece.replace(_SPACE, " ").encode()
 
     def id_of(self, token: str) -> int | None:
         if token in self.added:
             return self.added[token].id_
         id_ = self._model.piece_to_id(token)
-        return None if id_ == self._model.unk_id() and self._model.id_to_piece(id_) != token else id_
+        return None if id_ == self._model.unk_id() and _piece(self._model, id_) != token else id_
 
     def names(self, id_: int) -> bool:
         return 0 <= id_ < self._model.vocab_size() or id_ in self._contents
 
     def to_bytes(self) -> bytes:
         return self._model.serialized_model_proto()
+
+
+def _piece(model: sentencepiece.SentencePieceProcessor, id_: int) -> str:
+    try:
+        return model.id_to_piece(id_)
+    except UnicodeDecodeError:
+        raise TokenizerError(f"{MODEL_FILE} is damaged, piece {id_} is not UTF-8: copy it again") from None
 
 
 class JsonVocabulary:
@@ -269,8 +276,8 @@ def _added_tokens(directory: Path) -> dict[str, AddedToken]:
 
 
 def _added(id_: Any, fields: Mapping[str, Any]) -> AddedToken:
-    content, number = fields["content"], int(id_)
-    if not content.encode() or number < 0:  # a lone surrogate is a ValueError too
+    content, number = fields["content"], int(id_) if isinstance(id_, str) else id_
+    if not content.encode() or type(number) is not int or number < 0:  # a lone surrogate is a ValueError too
         raise ValueError
     flags = (bool(fields.get(name, False)) for name in ("lstrip", "rstrip", "single_word"))
     return AddedToken(number, content, *flags)
