@@ -178,9 +178,10 @@ def test_batch_equals_transformers(processor, tokenizer_dir):
     )
     noise = np.random.default_rng(0).integers(0, 256, (2, 50, 70, 3), np.uint8)
     images = [Image.fromarray(picture) for picture in noise]
-    prompts, suffixes = ["detect circle ; squares", "caption en"], ["<loc0010><loc1023> circle", "two é"]
+    prompts = ["<image>detect circle ; squares", "<image>caption en"]  # as theirs takes them
+    suffixes = ["<loc0010><loc1023> circle", "two é"]
     expected = reference(
-        text=[f"<image>{prompt}" for prompt in prompts],
+        text=prompts,
         images=images,
         suffix=suffixes,
         return_tensors="np",
@@ -193,3 +194,6 @@ def test_batch_equals_transformers(processor, tokenizer_dir):
         valid = expected["attention_mask"][row] == 1
         assert row_ids(batch, row) == expected["input_ids"][row][valid].tolist()
         assert batch.prefix_length[row] == (expected["token_type_ids"][row][valid] == 0).sum()
+    both = reference(text=["<image><image>answer en how many"], images=[images], return_tensors="np")
+    for prompt in ("<image><image>answer en how many", "<image><image> answer en how many\\n", "answer en how many\n"):
+        assert row_ids(processor([images], prompt), 0) == both["input_ids"][0].tolist()
