@@ -60,7 +60,7 @@ def parse(
     location or segmentation token is an answer in words: nothing is found, nothing dropped. No text raises an error.
 
     Args:
-      text: what the model wrote, special tokens such as <eos> removed.
+      text: what the model wrote; <eos> and <pad> at its end make no difference.
       size: (width, height) of the picture in pixels.
       loc_scale: the location that means the far edge; 1023 as PaliGemma was trained, 1024 in some tools.
       labels: the classes that were asked for, if known; the only one is the label of an object that has none.
@@ -73,6 +73,8 @@ def parse(
     """
     if not loc_scale > 0:
         raise DataError(f"loc_scale={loc_scale!r} is not possible: give the location of the far edge, usually 1023")
+    while (text := text.rstrip()).endswith(("<eos>", "<pad>")):
+        text = text[:-5]
     items = read(text, labels)
     found = [
         Detection(item.label, to_box(item.locs, size, loc_scale), codes=item.codes or None, span=item.span)

@@ -17,7 +17,7 @@ _SEG = r"<seg(?P<seg>0[0-9]{2}|1[01][0-9]|12[0-7])>"
 # A token, or what is left of one: `broken` is malformed, or cut off at the end.
 _TOKEN = re.compile(rf"{_LOC}|{_SEG}|(?P<broken><(?:loc|seg)[^<>;\s]*>?|<(?:lo?|se?)(?![\w>]))")
 _COMMAS = ",，、；"
-_CUT = re.compile(r"[;\r\n]")
+_CUT = re.compile(r"[;\r\n]|<(?:eos|pad)>")
 # Words that are no label: marks alone, the number of a line, what joins boxes.
 _FILLER = re.compile(rf"[\s\x00-\x1f.:!?|&+\-–—•*·…。：()\[\]{{}}\"'{_COMMAS}]*|\s*(?:\d+[.)]|and)\s*")
 _OPENING = re.compile(rf"(?:[\s{_COMMAS}|&+]|[-–—•*](?=\s)|and\s)*")

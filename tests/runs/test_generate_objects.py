@@ -111,6 +111,14 @@ def test_classes_are_asked_for_in_another_form(generate, answer_with, form, aske
         assert out == " ; ".join([f"{BOX}{MASK}"] * len(asked)) + "\n"
 
 
+def test_chat_asks_in_another_form(generate, answer_with, type_lines):
+    calls = answer_with(BOX)
+    type_lines("detect left man ; dog", "<image>caption en")
+    status, _, err = generate(run="chat", prompt_form="bare")
+    assert status == 0 and [call["prompt"].text for call in calls] == ["left man", "dog", "caption en"]
+    assert "  left man: x 0..15" in err and "  dog: x 0..15" in err
+
+
 def test_a_form_without_meaning_is_one_line(refused):
     assert "prompt_form='{label}' is not possible: give bare" in refused(prompt_form="{label}")
     assert "prompt_form='bar' is not possible: give bare" in refused(run="chat", prompt_form="bar")
@@ -147,6 +155,7 @@ def test_an_answer_in_parts_is_cut_off_when_a_part_is():
     both = together([one, two, three])
     assert (both.text, both.finish_reason, both.timing.new_tokens) == ("a ; b", "length", 5)
     assert both.tokens.tolist() == [5, 1, 7, 9, 1] and both.logprobs.tolist() == [-1, -2, -3, -4, -5]
+    assert both.mean_logprob == -3.0 and one.mean_logprob == -1.5
     assert both.near.tolist() == [0, 0, 1, 2, 3] and both.expected.tolist() == [0, 0, 1, 4, 5]
     assert together([one]) is one
     assert [part.text for part in Question.of("x").parts] == ["x"]

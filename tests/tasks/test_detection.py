@@ -84,6 +84,9 @@ CASES = [
     (f"{BOX}{SEGS}{BOX}{SEGS}", ["", ""], []),
     (f"{BOX}{BOX}{SEGS} cat", ["", "cat"], []),
     (f"{BOX}\x00{BOX}\u3000{BOX}", ["", "", ""], []),
+    (f"detect cat\n{BOX} cat<eos>", ["cat"], []),
+    (f"{BOX}{SEGS}<eos><pad> <pad>\n", [""], []),
+    (f"{BOX} cat ; <eos>", ["cat"], []),
     # what joins objects
     *[(f"{BOX}{joint}{BOX}", ["", ""], []) for joint in (",", ", ", "\n", "\r\n", ";", " and ", "，", "；", ". ")],
     *[(f"{BOX} cat{joint}{BOX} dog", ["cat", "dog"], []) for joint in (" ", ",", ", ", "\n", " and ", ", and ", "、")],

@@ -76,6 +76,11 @@ def test_classes_are_asked_for_in_another_form(form, split, asked):
     assert [part.text for part in read_prompt("caption en").parts(form, split)] == ["caption en"]
 
 
+def test_names_of_classes_are_plain_too():
+    for names in ("<image>cat ; dog\\n", ["<image>cat", "dog\n"], ("cat", "dog"), "cat;dog\n"):
+        assert [part.text for part in class_prompts("detect", names)] == ["detect cat ; dog"]
+
+
 def test_a_label_with_braces_is_put_in_as_it_is():
     assert class_prompts("detect", ["{task}", "a {b}"], "bare") == [
         Prompt(name, TASKS["detect"], (name,), True) for name in ("{task}", "a {b}")
