@@ -6,6 +6,7 @@ Some fine-tunes write no label, as those on RefCOCO do, or write it elsewhere: `
 Source: big_vision/configs/proj/paligemma and its refcoco_mask2str.
 """
 
+import bisect
 import dataclasses
 import re
 from collections.abc import Iterable, Sequence
@@ -55,8 +56,8 @@ def parse(
     its label when two or more boxes have them and none stand behind the last box, or when they are one of `labels`.
 
     What is incomplete is returned as dropped: one to three location tokens, or more than fit whole boxes; another
-    number of segmentation tokens, or some without a box; words between two ";" alone. Where the text ends too early
-    the boxes before are kept. Corners in the wrong order are put right; a box without area is kept. A text without any
+    number of segmentation tokens, or some without a box; words alone behind a ";". Where the text ends too early the
+    boxes before are kept. Corners in the wrong order are put right; a box without area is kept. A text without any
     location or segmentation token is an answer in words: nothing is found, nothing dropped. No text raises an error.
 
     Args:
@@ -82,8 +83,10 @@ def parse(
         if item.locs
     ]
     dropped = [item.span for item in items if not item.locs]
-    for piece in re.finditer(r"[^;]+", text) if items else ():
-        if not piece[0].isspace() and not any(piece.start() <= item.start < piece.end() for item in items):
+    starts = [item.start for item in items]
+    for piece in re.finditer(r"[^;]+", text):
+        before, upto = (bisect.bisect_left(starts, edge) for edge in piece.span())
+        if before == upto > 0 and not piece[0].isspace():  # without an item, behind the first one
             dropped.append(piece.span())
     return found, [text[start:stop].strip() for start, stop in sorted(dropped)]
 

@@ -57,6 +57,7 @@ def read(text: str, labels: Sequence[str] = ()) -> list[Item]:
     for item, (start, stop) in zip(items, gaps[1:], strict=True):
         item.label, end = _label_behind(text[start:stop], stop < len(text))
         item.span = item.start, start + end
+    labels = [labels] if isinstance(labels, str) else labels
     asked = {name.casefold(): name for label in labels if (name := " ".join(label.split()))}
     before = [_label_before(text[slice(*gap)]) for gap in gaps[:-1]]
     if _is_before(text, gaps, [label for label, _ in before], [item.label for item in items], asked.keys()):
@@ -145,7 +146,7 @@ def _label_behind(gap: str, is_followed: bool) -> tuple[str, int]:
 
 def _without_link(words: str) -> str:
     """A label without what joins it to the object that follows: commas, "and" and the like."""
-    while (shorter := words.rstrip().rstrip(_COMMAS + "|&+").removesuffix(" and")) != words:
+    while (shorter := words.rstrip().rstrip(_COMMAS + "|&+ ").removesuffix(" and")) != words:
         words = shorter
     return words
 

@@ -96,6 +96,7 @@ CASES = [
     (f"Here it is: {BOX}{SEGS}.", [""], []),
     (f"detect cat\n{BOX} cat ; {BOX}", ["cat", ""], []),
     (f"the left man\n{BOX}{SEGS}", [""], []),
+    (f"detect cat ; dog\n{BOX} cat ; {BOX} dog ; bird", ["cat", "dog"], ["bird"]),
     (f"{BOX} cat\n\nThat is all.", ["cat"], []),
     (f"{BOX}\n\nThat is all.", [""], []),
     (f"Sure! {BOX}: cat", ["cat"], []),
@@ -257,7 +258,7 @@ def test_every_complete_object_is_found_with_its_label(parts, opening):
         expected.append((label.strip(), CODES if masked else None))
     found, dropped = parse(text.removesuffix(" and "), SIZE)
     assert [(item.label, item.codes) for item in found] == expected
-    assert len(dropped) == sum(bool(half) for half, _, _ in parts) + bool(opening and parts[0][0])
+    assert len(dropped) == sum(bool(half) for half, _, _ in parts)
 
 
 @pytest.mark.parametrize(
@@ -281,11 +282,11 @@ def test_the_classes_asked_for_are_labels_of_what_has_none(text, asked, labels):
 
 
 def test_a_long_text_takes_no_long_time():
-    for filler in (" ", ",", "cat ", "\n", "<", "and ", "<loc0001>", "- "):
+    for filler in (" ", ",", ", ", ";a", "\n;", "cat ", "\n", "<", "and ", "<loc0001>", "- "):
         text = f"{BOX}{filler * 30_000}{BOX} cat"
-        start = time.perf_counter()
+        start = time.process_time()
         parse(text, SIZE)
-        assert time.perf_counter() - start < 2
+        assert time.process_time() - start < 2
 
 
 @pytest.mark.parametrize("loc_scale", (0, -1))
