@@ -34,6 +34,7 @@ def get_config() -> ConfigDict:
     config.video_fps = 1.0  # frames looked at of each second of a video
     config.prompt = "caption en"  # "answer en where is the cat?", "detect cat ; dog", "segment cat", "ocr"
     config.prompts_file = ""  # text file with a prompt per line, asked of each picture instead of `prompt`
+    config.prompt_form = "{task} {classes}"  # of detect and segment; bare: a class alone, each in its own prompt
     config.split_classes = False  # ask a detect or segment prompt once per class, and put the answers together
     config.max_new_tokens = 100  # longest answer
     config.batch_size = 16  # answers that are generated together; fewer where prompts are long

@@ -26,19 +26,19 @@ from paligemma_jax.engine.generate import (
     to_output,
 )
 from paligemma_jax.engine.runner import Call, Runner
-from paligemma_jax.errors import CheckpointError, PromptError, SamplingError
+from paligemma_jax.errors import CheckpointError, SamplingError
 from paligemma_jax.files import replacing
 from paligemma_jax.models import mask_vae as mask_vae_model
 from paligemma_jax.processing.image import ImageSource, load_image
-from paligemma_jax.processing.processor import Batch, Images, Processor, image_groups, per_row
+from paligemma_jax.processing.processor import Batch, Images, Processor, Prompts, Suffixes, image_groups, per_row
 from paligemma_jax.processing.request import GenerateOptions, Request, Sampling, integer
 from paligemma_jax.tasks.confidence import read_objects
-from paligemma_jax.tasks.detection import Detection, is_label
+from paligemma_jax.tasks.detection import Detection
 from paligemma_jax.tasks.detections import Detections
 from paligemma_jax.tasks.output import Output, TextStream
-from paligemma_jax.tasks.prompts import read_prompt
+from paligemma_jax.tasks.prompts import FORM, Prompt, class_prompts, read_prompt
 from paligemma_jax.tasks.segmentation import attach_masks
-from paligemma_jax.tasks.select import select
+from paligemma_jax.tasks.select import check_thresholds, select
 
 MASK_VAE_NAME = "vae-oid.npz"
 MASK_VAE_VARIABLE = "PALIGEMMA_MASK_VAE"
@@ -86,7 +86,7 @@ class PaliGemma:
     def generate(
         self,
         images: Images | None,
-        prompts: str | Sequence[str],
+        prompts: Prompts,
         max_new_tokens: int = 100,
         sampling: Sampling = _GREEDY,
         image_embeddings: _EMBEDDINGS = None,
@@ -102,7 +102,7 @@ class PaliGemma:
         Args:
           images: an image as `load_image` takes it, used for every prompt, or a list with one per prompt; an item may
             itself be a list of images seen together.
-          prompts: one string, used for every image, or a list as long.
+          prompts: one string, used for every image, or a list as long; a leading `<image>` for each image may be there.
           max_new_tokens, sampling, speculate, constrain: see `GenerateOptions`, which `options` takes as one.
           image_embeddings: soft tokens [I, N, D] to use instead of the images' own, in the order of `images` (one per
             row when that is None); the images are not even read then.
@@ -131,14 +131,14 @@ class PaliGemma:
         batch_size = integer("batch_size", batch_size, 1)
         if not requests:
             return []
-        texts = [request.prompt.text for request in requests]
-        batch, _ = self._lay_out([list(request.images) for request in requests], texts, None)
-        return self._answer(batch, None, texts, [request.options for request in requests], batch_size)
+        prompts = [request.prompt for request in requests]
+        batch, _ = self._lay_out([list(request.images) for request in requests], prompts, None)
+        return self._answer(batch, None, prompts, [request.options for request in requests], batch_size)
 
     def stream(
         self,
         image: ImageSource | Sequence[ImageSource] | None,
-        prompt: str,
+        prompt: str | Prompt,
         max_new_tokens: int = 100,
         sampling: Sampling = _GREEDY,
         image_embeddings: _EMBEDDINGS = None,
@@ -159,11 +159,7 @@ class PaliGemma:
         return TextStream(text_pieces(numerics.answers(call, generation, group), call, generation))
 
     def score(
-        self,
-        images: Images | None,
-        prefixes: str | Sequence[str],
-        suffixes: str | Sequence[str],
-        image_embeddings: _EMBEDDINGS = None,
+        self, images: Images | None, prefixes: Prompts, suffixes: Suffixes, image_embeddings: _EMBEDDINGS = None
     ) -> list[np.ndarray]:
         """Log-probabilities of given answers: for each row f32 [suffix tokens + 1], <eos> being the last.
 
@@ -172,7 +168,7 @@ class PaliGemma:
         pairs = self._forward(forward.suffix_logprobs, images, prefixes, suffixes, image_embeddings)
         return [logprobs[:length] for logprobs, length in pairs]
 
-    def logits(self, images: Images, prefixes: str | Sequence[str], suffixes: str | Sequence[str]) -> np.ndarray:
+    def logits(self, images: Images, prefixes: Prompts, suffixes: Suffixes) -> np.ndarray:
         """Teacher-forced logits f32 [B, T, V] with T = tokens of the longest suffix + 1.
 
         Entry j is what the model expects as suffix token j, the one after the last being <eos>. Rows with a shorter
@@ -205,7 +201,7 @@ class PaliGemma:
     def trace(
         self,
         image: ImageSource | Sequence[ImageSource] | None,
-        prompt: str,
+        prompt: str | Prompt,
         answer: str,
         image_embeddings: _EMBEDDINGS = None,
     ) -> forward.Trace:
@@ -250,6 +246,7 @@ class PaliGemma:
         split_classes: bool = False,
         min_score: float = 0.0,
         nms: float = 0.0,
+        prompt_form: str = FORM,
     ) -> Found:
         """Find objects of some classes in images; a class that is not there gives nothing.
 
@@ -258,54 +255,53 @@ class PaliGemma:
           images: an image, or a list of them; each is looked at alone, as a box is of one image.
           classes: "cat ; dog", or a list of names.
           max_new_tokens: of each answer; a box takes about 6 tokens, a mask 16 more.
-          loc_scale: as in `parse`.
-          sampling, constrain: as in `GenerateOptions`.
+          loc_scale, sampling, constrain, min_score, nms: as in `parse`, `GenerateOptions` and `tasks.select.select`.
           split_classes: ask for each class in a prompt of its own, all in one batch: slower, and often finds more.
-          min_score, nms: as in `tasks.select.select`.
+          prompt_form: for fine-tunes that are asked in another way: "bare" (the name alone, a prompt for each), or a
+            text with {classes} or {phrase}, see `tasks.prompts.check_form`. Objects without a label have the one asked.
 
         Returns:
           The objects of the image, in the order of the answer, with its `size`; for a list of images a list of them.
 
         Raises:
-          PromptError: no classes, or thresholds out of range.
+          PromptError: no classes, another form, or thresholds out of range.
         """
-        names = [classes] if isinstance(classes, str) else list(classes)
-        prompt = read_prompt(f"{task} {' ; '.join(names)}")
-        if not prompt.labels or not all(map(is_label, prompt.labels if isinstance(classes, str) else names)):
-            raise PromptError(f"classes={classes!r} is not possible: give names, as in 'cat ; dog' or ['cat', 'dog']")
-        if not (0 <= min_score <= 1 and 0 <= nms <= 1):
-            raise PromptError(f"min_score={min_score} with nms={nms} is not possible: give numbers from 0 to 1")
-        several = isinstance(images, list | tuple)
+        parts = class_prompts(task, classes, prompt_form, split_classes)
+        check_thresholds(min_score, nms)
+        several, masks = isinstance(images, list | tuple), task == "segment"
         pictures = [load_image(image) for image in (images if several else [images])]
-        parts = prompt.per_label() if split_classes else [prompt]
         options = GenerateOptions(max_new_tokens, sampling, constrain)
-        requests = [Request((p,), read_prompt(part.canonical), options) for p in pictures for part in parts]
+        requests = [Request((picture,), part, options) for picture in pictures for part in parts]
         outputs = iter(self.answer(requests))
         results = []
         for picture in pictures:
-            each = (self.objects(next(outputs), picture.size, loc_scale, task == "segment") for _ in parts)
+            each = (self.objects(next(outputs), picture.size, loc_scale, masks, part.labels) for part in parts)
             found = [item for objects, _ in each for item in objects]
             results.append(Detections(select(found, min_score, nms).kept, picture.size))
         return results if several else results[0]
 
     def objects(
-        self, output: Output, size: tuple[int, int], loc_scale: int = 1023, masks: bool = True
+        self,
+        output: Output,
+        size: tuple[int, int],
+        loc_scale: int = 1023,
+        masks: bool = True,
+        labels: Sequence[str] = (),
     ) -> tuple[list[Detection], list[str]]:
         """The complete objects of an answer, in pixels and with scores, and the text of each incomplete one.
 
         Args:
           output: from `generate`.
           size: (width, height) of the image in pixels.
-          loc_scale: as in `parse`.
+          loc_scale, labels: as in `parse`.
           masks: decode segmentation tokens.
 
         Raises:
           CheckpointError: masks are asked for and there, but the mask VQ-VAE is not.
         """
-        found, dropped = read_objects(output, self.processor.tokenizer, size, loc_scale)
-        if masks and any(item.codes is not None for item in found):
-            decoder = self.mask_decoder()
-            found = attach_masks(found, size, lambda codes: mask_vae_model.decode(decoder, codes))
+        found, dropped = read_objects(output, self.processor.tokenizer, size, loc_scale, labels)
+        if masks:
+            found = attach_masks(found, size, lambda codes: mask_vae_model.decode(self.mask_decoder(), codes))
         return found, dropped
 
     def mask_decoder(self) -> mask_vae_model.Params:
@@ -333,11 +329,7 @@ class PaliGemma:
         return call
 
     def _lay_out(
-        self,
-        images: Images | None,
-        prompts: str | Sequence[str],
-        image_embeddings: _EMBEDDINGS,
-        suffixes: str | Sequence[str] | None = None,
+        self, images: Images | None, prompts: Prompts, image_embeddings: _EMBEDDINGS, suffixes: Suffixes | None = None
     ) -> tuple[Batch, jax.Array | None]:
         """Prompts, with their answers if there are any, as arrays; and the embeddings, if they are given."""
         if image_embeddings is None:
@@ -351,7 +343,7 @@ class PaliGemma:
         call: Call,
         batch: Batch,
         embeddings: jax.Array | None,
-        prompts: Sequence[str],
+        prompts: Sequence[str | Prompt],
         options: Sequence[GenerateOptions],
     ) -> Generation:
         """Rows that are laid out, with one option for all or one for each, and their images embedded."""
@@ -364,7 +356,7 @@ class PaliGemma:
         self,
         batch: Batch,
         embeddings: jax.Array | None,
-        prompts: Sequence[str],
+        prompts: Sequence[str | Prompt],
         options: Sequence[GenerateOptions],
         batch_size: int,
     ) -> list[Output]:
@@ -378,12 +370,7 @@ class PaliGemma:
         return [to_output(progress, row, call, generation) for progress, row in rows]
 
     def _forward(
-        self,
-        function: Any,
-        images: Images | None,
-        prefixes: str | Sequence[str],
-        suffixes: str | Sequence[str],
-        image_embeddings: _EMBEDDINGS,
+        self, function: Any, images: Images | None, prefixes: Prompts, suffixes: Suffixes, image_embeddings: _EMBEDDINGS
     ) -> Iterator[tuple[np.ndarray, int]]:
         """What a teacher-forced pass gives for each row, and how many of its positions are the row's own."""
         batch, embeddings = self._lay_out(images, prefixes, image_embeddings, suffixes)

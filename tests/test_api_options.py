@@ -11,6 +11,7 @@ import pytest
 import paligemma_jax as pj
 from paligemma_jax.checkpoints.mask_vae import save_mask_vae
 from paligemma_jax.models import mask_vae
+from paligemma_jax.tasks.prompts import class_prompts
 from tests.covered import unknown
 
 PROMPTS = ["caption en", "detect a red circle", "answer en how many"]
@@ -54,20 +55,23 @@ _ANSWER = {
 }
 _FOUND = dict.fromkeys(
     ("max_new_tokens", "sampling", "constrain", "split_classes", "loc_scale", "nms", "min_score"), _DETECT
-)
+) | {"prompt_form": f"{_HERE}::test_classes_are_asked_for_in_another_form"}
 COVERED = {
     pj.PaliGemma.generate: _ANSWER,
     pj.PaliGemma.stream: _ANSWER,
     pj.PaliGemma.score: dict.fromkeys(("images", "prefixes", "suffixes"), _SCORES) | {"image_embeddings": _EMBEDDINGS},
     pj.PaliGemma.trace: {"image_embeddings": _EMBEDDINGS},
     pj.PaliGemma.embed_image: {"projected": _FEATURES},
-    pj.PaliGemma.objects: dict.fromkeys(("output", "loc_scale", "masks"), _OBJECTS),
+    pj.PaliGemma.objects: dict.fromkeys(("output", "loc_scale", "masks", "labels"), _OBJECTS),
     pj.PaliGemma.locate: _FOUND,
     pj.load: {
         "mask_vae": f"{_HERE}::test_load_takes_the_mask_decoder_that_is_named",
         "dtype": f"{_HERE}::test_load_gives_the_dtype_that_is_named",
     },
-    pj.parse: {"loc_scale": "tasks/test_detection.py::test_loc_scale"},
+    pj.parse: {
+        "loc_scale": "tasks/test_detection.py::test_loc_scale",
+        "labels": "tasks/test_detection.py::test_the_classes_asked_for_are_labels_of_what_has_none",
+    },
     pj.Sampling: {
         **dict.fromkeys(("top_k", "top_p", "min_p"), f"{_HERE}::test_filters_that_leave_one_token_are_greedy"),
         **dict.fromkeys(("seed", "temperature"), f"{_HERE}::test_seed_and_temperature_change_what_is_drawn"),
@@ -249,6 +253,76 @@ def test_detect_and_segment_ask_and_keep_as_they_are_told(model, pictures, decod
     assert [[image.size for image in request.images] for request in requests] == [[(30, 20)]] * 4
 
 
+@pytest.mark.parametrize(
+    "form, asked",
+    [
+        ("bare", ["left man", "dog"]),
+        ("{task} {phrase}", ["segment left man", "segment dog"]),
+        ("find {classes}", ["find left man ; dog"]),
+    ],
+)
+def test_classes_are_asked_for_in_another_form(model, pictures, decoders, answer_with, form, asked):
+    """prompt_form: answers may do without labels; objects have that of their prompt, if it names one class."""
+    calls = answer_with(f"{BOX}{MASK}")
+    with_masks = pj.PaliGemma(model.config, model.params, model.processor, decoders["yes"])
+    found = with_masks.segment(pictures[0], ["left man", "dog"], prompt_form=form)
+    [requests] = calls
+    assert [request.prompt.text for request in requests] == asked
+    assert all(request.prompt.is_bare and request.options.constrain for request in requests)
+    assert [item.label for item in found] == (["left man", "dog"] if len(asked) == 2 else [""])
+    assert all(item.mask.sum() == 15 * 20 and 0 < item.score < 1 for item in found)
+    with pytest.raises(pj.UserError, match=r"^prompt_form='\{name\}' is not possible"):
+        with_masks.detect(pictures[0], "dog", prompt_form="{name}")
+
+
+def test_a_prompt_in_another_form_keeps_its_grammar(model, pictures, monkeypatch):
+    """It is not read again from its text, in which no task stands."""
+    [prompt] = class_prompts("segment", ["a circle"], "bare")
+    asked = []
+
+    def tables(tokenizer: object, prompts: list, config: object) -> None:
+        asked.extend(prompts)
+        raise pj.UserError("enough")
+
+    monkeypatch.setattr("paligemma_jax.engine.constraints.grammar.tables", tables)
+    for ask in (
+        lambda: model.answer([pj.Request((pictures[0],), prompt, pj.GenerateOptions(8, constrain=True))]),
+        lambda: model.generate(pictures[0], prompt, 8, constrain=True),
+        lambda: model.stream(pictures[0], prompt, 8, constrain=True),
+        lambda: model.detect(pictures[0], "a circle", 8, prompt_form="bare"),
+    ):
+        with pytest.raises(pj.UserError, match="enough"):
+            ask()
+    assert asked == [prompt] * 3 + class_prompts("detect", ["a circle"], "bare")
+    [output] = model.generate(pictures[0], prompt, 8)
+    assert output.tokens.tolist() == model.generate(pictures[0], "a circle", 8)[0].tokens.tolist()
+
+
+def test_the_mean_log_probability_is_over_all_tokens(model, pictures):
+    [output] = model.generate(pictures[0], PROMPTS[0], 5)
+    assert output.mean_logprob == pytest.approx(float(np.mean(output.logprobs)), abs=1e-6)
+    assert type(output.mean_logprob) is float and dataclasses.replace(output, logprobs=np.zeros(0)).mean_logprob is None
+
+
+@pytest.mark.parametrize("prompt", ["<image>caption en", "<image><bos>caption en\n", "caption en\\n"])
+def test_placeholders_make_no_difference_anywhere(model, pictures, prompt):
+    """In generate, stream, answer and score; what is laid out is the same."""
+    laid_out = model.processor(pictures[0], "caption en", "a circle")
+    np.testing.assert_array_equal(model.processor(pictures[0], prompt, "a circle").tokens, laid_out.tokens)
+    request = pj.Request.of(pictures[0], prompt)
+    assert request.prompt.canonical == "caption en" and request.prompt.task.name == "caption"
+    [plain] = model.generate(pictures[0], "caption en", 8)
+    for output in (
+        *model.generate(pictures[0], prompt, 8),
+        *model.answer([pj.Request.of(pictures[0], prompt, max_new_tokens=8)]),
+    ):
+        assert output.tokens.tolist() == plain.tokens.tolist()
+    assert "".join(model.stream(pictures[0], prompt, 8)) == plain.text
+    np.testing.assert_array_equal(model.score(pictures[0], prompt, "a"), model.score(pictures[0], "caption en", "a"))
+    with pytest.raises(pj.UserError, match=r"begins with \d <image> and has 1 image"):
+        pj.Request.of(pictures[0], f"<image><image>{prompt}")
+
+
 def test_objects_have_masks_unless_told_otherwise(model, decoders):
     text = f"{BOX}{MASK} circle"
     tokens = np.array([*model.processor.tokenizer.encode(text), model.config.eos_token_id])
@@ -259,6 +333,8 @@ def test_objects_have_masks_unless_told_otherwise(model, decoders):
     [bare], [] = with_masks.objects(output, (30, 20), masks=False)
     assert plain.mask.sum() == 15 * 20 and bare.mask is None
     assert with_masks.objects(output, (30, 20), loc_scale=1024)[0][0].box[2] == 15.0
+    unnamed = dataclasses.replace(output, text=f"{BOX}{MASK}", tokens=output.tokens[:20])
+    assert [with_masks.objects(unnamed, (30, 20), labels=names)[0][0].label for names in ((), ["star"])] == ["", "star"]
 
 
 def test_unequal_sides_make_a_score(model):

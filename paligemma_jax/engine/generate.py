@@ -128,7 +128,7 @@ def programs(
     index: dict[Any, int] = {}
     groups = [[index.setdefault(identity(image), len(index)) for image in request.images] for request in requests]
     prompts, options = [request.prompt for request in requests], [request.options for request in requests]
-    batch = processor.layout(groups, [prompt.text for prompt in prompts])
+    batch = processor.layout(groups, prompts)
     check_length(config, batch, options)
     side, dtype = config.vision.image_size, params["language_model"]["norm"]["weight"].dtype
     for size in image_batches(len(index), config.vision.num_tokens):

@@ -16,8 +16,11 @@ from paligemma_jax.config import PADDING_ID, PaliGemmaConfig
 from paligemma_jax.errors import ImageError, PromptError
 from paligemma_jax.processing.image import ImageSettings, ImageSource, load_image
 from paligemma_jax.processing.tokenizer import Tokenizer
+from paligemma_jax.tasks.prompts import Prompt, plain
 
 Images = ImageSource | Sequence[ImageSource | Sequence[ImageSource]]
+Prompts = str | Prompt | Sequence[str | Prompt]
+Suffixes = str | Sequence[str]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,8 +45,8 @@ class Processor:
     def __call__(
         self,
         images: Images,
-        prompts: str | Sequence[str],
-        suffixes: str | Sequence[str] | None = None,
+        prompts: Prompts,
+        suffixes: Suffixes | None = None,
         *,
         pad_to: int | None = None,
     ) -> Batch:
@@ -54,13 +57,14 @@ class Processor:
         Args:
             images: a picture (see `load_image`), or a list; an item may itself be a list of pictures seen together. A
                 picture that is named twice, by the same object or path, is loaded once.
-            prompts: the prefix, without or with the "\\n" that ends it.
+            prompts: the prefix; what `tasks.prompts.plain` takes off makes no difference.
             suffixes: the answer, for scoring and training.
             pad_to: T; by default the longest row's, see `buckets.sequence`.
 
         Raises:
             ImageError: a picture cannot be read.
-            PromptError: lists of different lengths, a row without pictures, or one longer than `pad_to`.
+            PromptError: lists of different lengths, a row without pictures or with fewer than its prompt has
+                `<image>`, or one longer than `pad_to`.
         """
         rows = list(images) if isinstance(images, list | tuple) else [images]
         groups = [list(row) if isinstance(row, list | tuple) else [row] for row in rows]
@@ -76,8 +80,8 @@ class Processor:
     def layout(
         self,
         image_groups: Sequence[Sequence[int]],
-        prompts: str | Sequence[str],
-        suffixes: str | Sequence[str] | None = None,
+        prompts: Prompts,
+        suffixes: Suffixes | None = None,
         *,
         pad_to: int | None = None,
     ) -> Batch:
@@ -91,7 +95,8 @@ class Processor:
         if not num_rows:
             raise PromptError("no pictures and prompts are given: give at least one of each")
         soft_tokens = [self._image_slots(group) for group in image_groups]
-        prefixes = [self._prefix(prompt) for prompt in per_row(prompts, num_rows)]
+        sizes = map(len, image_groups)
+        prefixes = [self._prefix(prompt, n) for prompt, n in zip(per_row(prompts, num_rows), sizes, strict=False)]
         answers = [self._suffix(suffix) for suffix in per_row(suffixes, num_rows)]
 
         prefix_length = np.array([len(s) + len(p) for s, p in zip(soft_tokens, prefixes, strict=True)], np.int32)
@@ -115,13 +120,15 @@ class Processor:
         num_tokens = self.config.vision.num_tokens
         return (np.asarray(group)[:, None] * num_tokens + np.arange(num_tokens)).reshape(-1)
 
-    def _prefix(self, prompt: str) -> list[int]:
-        # The line break is encoded apart: "\n\n" is another token, and the models have never seen it here.
-        text = _checked(prompt).removesuffix("\n")
+    def _prefix(self, prompt: str | Prompt, num_images: int) -> list[int]:
+        # The line break is encoded apart, so that it is the token that models know, whatever stands before it.
+        text = plain(prompt.text if isinstance(prompt, Prompt) else prompt, num_images)
         return [self.config.bos_token_id, *self._encode(text), self.tokenizer.newline_id]
 
     def _suffix(self, suffix: str | None) -> list[int]:
-        return [] if suffix is None else [*self._encode(_checked(suffix)), self.tokenizer.eos_id]
+        if not isinstance(suffix, str | None):
+            raise PromptError(f"an answer is a text, not {type(suffix).__name__}: {suffix!r:.80}")
+        return [] if suffix is None else [*self._encode(suffix), self.tokenizer.eos_id]
 
     def _encode(self, text: str) -> list[int]:
         ids, rows = self.tokenizer.encode(text), self.config.text.vocab_size
@@ -131,7 +138,7 @@ class Processor:
         return ids
 
 
-def image_groups(images: Images | None, prompts: str | Sequence[str], count: int) -> list[list[int]]:
+def image_groups(images: Images | None, prompts: Prompts, count: int) -> list[list[int]]:
     """Which of `count` given embeddings each row sees, numbered in the order of `images`."""
     if images is None:
         groups = [[i] for i in range(count)]
@@ -142,7 +149,7 @@ def image_groups(images: Images | None, prompts: str | Sequence[str], count: int
             raise ImageError(f"image_embeddings hold {count} pictures, images {sum(sizes)}: give as many")
         ends = np.cumsum(sizes)
         groups = [list(range(end - size, end)) for size, end in zip(sizes, ends, strict=True)]
-    shared = len(groups) == 1 and not isinstance(images, list | tuple) and not isinstance(prompts, str)
+    shared = len(groups) == 1 and not isinstance(images, list | tuple) and isinstance(prompts, list | tuple)
     return groups * len(prompts) if shared else groups
 
 
@@ -163,9 +170,3 @@ def _common_length(**arguments: object) -> int | None:
 def per_row(value: Any, num_rows: int) -> Sequence[Any]:
     """A list as it is, any other value once per row."""
     return value if isinstance(value, list | tuple) else [value] * num_rows
-
-
-def _checked(text: object) -> str:
-    if not isinstance(text, str):
-        raise PromptError(f"a prompt is a text, not {type(text).__name__}: {text!r:.80}")
-    return text

@@ -107,7 +107,7 @@ class Request:
     def of(cls, image: Any, prompt: str, **options: Any) -> "Request":
         """A request from plain values: an image or a list of images, a text, and fields of `GenerateOptions`."""
         images = tuple(image) if isinstance(image, list | tuple) else (image,)
-        return cls(images, read_prompt(prompt), GenerateOptions(**options))
+        return cls(images, read_prompt(prompt, len(images)), GenerateOptions(**options))
 
 
 def integer(name: str, value: object, least: int, most: int | None = None) -> int:

@@ -16,12 +16,12 @@ from paligemma_jax.processing.find import find_images
 from paligemma_jax.processing.image import load_image
 from paligemma_jax.runs import environment, settings
 from paligemma_jax.runs import model as models
-from paligemma_jax.runs.generate import print_pieces
+from paligemma_jax.runs.generate import stream_parts
 from paligemma_jax.runs.notes import note
 from paligemma_jax.runs.questions import Question
 from paligemma_jax.runs.results import Results, warn_about_free_prompts
 from paligemma_jax.runs.sources import Source
-from paligemma_jax.tasks.prompts import read_prompt
+from paligemma_jax.tasks.prompts import check_form, read_prompt
 
 _USUAL_PROMPT = "caption en"  # most are about as long, and so share its programs
 _HELP = """type a prompt and press Enter: caption en, answer en how many cats are there?, detect cat, segment cat
@@ -50,10 +50,10 @@ class Chat:
     def answer(self, prompt: str) -> None:
         """Stream the answer, then say how fast it came."""
         warn_about_free_prompts(self._config, [prompt])
-        pieces = self._model.stream(None, prompt, image_embeddings=self._soft_tokens, options=self._options)
-        print_pieces(pieces)
-        self._results.report(self._source, Question.of(prompt), [pieces.output], streamed=True)
-        note(_speed(pieces.output.timing))
+        question = Question.of(prompt, self._config.prompt_form)
+        outputs = stream_parts(self._model, question, self._soft_tokens, self._options)
+        self._results.report(self._source, question, outputs, streamed=True)
+        note(_speed(outputs[-1].timing))
 
 
 def run(config: ConfigDict) -> int:
@@ -64,6 +64,7 @@ def run(config: ConfigDict) -> int:
     settings.refuse(config, unused, "chat asks one prompt at a time")
     settings.loc_scale(config)
     settings.choice(config)
+    check_form(config.prompt_form)
     options = settings.generate_options(config, stream=True)
     models.check_weights(config)
     name, picture = _read(config.image)  # before the model is loaded

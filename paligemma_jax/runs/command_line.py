@@ -34,7 +34,7 @@ UNUSED = {  # by run, keys of its config that change nothing in it
     "inspect": (*_EVALUATION, *_SELECTION, "video_fps", "embeddings", "batch_size", "mask_vae"),
     "swap": (*_EVALUATION, *_SELECTION, "video_fps", "mask_vae"),
     "evaluate": (
-        *("image", "prompt", "prompts_file", "split_classes", "video_fps", "batch_size"),
+        *("image", "prompt", "prompts_file", "prompt_form", "split_classes", "video_fps", "batch_size"),
         *(*_SELECTION, *_SAMPLING, *_FILES),
     ),
 }

@@ -1,5 +1,6 @@
 """Files of all objects of a run, for other tools: COCO's and YOLO's."""
 
+import dataclasses
 import json
 from collections.abc import Iterable
 from pathlib import Path
@@ -9,6 +10,7 @@ from paligemma_jax.files import write_text
 from paligemma_jax.runs.notes import note
 from paligemma_jax.runs.sources import Source, Stems
 from paligemma_jax.tasks import coco, yolo
+from paligemma_jax.tasks.classes import UNNAMED
 from paligemma_jax.tasks.detection import Detection
 from paligemma_jax.tasks.prompts import read_prompt
 
@@ -39,6 +41,7 @@ class Exports:
 
     def add(self, source: Source, objects: list[Detection]) -> None:
         """Objects of a picture; those of the same picture come one after the other."""
+        objects = [dataclasses.replace(item, label=item.label or UNNAMED) for item in objects]
         new = dict.fromkeys(item.label for item in objects)
         self._classes += [label for label in new if label not in self._classes]
         if self._current != (source.name, source.time):

@@ -3,7 +3,6 @@
 import contextlib
 import itertools
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import jax
@@ -96,7 +95,7 @@ def _answer(
     if config.stream:
         _stream(model, sources, asked, soft_tokens, options, results)
         return
-    parts = [part.text for question in asked for part in question.parts]
+    parts = [part for question in asked for part in question.parts]
     pictures = [source.image for source in sources for _ in parts]
     if soft_tokens is not None:
         soft_tokens = jnp.repeat(soft_tokens, len(parts), axis=0)
@@ -123,16 +122,21 @@ def _stream(
         embeddings = model.embed_image(source.image) if soft_tokens is None else soft_tokens[i : i + 1]
         for question in asked:
             results.head(source.name, question.prompt)
-            pieces = model.stream(None, question.prompt, image_embeddings=embeddings, options=options)
-            print_pieces(pieces)
-            results.report(source, question, [pieces.output], streamed=True)
+            results.report(source, question, stream_parts(model, question, embeddings, options), streamed=True)
 
 
-def print_pieces(pieces: Iterator[str]) -> None:
-    """Print an answer as it comes, and end the line."""
-    for piece in pieces:
-        print(piece, end="", flush=True)
-    print(flush=True)
+def stream_parts(
+    model: pj.PaliGemma, question: Question, embeddings: jax.Array, options: pj.GenerateOptions
+) -> list[pj.Output]:
+    """Print the answer to each part of a question as it comes, on a line of its own."""
+    outputs = []
+    for part in question.parts:
+        pieces = model.stream(None, part, image_embeddings=embeddings, options=options)
+        for piece in pieces:
+            print(piece, end="", flush=True)
+        print(flush=True)
+        outputs.append(pieces.output)
+    return outputs
 
 
 def _progress_bar(total: int | None) -> tqdm:

@@ -22,10 +22,10 @@ from paligemma_jax.processing.image import load_image
 from paligemma_jax.runs import environment, settings
 from paligemma_jax.runs import model as models
 from paligemma_jax.runs.notes import note
-from paligemma_jax.tasks.prompts import read_prompt
+from paligemma_jax.tasks.prompts import plain, read_prompt
 
 _MAX_WORDS = 100
-_UNUSED = ("prompts_file", "split_classes", "stream", "export", "save_embeddings", "load_embeddings")
+_UNUSED = ("prompts_file", "split_classes", "prompt_form", "stream", "export", "save_embeddings", "load_embeddings")
 
 
 def run(config: ConfigDict) -> int:
@@ -105,7 +105,7 @@ def _check(geometry: pj.PaliGemmaConfig, kinds: list[str], layer: int | None, he
 
 def _text(config: ConfigDict) -> str:
     """What patches are compared with: as given, or the first thing that the prompt names after its first word."""
-    words = config.prompt.strip().partition(" ")
+    words = plain(config.prompt, num_images=1).strip().partition(" ")
     text = config.text.strip() or words[2].partition(";")[0].strip() or words[0]
     if not text:
         raise ConfigError("there is no text to compare patches with: give text or a prompt, or leave similarity out")

@@ -8,28 +8,26 @@ from ml_collections import ConfigDict
 
 import paligemma_jax as pj
 from paligemma_jax.runs import settings
-from paligemma_jax.tasks.prompts import Prompt, read_prompt
+from paligemma_jax.tasks.prompts import FORM, Prompt, check_form, read_prompt
 
 
 @dataclasses.dataclass(frozen=True)
 class Question:
-    """A prompt and its parts: itself, or a prompt for each of its classes; there is one answer to each."""
+    """A prompt as given and its parts: itself, or a prompt for each of its classes; there is one answer to each."""
 
     prompt: str
     parts: tuple[Prompt, ...]
 
     @classmethod
-    def of(cls, text: str, split_classes: bool = False) -> "Question":
-        """A prompt that is asked as it is, or class by class."""
-        prompt = read_prompt(text)
-        parts = prompt.per_label() if split_classes else [prompt]
-        return cls(text, tuple(read_prompt(part.canonical) for part in parts))
+    def of(cls, text: str, form: str = FORM, split_classes: bool = False) -> "Question":
+        """A prompt about one picture, as `Prompt.parts` asks it."""
+        return cls(text, tuple(read_prompt(text, num_images=1).parts(form, split_classes)))
 
 
 def questions(config: ConfigDict) -> list[Question]:
     """The prompts of a run, in parts if it says so."""
-    prompts = settings.prompts(config)
-    return [Question.of(prompt, config.split_classes) for prompt in prompts]
+    check_form(config.prompt_form)  # whatever is asked
+    return [Question.of(prompt, config.prompt_form, config.split_classes) for prompt in settings.prompts(config)]
 
 
 def together(outputs: Sequence[pj.Output]) -> pj.Output:

@@ -16,10 +16,13 @@ from paligemma_jax.runs.notes import note
 from paligemma_jax.runs.questions import Question, together
 from paligemma_jax.runs.sources import Source, Stems, plain
 from paligemma_jax.tasks import export
+from paligemma_jax.tasks.classes import UNNAMED
+from paligemma_jax.tasks.confidence import words_logprob
 from paligemma_jax.tasks.draw import draw
-from paligemma_jax.tasks.prompts import TASK_WORDS, read_prompt
+from paligemma_jax.tasks.prompts import TASK_WORDS, Prompt, advice, read_prompt
 from paligemma_jax.tasks.select import Selection, select
 
+_DOUBT = -0.7  # mean log-probability of a token of an answer's words: about one half (benchmarks/results/doubt.md)
 _OBJECT_TOKENS = 8  # of an object without mask, with a short label and what goes before it
 
 
@@ -63,7 +66,8 @@ class Results:
         Its objects are drawn and exported, and what is odd about it is noted.
         """
         about = f"{source.name}: {question.prompt}: " if self._several else ""
-        parsed = [self._objects(output, source.image.size, about) for output in outputs]
+        answered = list(zip(outputs, question.parts, strict=True))
+        parsed = [self._objects(output, part, source.image.size, about) for output, part in answered]
         dropped = [texts for _, texts in parsed]
         chosen = select([item for found, _ in parsed for item in found], self._config.min_score, self._config.nms)
         objects = chosen.kept
@@ -80,7 +84,8 @@ class Results:
             print(json.dumps(record, ensure_ascii=False), flush=True)
         for item in () if as_json else objects:
             note(f"  {about}{_describe(item)}")
-        for oddity in itertools.chain(self._left_out(chosen), self._oddities(question, outputs, dropped)):
+        oddities = (self._oddities(*pair, *read, len(outputs) > 1) for pair, read in zip(answered, parsed, strict=True))
+        for oddity in itertools.chain(self._left_out(chosen), *oddities):
             note(f"note: {about}{oddity}")
 
     def close(self) -> None:
@@ -90,15 +95,18 @@ class Results:
         if self._exports:
             self._exports.close()
 
-    def _objects(self, output: pj.Output, size: tuple[int, int], about: str) -> tuple[list[pj.Detection], list[str]]:
+    def _objects(
+        self, output: pj.Output, prompt: Prompt, size: tuple[int, int], about: str
+    ) -> tuple[list[pj.Detection], list[str]]:
         """The objects of an answer, with masks if they can be decoded, and the incomplete ones."""
+        options = {"loc_scale": self._config.loc_scale, "labels": prompt.labels}
         try:
-            return self._model.objects(output, size, self._config.loc_scale)
+            return self._model.objects(output, size, **options)
         except CheckpointError as error:
             if self._config.mask_vae:
                 raise
             note(f"note: {about}boxes only, {error}")
-            return self._model.objects(output, size, self._config.loc_scale, masks=False)
+            return self._model.objects(output, size, **options, masks=False)
 
     def _draw(self, source: Source, prompt: str, objects: list[pj.Detection]) -> list[Path]:
         """Write the drawn picture and the masks; returns the files of the masks."""
@@ -127,27 +135,31 @@ class Results:
         yield from (f"{what}, left out: {count}" for what, count in counts.items() if count)
 
     def _oddities(
-        self, question: Question, outputs: Sequence[pj.Output], dropped: Sequence[Sequence[str]]
+        self, output: pj.Output, prompt: Prompt, found: list[pj.Detection], dropped: list[str], is_part: bool
     ) -> Iterator[str]:
         """What a user should know about an answer."""
-        for prompt, output, texts in zip(question.parts, outputs, dropped, strict=True):
-            which = f"{prompt.text}: " if len(outputs) > 1 else ""
-            names, task = " ; ".join(prompt.labels), prompt.task
-            if output.finish_reason == "length":
-                yield f"{which}cut off after {len(output.tokens)} tokens, max_new_tokens allows no more"
-            if texts:
-                yield f"{which}incomplete objects in the answer, left out: {len(texts)}"
-            room = self._config.max_new_tokens - len(output.tokens)
-            if self._config.constrain and names and room < _OBJECT_TOKENS + task.num_codes:
-                yield f"{which}max_new_tokens={self._config.max_new_tokens} left no room for another object"
-            if task is not None and task.has_objects and not names:
-                yield f"{which}no class is named: say what to look for, as in {task.name} cat ; dog"
-            elif not output.text.strip():
-                yield which + (f"no boxes: no {names} was found" if names else "the answer is empty")
+        which = f"{prompt.text}: " if is_part else ""
+        names, task = " ; ".join(prompt.labels), prompt.task
+        if output.finish_reason == "length":
+            yield f"{which}cut off after {len(output.tokens)} tokens, max_new_tokens allows no more"
+        if dropped:
+            yield f"{which}incomplete objects in the answer, left out: {len(dropped)}"
+        room = self._config.max_new_tokens - len(output.tokens)
+        if self._config.constrain and names and room < _OBJECT_TOKENS + task.num_codes:
+            yield f"{which}max_new_tokens={self._config.max_new_tokens} left no room for another object"
+        if task is not None and task.has_objects and not names:
+            yield f"{which}no class is named: say what to look for, as in {task.name} cat ; dog"
+        elif not output.text.strip():
+            yield which + (f"no boxes: no {names} was found" if names else "the answer is empty")
+        logprob = words_logprob(output, self._model.processor.tokenizer)
+        if logprob is not None and logprob < _DOUBT:
+            yield f"{which}the model doubts this answer: its words have a mean log-probability of {logprob:.2f}"
+        if (better := advice(prompt)) and not (found or dropped if read_prompt(better).labels else output.text.strip()):
+            yield f'{which}models know lower-case words, names with " ; " between them: try "{better}"'
 
 
 def _describe(item: pj.Detection) -> str:
     x0, y0, x1, y1 = (round(v) for v in item.box)
     score = "" if item.score is None else f", score {item.score:.2f}"
     mask = "" if item.mask is None else f", mask of {int(item.mask.sum())} pixels"
-    return f"{item.label}: x {x0}..{x1}, y {y0}..{y1}{score}{mask}"
+    return f"{item.label or UNNAMED}: x {x0}..{x1}, y {y0}..{y1}{score}{mask}"

@@ -12,6 +12,7 @@ from ml_collections import ConfigDict
 from paligemma_jax.errors import ConfigError, PromptError, SamplingError
 from paligemma_jax.files import read_lines
 from paligemma_jax.processing.request import GenerateOptions, Sampling
+from paligemma_jax.tasks.prompts import FORM
 
 EXPORTS = ("coco", "yolo")
 
@@ -45,7 +46,7 @@ def from_config(kind: type[T], config: ConfigDict) -> T:
 def refuse(config: ConfigDict, names: Iterable[str], why: str) -> None:
     """ConfigError when one of the keys is set, which this run could not do."""
     for name in names:
-        if config[name]:
+        if config[name] and config[name] != FORM:
             raise ConfigError(f"{name}={config[name]!r} is not possible, {why}: leave it out")
 
 

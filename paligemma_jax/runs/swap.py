@@ -54,7 +54,7 @@ def run(config: ConfigDict) -> int:
     names = [label(config.image), label(config.other_image)]
     if not config.output_dir:
         raise ConfigError("swap writes a.npy and b.npy: set output_dir")
-    unused = ("stream", "export", "save_embeddings", "load_embeddings", "prompts_file", "split_classes")
+    unused = ("stream", "export", "save_embeddings", "load_embeddings", "prompts_file", "split_classes", "prompt_form")
     settings.refuse(config, unused, "swap asks one prompt about two pictures")
     directory = Path(config.output_dir).expanduser()
     directory.mkdir(parents=True, exist_ok=True)  # a bad place is known before the work

@@ -1,8 +1,10 @@
-"""Numbers of classes in the files of other tools."""
+"""Numbers of classes in the files of other tools, where each object has one."""
 
 from collections.abc import Mapping, Sequence
 
 from paligemma_jax.errors import DataError
+
+UNNAMED = "object"  # the class of what has no label
 
 
 def numbered(classes: Sequence[str], first: int = 0) -> dict[str, int]:
@@ -14,7 +16,16 @@ def numbered(classes: Sequence[str], first: int = 0) -> dict[str, int]:
 
 
 def number_of(label: str, numbers: Mapping[str, int]) -> int:
-    """The number of a label's class; DataError when there is none."""
+    """The number of a label's class; DataError when there is none.
+
+    An object without a label is of the only class, or of `UNNAMED`.
+    """
+    if not label and "" not in numbers:
+        if len(numbers) == 1:
+            return next(iter(numbers.values()))
+        if UNNAMED not in numbers:
+            raise DataError(f"an object has no label: give it one, or add {UNNAMED!r} to the classes")
+        return numbers[UNNAMED]
     if label not in numbers:
         raise DataError(f"label {label!r} is not among the classes: add it to them")
     return numbers[label]

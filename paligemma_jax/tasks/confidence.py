@@ -6,7 +6,7 @@ The score of an object is the probability of its box times that of its label:
 
 near(c) is the probability, at the token that says c, of all locations within `engine.sampling.NEAR` of it: one exact
 location of 1024 is never likely, however sure the model is of an edge. p(label) is the product of the probabilities of
-the label's tokens. All are the model's own, whatever was drawn or allowed.
+the label's tokens, 1 where the answer has none. All are the model's own, whatever was drawn or allowed.
 """
 
 import dataclasses
@@ -31,11 +31,20 @@ class Scored(Protocol):
 
 
 def read_objects(
-    output: Scored, tokenizer: Tokenizer, size: tuple[int, int], loc_scale: int = 1023
+    output: Scored, tokenizer: Tokenizer, size: tuple[int, int], loc_scale: int = 1023, labels: Sequence[str] = ()
 ) -> tuple[list[Detection], list[str]]:
     """The objects of an answer with their scores, and the text of each incomplete one; arguments as for `parse`."""
-    found, dropped = parse(output.text, size, loc_scale)
+    found, dropped = parse(output.text, size, loc_scale, labels)
     return score(found, output, tokenizer, size, loc_scale), dropped
+
+
+def words_logprob(output: Scored, tokenizer: Tokenizer) -> float | None:
+    """Mean log-probability of an answer's tokens, <eos> among them, without locations and mask codes; None without.
+
+    Of 1024 locations none is likely, however sure the model is: the score of an object tells about its box.
+    """
+    is_word = ~(_is_loc(output.tokens, tokenizer) | _is_seg(output.tokens, tokenizer))
+    return float(np.mean(output.logprobs[is_word], dtype=np.float64)) if is_word.any() else None
 
 
 def score(
@@ -63,13 +72,12 @@ def _scored(
 ) -> Detection:
     begin, end = item.span
     inside = np.flatnonzero((ends > begin) & (ends <= end))
-    tokens = output.tokens[inside]
-    is_loc = (tokens >= tokenizer.loc_start) & (tokens < tokenizer.loc_start + len(LOC_TOKENS))
-    is_seg = (tokens >= tokenizer.seg_start) & (tokens < tokenizer.seg_start + len(SEG_TOKENS))
+    is_loc, is_seg = (is_kind(output.tokens[inside], tokenizer) for is_kind in (_is_loc, _is_seg))
     sides = inside[is_loc]
     if len(sides) != 4:
         return item
-    label = inside[np.flatnonzero(is_loc | is_seg)[-1] + 1 :]
+    coded = np.flatnonzero(is_loc | is_seg)
+    label = np.concatenate([inside[: coded[0]], inside[coded[-1] + 1 :]])  # behind the box, or in front of it
     probability = np.prod(output.near[sides]) ** 0.25 * np.exp(output.logprobs[label].sum())
     y0, x0, y1, x1 = (float(p) for p in np.exp(output.logprobs[sides]))
     tokens = output.tokens[sides]
@@ -81,6 +89,14 @@ def _scored(
         side_probabilities=(x0, y0, x1, y1),
         expected_box=to_box(output.expected[sides], size, loc_scale),
     )
+
+
+def _is_loc(tokens: np.ndarray, tokenizer: Tokenizer) -> np.ndarray:
+    return (tokens >= tokenizer.loc_start) & (tokens < tokenizer.loc_start + len(LOC_TOKENS))
+
+
+def _is_seg(tokens: np.ndarray, tokenizer: Tokenizer) -> np.ndarray:
+    return (tokens >= tokenizer.seg_start) & (tokens < tokenizer.seg_start + len(SEG_TOKENS))
 
 
 def _in_order(locations: np.ndarray, first: float, second: float) -> tuple[float, float]:

@@ -2,9 +2,11 @@
 
 One object is `<locYYYY><locXXXX><locYYYY><locXXXX> label`: y_min, x_min, y_max, x_max on a scale of 0..1023 over the
 picture. With a mask, 16 tokens `<seg000>`..`<seg127>` stand between the box and the label. Objects are joined by ";".
+Some fine-tunes write no label, as those on RefCOCO do, or write it elsewhere: `reading` finds whose label words are.
 Source: big_vision/configs/proj/paligemma and its refcoco_mask2str.
 """
 
+import bisect
 import dataclasses
 import re
 from collections.abc import Iterable, Sequence
@@ -12,23 +14,18 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 
 from paligemma_jax.errors import DataError
+from paligemma_jax.tasks.reading import NUM_CODES, is_label, read
 
 NUM_LOCS = 1024  # location tokens in the vocabulary
-NUM_CODES = 16  # segmentation tokens of one mask
 
 Box = tuple[float, float, float, float]
-
-_LOC = r"<loc(0[0-9]{3}|10[01][0-9]|102[0-3])>"
-_SEG = r"<seg(0[0-9]{2}|1[01][0-9]|12[0-7])>"
-_OBJECT = re.compile(rf"((?:{_LOC}\s*){{4}})((?:{_SEG}\s*){{16}})?(\S.*)", re.DOTALL)
-# A token, or what is left of one: in a label it means that the object is malformed.
-_TOKEN_LIKE = re.compile(r"<(?:loc|seg)|<(?:lo?|se?)$")
 
 
 @dataclasses.dataclass(frozen=True)
 class Detection:
     """One object of a picture.
 
+    label: what it is, "" when that is not known.
     box: (x0, y0, x1, y1) in pixels, x0 <= x1 and y0 <= y1.
     score: confidence in 0..1, None when unknown; `tasks.confidence` says how it is worked out.
     codes: the 16 segmentation indices, row by row over a 4x4 grid, None without a mask.
@@ -48,18 +45,26 @@ class Detection:
     expected_box: Box | None = dataclasses.field(default=None, compare=False, repr=False)
 
 
-def parse(text: str, size: tuple[int, int], loc_scale: int = 1023) -> tuple[list[Detection], list[str]]:
+def parse(
+    text: str, size: tuple[int, int], loc_scale: int = 1023, labels: Sequence[str] = ()
+) -> tuple[list[Detection], list[str]]:
     """Reads the objects in a generated text.
 
-    Between two semicolons stands one object: exactly four location tokens, none or exactly 16 segmentation tokens, and
-    a label, with spaces anywhere between them. Everything else there is returned as dropped, unless it is empty.
-    Corners in the wrong order are put right; a box without area is kept. A text without any location or segmentation
-    token is an answer in words: nothing is found, nothing dropped. No text raises an error.
+    An object is four location tokens, perhaps 16 segmentation tokens behind them, and perhaps a label. Every complete
+    one is found, wherever it stands: joined to the next by ";", comma, line break or nothing, with words around it. Its
+    label is the words behind it, up to the next ";", line break or object; "" without any. Words in front of a box are
+    its label when two or more boxes have them and none stand behind the last box, or when they are one of `labels`.
+
+    What is incomplete is returned as dropped: one to three location tokens, or more than fit whole boxes; another
+    number of segmentation tokens, or some without a box; words alone behind a ";". Where the text ends too early the
+    boxes before are kept. Corners in the wrong order are put right; a box without area is kept. A text without any
+    location or segmentation token is an answer in words: nothing is found, nothing dropped. No text raises an error.
 
     Args:
-      text: what the model wrote, special tokens such as <eos> removed.
+      text: what the model wrote; <eos> and <pad> at its end make no difference.
       size: (width, height) of the picture in pixels.
       loc_scale: the location that means the far edge; 1023 as PaliGemma was trained, 1024 in some tools.
+      labels: the classes that were asked for, if known; the only one is the label of an object that has none.
 
     Returns:
       The objects in their order, and the text of each dropped one.
@@ -69,29 +74,21 @@ def parse(text: str, size: tuple[int, int], loc_scale: int = 1023) -> tuple[list
     """
     if not loc_scale > 0:
         raise DataError(f"loc_scale={loc_scale!r} is not possible: give the location of the far edge, usually 1023")
-    found: list[Detection] = []
-    dropped: list[str] = []
-    if "<loc" not in text and "<seg" not in text:
-        return found, dropped
+    while (text := text.rstrip()).endswith(("<eos>", "<pad>")):
+        text = text[:-5]
+    items = read(text, labels)
+    found = [
+        Detection(item.label, to_box(item.locs, size, loc_scale), codes=item.codes or None, span=item.span)
+        for item in items
+        if item.locs
+    ]
+    dropped = [item.span for item in items if not item.locs]
+    starts = [item.start for item in items]
     for piece in re.finditer(r"[^;]+", text):
-        fragment = piece.group().strip()
-        if not fragment:
-            continue
-        match = _OBJECT.fullmatch(fragment)
-        if match is None or _TOKEN_LIKE.search(match[5]):
-            dropped.append(fragment)
-            continue
-        locations = [int(v) for v in re.findall(_LOC, match[1])]
-        codes = tuple(int(v) for v in re.findall(_SEG, match[3])) if match[3] else None
-        found.append(
-            Detection(
-                label=" ".join(match[5].split()),
-                box=to_box(locations, size, loc_scale),
-                codes=codes,
-                span=piece.span(),
-            )
-        )
-    return found, dropped
+        before, upto = (bisect.bisect_left(starts, edge) for edge in piece.span())
+        if before == upto > 0 and not piece[0].isspace():  # without an item, behind the first one
+            dropped.append(piece.span())
+    return found, [text[start:stop].strip() for start, stop in sorted(dropped)]
 
 
 def to_box(locations: Sequence[float], size: tuple[int, int], loc_scale: int = 1023) -> Box:
@@ -118,17 +115,12 @@ def format_objects(objects: Iterable[Detection], size: tuple[int, int], loc_scal
     return " ; ".join(_format_object(item, size, loc_scale) for item in objects)
 
 
-def is_label(text: str) -> bool:
-    """Whether an object can have this label, so that `parse` finds it again."""
-    return bool(text) and ";" not in text and not _TOKEN_LIKE.search(text)
-
-
 def _format_object(item: Detection, size: tuple[int, int], loc_scale: int) -> str:
     label = " ".join(item.label.split())
-    if not is_label(label):
+    if label and not is_label(label):
         raise DataError(f"label {item.label!r} cannot be written as text: use words without ';', '<loc' and '<seg'")
     codes = item.codes or ()
     if len(codes) not in (0, NUM_CODES):
         raise DataError(f"object {label!r} has {len(codes)} mask codes: give {NUM_CODES}, or none")
     segs = "".join(f"<seg{v:03d}>" for v in codes)
-    return f"{format_box(item.box, size, loc_scale)}{segs} {label}"
+    return f"{format_box(item.box, size, loc_scale)}{segs} {label}".rstrip()

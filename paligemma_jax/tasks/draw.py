@@ -104,7 +104,7 @@ def _fit_label(item: Detection, font_size: float, size: tuple[int, int]) -> tupl
     fonts = [font for font in fonts if _tag_size("", font)[1] <= size[1]]
     if len(label) > _MAX_LETTERS:
         label = label[: _MAX_LETTERS - 1].rstrip() + "…"
-    for text in (label + score, label):
+    for text in ((label + score).strip(), label):
         for font in fonts:
             if text and _fits(text, font, size):
                 return text, font

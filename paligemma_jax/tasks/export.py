@@ -42,6 +42,7 @@ def record(
         "prompt": prompt,
         "text": answer.text,
         "finish_reason": answer.finish_reason,
+        "mean_logprob": None if answer.mean_logprob is None else round(answer.mean_logprob, 4),
         **to_json(objects, mask_files),
         "details": to_details(objects),
         "dropped": list(dropped),
@@ -132,6 +133,6 @@ def to_supervision(detections: Sequence[Detection], classes: Sequence[str]) -> "
         xyxy=np.array([item.box for item in detections], np.float32).reshape(-1, 4),
         mask=None if filled is None else np.stack(filled).astype(bool),
         confidence=np.array([known_score(item) for item in detections], np.float32) if is_scored else None,
-        class_id=np.array([number_of(item.label, numbers) for item in detections], int),
-        data={"class_name": np.array([item.label for item in detections], str)},
+        class_id=np.array(class_ids := [number_of(item.label, numbers) for item in detections], int),
+        data={"class_name": np.array([classes[class_id] for class_id in class_ids], str)},
     )

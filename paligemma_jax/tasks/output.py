@@ -43,6 +43,11 @@ class Output:
     near: np.ndarray
     expected: np.ndarray
 
+    @property
+    def mean_logprob(self) -> float | None:
+        """Mean of `logprobs` (natural logarithm, <eos> included): how sure the model is of each token; None without."""
+        return float(np.mean(self.logprobs, dtype=np.float64)) if len(self.logprobs) else None
+
 
 class TextStream(Iterator[str]):
     """Pieces of an answer's text, whole characters only; `output` holds the whole answer after the last one."""

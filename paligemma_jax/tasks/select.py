@@ -9,6 +9,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from paligemma_jax.errors import PromptError
 from paligemma_jax.tasks.detection import Detection
 from paligemma_jax.tasks.overlap import box_ious
 
@@ -28,6 +29,12 @@ class Selection:
     below_score: int
     duplicates: int
     suppressed: int
+
+
+def check_thresholds(min_score: float, nms: float) -> None:
+    """PromptError unless both are numbers from 0 to 1."""
+    if not (0 <= min_score <= 1 and 0 <= nms <= 1):
+        raise PromptError(f"min_score={min_score} with nms={nms} is not possible: give numbers from 0 to 1")
 
 
 def select(found: Sequence[Detection], min_score: float = 0.0, nms: float = 0.0) -> Selection:

@@ -11,14 +11,15 @@ from typing import Any
 import grain.python as grain
 import numpy as np
 
-from paligemma_jax.errors import DataError
+from paligemma_jax.errors import DataError, PromptError
 from paligemma_jax.files import read_lines
 from paligemma_jax.processing.processor import Processor
+from paligemma_jax.tasks.prompts import plain
 
 
 @dataclasses.dataclass(frozen=True)
 class Example:
-    """One line: paths of the pictures seen together, the prompt and the answer."""
+    """One line: paths of the pictures seen together, the prompt (see `tasks.prompts.plain`) and the answer."""
 
     images: tuple[str, ...]
     prefix: str
@@ -58,7 +59,10 @@ def _example(line: str, where: str, root: Path) -> Example:
     paths = tuple(str(root / image) for image in images)
     if missing := [image for image in paths if not Path(image).is_file()]:
         raise DataError(f"{where} names {missing[0]}, which is missing: set image_root to the folder of the pictures")
-    return Example(paths, *texts)
+    try:
+        return Example(paths, plain(texts[0], len(paths)), texts[1])
+    except PromptError as error:
+        raise DataError(f"{where}: {error}") from None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,8 +106,8 @@ def make_batches(
     """
     num_answers = 0
     for example in examples:
-        row = processor.layout([[0]], example.prefix, example.suffix)
-        count = int(row.length[0]) - processor.config.vision.num_tokens
+        row = processor.layout([[0] * len(example.images)], example.prefix, example.suffix)
+        count = int(row.length[0]) - len(example.images) * processor.config.vision.num_tokens
         if count > text_length:
             raise DataError(
                 f"{example.prefix!r:.60} with its suffix has {count} tokens, more than text_length={text_length}: "

@@ -11,8 +11,9 @@ from hypothesis import strategies as st
 
 import paligemma_jax as pj
 from paligemma_jax.engine.constraints import grammar
-from paligemma_jax.tasks.detection import NUM_CODES, Detection, format_objects, parse
-from paligemma_jax.tasks.prompts import read_prompt
+from paligemma_jax.tasks.detection import Detection, format_objects, parse
+from paligemma_jax.tasks.prompts import Prompt, class_prompts, read_prompt
+from paligemma_jax.tasks.reading import NUM_CODES, is_label
 
 PROMPTS = ["detect red circle", "segment a ; two blue squares", "caption en", "detect red ; red circle ; the ; a"]
 SIZE = (1023, 1023)
@@ -113,14 +114,16 @@ def test_other_labels_need_no_new_program(model, pictures):
 
 
 LABELS = st.lists(
-    st.text(st.sampled_from("abc é一-é'0"), min_size=1, max_size=12).map(lambda s: " ".join(s.split())).filter(bool),
+    st.text(st.sampled_from("abc é一-é'0"), min_size=1, max_size=12)
+    .map(lambda s: " ".join(s.split()))
+    .filter(is_label),
     min_size=1,
     max_size=6,
     unique=True,
 )
 
 
-def walk(config, tokenizer, prompt: str, text: str, limit: int = 1000) -> int:
+def walk(config, tokenizer, prompt: str | Prompt, text: str, limit: int = 1000) -> int:
     """How many tokens of a text and <eos> the grammar allows."""
     table = jnp.asarray(grammar.tables(tokenizer, [read_prompt(prompt)], config))
     position = grammar.start(table)
@@ -171,6 +174,36 @@ def test_every_proper_answer_is_allowed_and_only_with_room(model, labels, data):
 )
 def test_malformed_answers_are_stopped_where_they_go_wrong(model, text, allowed):
     assert walk(model.config, model.processor.tokenizer, "detect cat", text) == allowed
+
+
+_BOX, _CODES = "<loc0010><loc0020><loc0011><loc0021>", "<seg007>" * NUM_CODES
+
+
+@pytest.mark.parametrize(
+    "task, text, allowed",
+    [
+        ("segment", f"{_BOX}{_CODES}", True),  # as fine-tunes on RefCOCO answer
+        ("segment", f"{_BOX}{_CODES} left man", True),
+        ("segment", f"{_BOX}{_CODES}{_BOX}{_CODES}", True),
+        ("segment", f"{_BOX}{_CODES} ; {_BOX}{_CODES} left man ; {_BOX}{_CODES}", True),
+        ("detect", _BOX * 3, True),
+        ("detect", "", True),
+        ("segment", _BOX, False),
+        ("segment", f"{_BOX}{_CODES} right man", False),
+        ("segment", f"{_BOX}{_CODES}<seg000>", False),
+        ("detect", f"{_BOX}{_CODES}", False),
+        ("detect", f"{_BOX}<loc0001>", False),
+        ("detect", f"{_BOX}<loc0010><loc0020><loc0009><loc0030>", False),
+    ],
+)
+def test_objects_asked_for_in_another_form_may_do_without_a_label(model, task, text, allowed):
+    tokenizer = model.processor.tokenizer
+    [prompt] = class_prompts(task, "left man", "bare")
+    length = len(tokenizer.encode(text)) + 1
+    assert (walk(model.config, tokenizer, prompt, text) == length) == allowed
+    if allowed:
+        assert walk(model.config, tokenizer, prompt, text, limit=length) == length
+        assert walk(model.config, tokenizer, prompt, text, limit=length - 1) < length or not text
 
 
 def test_a_free_row_has_no_grammar(model):

@@ -7,6 +7,7 @@ from paligemma_jax.errors import ImageError, PromptError
 from paligemma_jax.processing.image import ImageSettings, to_pixels
 from paligemma_jax.processing.processor import Processor
 from paligemma_jax.processing.tokenizer import LOC_TOKENS, SEG_TOKENS, Tokenizer
+from paligemma_jax.tasks.prompts import read_prompt
 
 SIDE, N = 28, 4  # two by two patches of 14
 RED, BLUE = Image.new("RGB", (30, 20), "red"), Image.new("RGB", (20, 30), "blue")
@@ -84,14 +85,31 @@ def test_line_breaks_do_not_merge(train_tokenizer, tmp_path):
     (tmp_path / "tokenizer.model").write_bytes(train_tokenizer(("\n", "\n\n", *LOC_TOKENS, *SEG_TOKENS)))
     tokenizer = Tokenizer.from_dir(tmp_path)
     assert len(tokenizer.encode("\n\n")) == 1
-    batch = Processor(PaliGemmaConfig(VisionConfig(SIDE)), tokenizer, ImageSettings(SIDE))(RED, "a\n\n")
-    assert row_ids(batch, 0)[-2:] == [tokenizer.newline_id] * 2
+    processor = Processor(PaliGemmaConfig(VisionConfig(SIDE)), tokenizer, ImageSettings(SIDE))
+    for prompt in ("a", "a\n", "a\n\n", "a\\n\n"):
+        assert row_ids(processor(RED, prompt), 0)[-2:] == [*tokenizer.encode("a")[-1:], tokenizer.newline_id]
 
 
 def test_control_text_stays_text(processor, tokenizer):
     ids = row_ids(processor(RED, "<bos><eos><pad><image>"), 0)[N:]
     assert ids[0] == 2
     assert not {0, 1, 2, tokenizer.vocab_size} & set(ids[1:])
+
+
+@pytest.mark.parametrize(
+    "prompt", ["<image><image>caption en", "<image><bos>caption en", "<image> caption en\n", "<bos>caption en\\n"]
+)
+def test_placeholders_are_taken_off(processor, prompt):
+    plain = row_ids(processor([[RED, BLUE]], "caption en", "a circle"), 0)
+    assert row_ids(processor([[RED, BLUE]], prompt, "a circle"), 0) == plain
+    assert row_ids(processor([[RED, BLUE]], [read_prompt(prompt)], "a circle"), 0) == plain
+    mixed = processor([RED, [BLUE, RED]], ["<image>caption en", prompt])
+    assert mixed.prefix_length.tolist() == processor([RED, [BLUE, RED]], "caption en").prefix_length.tolist()
+
+
+def test_placeholders_are_counted(processor):
+    with pytest.raises(PromptError, match="begins with 2 <image> and has 1 image: write one for each, or none"):
+        processor([[RED, BLUE], RED], "<image><image>caption en")
 
 
 def test_one_picture_for_all_prompts(processor):
@@ -133,6 +151,7 @@ def test_layout_needs_no_pixels(processor):
         ([RED, []], "a", None, "an empty list of pictures"),
         (RED, None, None, "a prompt is a text, not NoneType"),
         (RED, ["a", 3], None, "a prompt is a text, not int: 3"),
+        (RED, "a", 3, "an answer is a text, not int: 3"),
     ],
 )
 def test_errors(processor, images, prompts, suffixes, message):
@@ -159,9 +178,10 @@ def test_batch_equals_transformers(processor, tokenizer_dir):
     )
     noise = np.random.default_rng(0).integers(0, 256, (2, 50, 70, 3), np.uint8)
     images = [Image.fromarray(picture) for picture in noise]
-    prompts, suffixes = ["detect circle ; squares", "caption en"], ["<loc0010><loc1023> circle", "two é"]
+    prompts = ["<image>detect circle ; squares", "<image>caption en"]  # as theirs takes them
+    suffixes = ["<loc0010><loc1023> circle", "two é"]
     expected = reference(
-        text=[f"<image>{prompt}" for prompt in prompts],
+        text=prompts,
         images=images,
         suffix=suffixes,
         return_tensors="np",
@@ -174,3 +194,6 @@ def test_batch_equals_transformers(processor, tokenizer_dir):
         valid = expected["attention_mask"][row] == 1
         assert row_ids(batch, row) == expected["input_ids"][row][valid].tolist()
         assert batch.prefix_length[row] == (expected["token_type_ids"][row][valid] == 0).sum()
+    both = reference(text=["<image><image>answer en how many"], images=[images], return_tensors="np")
+    for prompt in ("<image><image>answer en how many", "<image><image> answer en how many\\n", "answer en how many\n"):
+        assert row_ids(processor([images], prompt), 0) == both["input_ids"][0].tolist()

@@ -22,6 +22,7 @@ from paligemma_jax.models import mask_vae
 from paligemma_jax.processing.image import ImageSettings
 from paligemma_jax.processing.processor import Processor
 from paligemma_jax.runs import command_line
+from paligemma_jax.tasks.prompts import read_prompt
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -104,6 +105,7 @@ def _recorded(name: str, calls: list[dict[str, Any]], act: Callable[[dict[str, A
         calls.append(dict(bound.arguments))
         return act(calls[-1])
 
+    method.__signature__ = signature  # of the real one, for who replaces it again
     return method
 
 
@@ -122,7 +124,7 @@ def answer_with(monkeypatch):
     def patch(
         text: str | Callable[[str], str], scores: Callable[[np.ndarray], tuple[np.ndarray, ...]] = even
     ) -> list[dict[str, Any]]:
-        say = text if callable(text) else lambda prompt: text
+        say = (lambda prompt: text(read_prompt(prompt).text)) if callable(text) else lambda prompt: text
         calls: list[dict[str, Any]] = []
 
         def output(model: pj.PaliGemma, prompt: str) -> pj.Output:
@@ -132,7 +134,7 @@ def answer_with(monkeypatch):
             return pj.Output(said, tokens, logprobs, "eos", pj.Timing(3.0, 1.0, 2.0, len(tokens)), near, expected)
 
         def generate(asked: dict[str, Any]) -> list[pj.Output]:
-            prompts = [asked["prompts"]] if isinstance(asked["prompts"], str) else asked["prompts"]
+            prompts = asked["prompts"] if isinstance(asked["prompts"], list) else [asked["prompts"]]
             assert not isinstance(asked["images"], list) or len(asked["images"]) == len(prompts)
             return [output(asked["self"], prompt) for prompt in prompts]
 

@@ -31,6 +31,7 @@ BASE = COMMON | {
     "video_fps": "runs/test_generate_video.py::test_one_result_per_frame",
     "prompt": f"{_HERE}::test_the_prompt_and_the_image_are_those_asked_about",
     "prompts_file": f"{_GENERATE}::test_folder_with_a_prompts_file",
+    "prompt_form": f"{_OBJECTS}::test_classes_are_asked_for_in_another_form",
     "split_classes": f"{_OBJECTS}::test_classes_asked_apart_are_reported_together",
     "max_new_tokens": _TOLD,
     "batch_size": f"{_HERE}::test_answers_are_worked_out_by_batch_size",

@@ -9,10 +9,11 @@ import pytest
 from PIL import Image
 
 import paligemma_jax as pj
+from paligemma_jax.tasks.prompts import read_prompt
 
 BOX = "<loc0000><loc0000><loc1023><loc0512>"
 MASK = "".join(f"<seg{i:03d}>" for i in range(16))
-KEYS = ["image", "prompt", "text", "finish_reason", "boxes", "masks", "details", "dropped", "timing"]
+KEYS = ["image", "prompt", "text", "finish_reason", "mean_logprob", "boxes", "masks", "details", "dropped", "timing"]
 TIMING_KEYS = ["load_s", "compile_s", "prefill_ms", "decode_ms_per_token", "new_tokens"]
 
 
@@ -45,14 +46,16 @@ def test_a_prompt_without_classes_is_told(generate, answer_with, prompt):
     assert f"no class is named: say what to look for, as in {prompt.split()[0]} cat ; dog" in err
 
 
-def test_json_record(generate, pictures):
+def test_json_record(generate, checkpoint, pictures):
     status, out, _ = generate(format="json", dtype="float32")
     assert status == 0
     [record] = records(out)
     assert list(record) == KEYS
     assert list(record["timing"]) == TIMING_KEYS
     assert (record["image"], record["prompt"]) == (str(pictures / "a.png"), "caption en")
-    assert (record["finish_reason"], record["boxes"], record["masks"]) == ("length", [], [])
+    assert (record["finish_reason"], record["masks"], record["dropped"]) == ("length", [], [])
+    [out] = pj.load(checkpoint, dtype="float32").generate(str(pictures / "a.png"), "caption en", 4)
+    assert record["mean_logprob"] == pytest.approx(float(np.mean(out.logprobs)), abs=1e-3)
     assert record["timing"]["new_tokens"] == 4
     assert all(record["timing"][key] >= 0 for key in TIMING_KEYS)
 
@@ -152,6 +155,73 @@ def test_an_empty_answer_is_explained(generate, answer_with):
     answer_with("")
     assert generate(prompt="detect star") == (0, "\n", "note: no boxes: no star was found\n")
     assert generate() == (0, "\n", "note: the answer is empty\n")
+
+
+HINT = 'note: models know lower-case words, names with " ; " between them: try'
+
+
+@pytest.mark.parametrize(
+    "prompt, better",
+    [
+        ("detect Circle; Star", "detect circle ; star"),
+        ("segment a,b", "segment a ; b"),
+        ("Detect circle", "detect circle"),
+        ("Caption EN", "caption en"),
+        ("detect circle", None),
+    ],
+)
+@pytest.mark.parametrize("stream", [False, True])
+def test_an_empty_answer_to_an_unusual_prompt_gets_a_hint(generate, answer_with, prompt, better, stream):
+    answer_with("")
+    _, out, err = generate(prompt=prompt, stream=stream)
+    assert out == "\n" and (f'{HINT} "{better}"\n' in err if better else HINT not in err)
+
+
+def test_a_hint_is_for_answers_without_a_result_only(generate, answer_with):
+    answer_with("yes")  # in words, where boxes are meant
+    assert f'{HINT} "detect star"' in generate(prompt="Detect star")[2]
+    assert HINT not in generate(prompt="Caption EN")[2]
+    for text in (f"{BOX} Star", f"{BOX}", "<loc0001> Star"):
+        answer_with(text)
+        assert HINT not in generate(prompt="detect Star")[2]
+
+
+@pytest.mark.parametrize(
+    "prompt", ["<image>detect circle;star", "<image><bos>detect circle ; star\\n", "detect circle ; star\n"]
+)
+@pytest.mark.parametrize("stream", [False, True])
+def test_placeholders_and_line_ends_are_taken_off(generate, answer_with, prompt, stream):
+    """As other tools want them: the model is asked what it would be without, and the record says what was typed."""
+    calls = answer_with("")
+    _, _, err = generate(prompt=prompt, stream=stream)
+    asked = calls[0]["prompt"] if stream else calls[0]["prompts"][0]
+    assert asked == read_prompt("detect circle ; star") and "no boxes: no circle ; star was found" in err
+    assert records(generate(prompt=prompt, format="json")[1])[0]["prompt"] == prompt
+
+
+def test_more_placeholders_than_pictures_are_one_line(refused):
+    assert "begins with 2 <image> and has 1 image: write one for each, or none" in refused(prompt="<image><image>x")
+
+
+def test_doubt_is_told_beside_the_answer(generate, answer_with):
+    """By the words: locations and mask codes are never likely, and have scores."""
+    low = -0.71
+
+    def scores(tokens):
+        return np.full(len(tokens), low), np.full(len(tokens), 0.5), np.full(len(tokens), 0.5)
+
+    for text in ("a circle", f"{BOX} circle", BOX, ""):
+        low = -0.71
+        answer_with(text, scores)
+        told = "note: the model doubts this answer: its words have a mean log-probability of -0.71\n"
+        for options in ({}, {"stream": True}, {"format": "json"}):
+            status, out, err = generate(prompt="detect circle", **options)
+            assert status == 0 and told in err and "doubts" not in out
+        low = -0.69
+        assert "doubts" not in generate(prompt="detect circle")[2]
+    sure_of_words = np.array([-9.0] * 4 + [-0.1] * 9)
+    answer_with(f"{BOX} circle", lambda tokens: (sure_of_words[: len(tokens)], *np.full((2, len(tokens)), 0.5)))
+    assert "doubts" not in generate(prompt="detect circle")[2]
 
 
 def test_a_corrupt_picture_does_not_stop_the_others(generate, pictures, answer_with, tmp_path):

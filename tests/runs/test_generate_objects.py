@@ -89,6 +89,58 @@ def test_split_classes_is_the_same_as_asking_apart(generate, pictures):
         assert [record["timing"]["new_tokens"] for record in records(out)] == [8, 8]
 
 
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize(
+    "form, asked",
+    [
+        ("bare", ["left star", "circle"]),
+        ("{task} the {phrase}", ["segment the left star", "segment the circle"]),
+        ("find {classes}", ["find left star ; circle"]),
+    ],
+)
+def test_classes_are_asked_for_in_another_form(generate, answer_with, form, asked, stream):
+    """prompt_form: the objects of answers without labels have the one that their prompt names, if it names one."""
+    calls = answer_with(f"{BOX}{MASK}")
+    status, out, err = generate(prompt="segment left star;circle", prompt_form=form, stream=stream)
+    prompts = [call["prompt"] for call in calls] if stream else calls[0]["prompts"]
+    assert status == 0 and [prompt.text for prompt in prompts] == asked
+    assert all(prompt.is_bare and prompt.task.name == "segment" for prompt in prompts)
+    names = ["left star", "circle"] if len(asked) == 2 else ["object"]
+    assert [line.partition(":")[0].strip() for line in err.splitlines() if " x 0..15" in line] == names
+    if not stream:
+        assert out == " ; ".join([f"{BOX}{MASK}"] * len(asked)) + "\n"
+
+
+def test_chat_asks_in_another_form(generate, answer_with, type_lines):
+    calls = answer_with(BOX)
+    type_lines("detect left man ; dog", "<image>caption en")
+    status, _, err = generate(run="chat", prompt_form="bare")
+    assert status == 0 and [call["prompt"].text for call in calls] == ["left man", "dog", "caption en"]
+    assert "  left man: x 0..15" in err and "  dog: x 0..15" in err
+
+
+def test_a_form_without_meaning_is_one_line(refused):
+    assert "prompt_form='{label}' is not possible: give bare" in refused(prompt_form="{label}")
+    assert "prompt_form='bar' is not possible: give bare" in refused(run="chat", prompt_form="bar")
+    assert "prompt_form='bare' is not possible" in refused("--config=configs/swap.py", run="swap", prompt_form="bare")
+
+
+def test_objects_without_a_label_are_told_drawn_and_exported(generate, answer_with, score_with, tmp_path):
+    score_with(0.5)
+    answer_with(f"{BOX}{MASK}{FAR} moon")
+    keys = {"prompt": "left man", "output_dir": tmp_path, "export": "coco,yolo"}
+    status, _, err = generate(**keys)
+    assert status == 0 and "  object: x 0..15, y 0..20, score 0.50, mask of" in err
+    [category, other] = json.loads((tmp_path / "coco_dataset.json").read_text())["categories"]
+    assert (category["name"], other["name"]) == ("object", "moon")
+    assert (tmp_path / "classes.txt").read_text() == "object\nmoon\n"
+    assert [line[0] for line in (tmp_path / "labels" / "a.txt").read_text().splitlines()] == ["0", "1"]
+    assert (tmp_path / "a_drawn.png").exists() and (tmp_path / "a_mask_0.png").exists()
+    assert labels(generate(prompt="left man", format="json")[1]) == ["", "moon"]
+    assert labels(generate(prompt="detect left man", format="json")[1]) == ["left man", "moon"]
+    assert labels(generate(prompt="detect left man ; star", format="json")[1]) == ["", "moon"]
+
+
 @pytest.mark.parametrize("prompt", ["caption en", "detect circle", "answer en a ; b"])
 def test_other_prompts_are_asked_as_they_are(generate, answer_with, prompt):
     answer_with(lambda asked: f"to {asked}")
@@ -103,6 +155,7 @@ def test_an_answer_in_parts_is_cut_off_when_a_part_is():
     both = together([one, two, three])
     assert (both.text, both.finish_reason, both.timing.new_tokens) == ("a ; b", "length", 5)
     assert both.tokens.tolist() == [5, 1, 7, 9, 1] and both.logprobs.tolist() == [-1, -2, -3, -4, -5]
+    assert both.mean_logprob == -3.0 and one.mean_logprob == -1.5
     assert both.near.tolist() == [0, 0, 1, 2, 3] and both.expected.tolist() == [0, 0, 1, 4, 5]
     assert together([one]) is one
     assert [part.text for part in Question.of("x").parts] == ["x"]

@@ -16,6 +16,7 @@ from paligemma_jax.inspection import findings
 from paligemma_jax.runs import evaluate
 from paligemma_jax.shapes_world import stages
 from paligemma_jax.shapes_world.foreign_scenes import foreign_sample
+from paligemma_jax.tasks.prompts import read_prompt
 
 SAMPLED = {"temperature": 0.5, "top_k": 7, "top_p": 0.75, "min_p": 0.125, "seed": 3}
 BOX = "<loc0000><loc0000><loc1023><loc0512>"
@@ -90,7 +91,7 @@ def test_the_prompt_and_the_image_are_those_asked_about(run, answer_with, pictur
     calls = answer_with("a circle")
     assert run("generate", prompt="ocr", image=pictures / "b.jpg")[0] == 0
     [asked] = calls
-    assert asked["prompts"] == ["ocr"] and asked["images"][0].size == (20, 30)
+    assert asked["prompts"] == [read_prompt("ocr")] and asked["images"][0].size == (20, 30)
 
 
 @pytest.mark.parametrize("name", ["generate", "chat", "evaluate", "inspect", "swap"])

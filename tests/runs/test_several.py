@@ -7,6 +7,8 @@ import time
 import numpy as np
 import pytest
 
+from paligemma_jax.tasks.prompts import read_prompt
+
 BOX = "<loc0000><loc0000><loc1023><loc0512>"
 FAR = "<loc0200><loc0700><loc0500><loc1000>"
 MASK = "".join(f"<seg{i:03d}>" for i in range(16))
@@ -57,7 +59,7 @@ def test_answers_go_to_their_own_picture_and_prompt(generate, pictures, answer_w
     assert status == 0 and out == "".join(f"==> {n}: {p} <==\nto {p}\n" for n in names for p in PROMPTS)
     if not stream:
         [asked] = calls
-        assert asked["prompts"] == [*PROMPTS, *PROMPTS]
+        assert asked["prompts"] == [*map(read_prompt, PROMPTS)] * 2
         assert [picture.size for picture in asked["images"]] == [(30, 20)] * 2 + [(20, 30)] * 2
 
 

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 import paligemma_jax as pj
-from paligemma_jax.tasks.confidence import score
+from paligemma_jax.tasks.confidence import score, words_logprob
 from paligemma_jax.tasks.detection import parse
 
 TIMING = pj.Timing(0.0, 1.0, 1.0, 1)
@@ -54,6 +54,39 @@ def test_objects_do_not_take_from_each_other(tokenizer):
     )
     assert first.score == third.score == pytest.approx(1.0)
     assert second.side_probabilities == pytest.approx((1, 1, 1, 0.25)) and second.score <= 1
+
+
+@pytest.mark.parametrize("text", [CAT.removesuffix(" cat"), CAT.removesuffix(" cat") + CODES])
+def test_without_a_label_the_box_alone_makes_the_score(tokenizer, text):
+    (item,) = scored(tokenizer, text, {"<seg003>": 0.1}, near=0.5)
+    assert item.label == "" and item.score == pytest.approx(0.5)
+    first, second = scored(tokenizer, text + text, {"<loc0100>": 0.1}, near=0.25)
+    assert first.score == second.score == pytest.approx(0.25) and first.side_probabilities[1] == pytest.approx(0.1)
+
+
+def test_a_label_in_front_of_its_box_counts(tokenizer):
+    """Each has its own tokens, and not those of the other."""
+    box = CAT.removesuffix(" cat")
+    no, two = scored(tokenizer, f"no {box} two {box}", {"no": 0.5, "two": 0.125, " two": 0.125})
+    assert (no.label, two.label) == ("no", "two")
+    assert no.score == pytest.approx(0.5 ** len([t for t in tokenizer.encode("no ") if tokenizer.decode([t]) == "no"]))
+    assert two.score < 1 and two.side_probabilities == no.side_probabilities
+
+
+def test_what_joins_objects_is_no_part_of_their_scores(tokenizer):
+    for joint in (",", ", ", " ; ", "\n", ""):
+        first, second = scored(tokenizer, f"{CAT}{joint}{CAT}", dict.fromkeys((",", ";", " ;", "\n"), 0.1))
+        assert first.score == second.score == pytest.approx(1.0)
+
+
+def test_words_are_what_is_neither_location_nor_code(tokenizer):
+    for text, expected in (("a cat", -0.5), (CAT + CODES, -0.5), (CODES, -0.5), ("", -0.5)):
+        tokens = np.array([*tokenizer.encode(text), 1])
+        is_word = np.array([not tokenizer.decode([i]).startswith(("<loc", "<seg")) for i in tokens])
+        output = pj.Output(text, tokens, np.where(is_word, -0.5, -9.0), "eos", TIMING, *np.zeros((2, len(tokens))))
+        assert words_logprob(output, tokenizer) == pytest.approx(expected)
+    coded = np.array(tokenizer.encode(CODES))
+    assert words_logprob(pj.Output(CODES, coded, coded * 0.0, "length", TIMING, coded, coded), tokenizer) is None
 
 
 def test_locations_spelled_in_letters_have_no_score(tokenizer):

@@ -120,3 +120,12 @@ def test_small_things_lie_on_large_ones():
     cat = np.array(label_color("cat"), int)
     assert np.all(np.abs(forward[119, 85:115] - cat) == 0), "the small one's outline is whole"
     np.testing.assert_array_equal(forward[85:], backward[85:])
+
+
+def test_an_object_without_a_label_is_drawn():
+    """Its box, and its score if it is known."""
+    plain = Image.new("RGB", (200, 150), "white")
+    bare, scored = (draw(plain, [Detection("", (40, 50, 160, 140), score)]) for score in (None, 0.5))
+    assert bare.getpixel((40, 50)) == label_color("") != (255, 255, 255)
+    assert bare.crop((0, 0, 200, 48)).tobytes() == plain.crop((0, 0, 200, 48)).tobytes()
+    assert scored.crop((0, 0, 200, 48)).tobytes() != plain.crop((0, 0, 200, 48)).tobytes()

@@ -8,6 +8,7 @@ import pytest
 from PIL import Image
 
 from paligemma_jax.errors import ConfigError, DataError
+from paligemma_jax.tasks import coco, yolo
 from paligemma_jax.tasks.detection import Detection
 from paligemma_jax.tasks.export import save_masks, to_json, to_supervision
 
@@ -70,6 +71,25 @@ def test_supervision_takes_the_objects(objects, monkeypatch):
     assert to_supervision([], ["dog"]).xyxy.shape == (0, 4)
     with pytest.raises(DataError, match="label 'cat' is not among"):
         to_supervision(objects, ["dog"])
+
+
+def test_objects_without_a_label_are_exported_with_a_class(monkeypatch):
+    monkeypatch.setitem(sys.modules, "supervision", types.SimpleNamespace(Detections=_Detections))
+    items = [Detection("", (0, 0, 10, 6), 0.5), Detection("cat", (0, 0, 20, 12))]
+    assert [box["label"] for box in to_json(items)["boxes"]] == ["", "cat"]
+    classes = ["cat", "object"]
+    found = to_supervision(items, classes)
+    assert found.class_id.tolist() == [1, 0] and found.data["class_name"].tolist() == ["object", "cat"]
+    assert [line["category_id"] for line in coco.annotate(items, 1, (20, 12), classes)] == [2, 1]
+    assert [line[0] for line in yolo.to_yolo(items, (20, 12), classes).splitlines()] == ["1", "0"]
+    assert [line[0] for line in yolo.to_yolo(items, (20, 12), ["cat"]).splitlines()] == ["0", "0"]  # the only class
+    for export in (
+        lambda names: to_supervision(items, names),
+        lambda names: coco.annotate(items, 1, (20, 12), names),
+        lambda names: yolo.to_yolo(items, (20, 12), names),
+    ):
+        with pytest.raises(DataError, match="an object has no label"):
+            export(["cat", "dog"])
 
 
 def test_supervision_may_be_missing(objects, monkeypatch):

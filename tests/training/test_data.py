@@ -46,6 +46,16 @@ def test_a_line_ends_with_a_line_break_alone(write, folder, odd):
     assert read_jsonl(file) == 2 * [Example((str(folder / "0.png"),), *texts.values())]
 
 
+def test_prefixes_may_have_placeholders(write):
+    """As they stand in files for other processors: the examples, and so the batches, are the same."""
+    two = {**LINE, "image": ["1.png", "2.png"]}
+    prefixes = ["<image>caption en", "<image> caption en\n", "<image><bos>caption en", "caption en\\n"]
+    assert read_jsonl(write(*({**LINE, "prefix": prefix} for prefix in prefixes))) == 4 * read_jsonl(write(LINE))
+    assert read_jsonl(write({**two, "prefix": "<image><image>caption en"})) == read_jsonl(write(two))
+    with pytest.raises(DataError, match=r"line 2: a prompt begins with 2 <image> and has 1 image"):
+        read_jsonl(write(LINE, {**LINE, "prefix": "<image><image>caption en"}))
+
+
 def test_pictures_may_lie_elsewhere(write, tmp_path_factory, folder):
     file = tmp_path_factory.mktemp("elsewhere") / "data.jsonl"
     file.write_text(json.dumps(LINE))

@@ -2,7 +2,8 @@
 
 An answer is empty, or objects joined by " ; ": four locations with y0 <= y1 and x0 <= x1, for `segment` 16 mask codes,
 and one of the labels that the prompt asks for. Everything is written with the tokens that the models were trained on.
-An object is begun only if there is room to end it.
+An object is begun only if there is room to end it. Where the prompt has a form of its own (`Prompt.is_bare`), objects
+may do without a label, and then without anything between them.
 
 Axes: B rows, S nodes, C single ids of a node, F = 5 + 3 C numbers of a node, M sequences (B n of them: n per row, one
 after the other), V vocabulary.
@@ -19,8 +20,8 @@ from jax import lax
 from paligemma_jax.buckets import power_of_two
 from paligemma_jax.config import PaliGemmaConfig
 from paligemma_jax.processing.tokenizer import LOC_TOKENS, SEG_TOKENS, Tokenizer
-from paligemma_jax.tasks.detection import is_label
 from paligemma_jax.tasks.prompts import Prompt
+from paligemma_jax.tasks.reading import is_label
 
 _FREE, _END, _WHOLE, _BEGIN = range(4)  # nodes: without a grammar, behind <eos>, a whole answer, an object
 _NONE = -1
@@ -138,7 +139,7 @@ def _nodes(tokenizer: Tokenizer, prompt: Prompt | None, config: PaliGemmaConfig)
     if prompt is None or not prompt.labels:
         return table
     labels = [label for label in prompt.labels if is_label(label)]
-    if not labels:  # none can be written: the answer is empty
+    if not labels and not prompt.is_bare:  # none can be written: the answer is empty
         table[_WHOLE] = _Node((config.eos_token_id, config.eos_token_id + 1), _END, choices=ends)
         return table
     locs = tokenizer.loc_start, tokenizer.loc_start + len(LOC_TOKENS)
@@ -148,12 +149,12 @@ def _nodes(tokenizer: Tokenizer, prompt: Prompt | None, config: PaliGemmaConfig)
     table[_WHOLE] = _Node(locs, len(table), 0, ends)
     for span, side in spans:
         table.append(_Node(span, len(table) + 1, side))
-    table.append(_Node())
+    table.append(dataclasses.replace(table[_BEGIN], choices={}) if prompt.is_bare else _Node())
     root = len(table) - 1
-    for label in labels:
+    for words in [""] * prompt.is_bare + [f" {label}" for label in labels]:
         for eos in ends:
-            _add(table, root, [*tokenizer.encode(f" {label}"), eos], _END)
-        _add(table, root, tokenizer.encode(f" {label} ; "), _BEGIN)
+            _add(table, root, [*tokenizer.encode(words), eos], _END)
+        _add(table, root, tokenizer.encode(f"{words} ; "), _BEGIN)
     return table
 
 

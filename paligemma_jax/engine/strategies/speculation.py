@@ -29,7 +29,7 @@ from paligemma_jax.engine.sampling import RowOptions, StepConfig, advance, choos
 from paligemma_jax.engine.state import DecodeState, where_row
 from paligemma_jax.engine.steps import Inputs, Params, next_logits
 from paligemma_jax.processing.tokenizer import LOC_TOKENS, SEG_TOKENS, Tokenizer
-from paligemma_jax.tasks.prompts import Prompt
+from paligemma_jax.tasks.prompts import Prompt, plain
 
 _NUM_DRAFTS = 7  # k: a pass of eight tokens costs what one of four does on CPU (benchmarks/results/speculation.md)
 _NUM_DRAFTS_QUANTIZED = 3  # with activations in 8 bits: four rows cost little more than one, eight half as much again
@@ -77,14 +77,15 @@ def outline(prompt: Prompt) -> str:
         return ""
     thing = _BOX + _CODE * prompt.task.num_codes
     # The last one twice: several objects may have one label.
-    return "\n" + " ; ".join(f"{thing} {label}" for label in [*prompt.labels, prompt.labels[-1]])
+    names = ["", ""] if prompt.is_bare else [f" {label}" for label in [*prompt.labels, prompt.labels[-1]]]
+    return "\n" + " ; ".join(f"{thing}{name}" for name in names)
 
 
 def context(tokenizer: Tokenizer, prompts: Sequence[Prompt]) -> Context:
     """What the prompts of a batch give drafts to copy from; P is a power of two, so that few programs are compiled."""
     expected = [outline(prompt) for prompt in prompts]
     rows = [
-        [*tokenizer.encode(text), *tokenizer.encode(prompt.text.strip()), tokenizer.newline_id]
+        [*tokenizer.encode(text), *tokenizer.encode(plain(prompt.text).strip()), tokenizer.newline_id]
         for text, prompt in zip(expected, prompts, strict=True)
     ]
     width = power_of_two(max(32, *map(len, rows)))
