@@ -117,15 +117,16 @@ class PieceVocabulary:
             if not data:
                 raise RuntimeError
             model.LoadFromSerializedProto(data)
+            pieces = model.id_to_piece(list(range(model.vocab_size())))
         except FileNotFoundError:
             remedy = f"copy it, or {JSON_FILE}, from the checkpoint that the weights come from"
             raise TokenizerError(f"{path} is missing: {remedy}") from None
         except OSError as error:
             raise TokenizerError(f"{path} cannot be read: {error.strerror}") from None
-        except RuntimeError:
+        except (RuntimeError, UnicodeDecodeError):
             raise TokenizerError(f"{path} is not a SentencePiece model, or damaged: copy it again") from None
-        size = model.vocab_size()
-        new = {t.content: t for t in added.values() if t.id_ >= size or model.id_to_piece(t.id_) != t.content}
+        size = len(pieces)
+        new = {t.content: t for t in added.values() if t.id_ >= size or pieces[t.id_] != t.content}
         if size == _GEMMA_PIECES and LOC_TOKENS[0] not in new:  # Gemma's own: what comes next is known
             markers = (AddedToken(size + i, token) for i, token in enumerate(LOC_TOKENS + SEG_TOKENS))
             new |= {token.content: token for token in markers}
