@@ -61,7 +61,7 @@ class Vocabulary(Protocol):
     """What a tokenizer needs.
 
     Attributes:
-        size: how many ids there are before those behind <image>.
+        size: the id of <image>, or the one that it would get: how many ids come before it.
         bos, eos: ids, None when there is no such token.
         file_name: of the file that holds it.
     """
