@@ -52,6 +52,8 @@ _GEMMA2_DEFAULTS = _TEXT_DEFAULTS | {
 _TOP_DEFAULTS = {"image_token_index": 256000}
 _GEMMA2_ONLY = ("query_pre_attn_scalar", "attn_logit_softcapping", "final_logit_softcapping")
 _BOS, _EOS, _PAD = 2, 1, 0
+_MOST, _MOST_LAYERS = 2**31 - 1, 1000
+_LONGEST = 200  # characters of what is wrong with a field
 _TANH_GELUS = ("gelu_pytorch_tanh", "gelu_new", "gelu_fast")  # three names of one function
 _GEMMA_VOCABULARY = 257152  # pieces, <loc0000>..<loc1023>, <seg000>..<seg127>
 _LOCAL, _GLOBAL = "sliding_attention", "full_attention"
@@ -66,6 +68,7 @@ class _Section:
             raise self.error("", "is missing" if value is None else "must be an object")
 
     def error(self, name: str, problem: str) -> ConfigError:
+        problem = problem if len(problem) <= _LONGEST else f"{problem[:_LONGEST]}..."
         return ConfigError(f"{self.source}: {f'{self.prefix}.{name}'.strip('.')} {problem}")
 
     def get(self, name: str) -> Any:
@@ -75,6 +78,8 @@ class _Section:
         value = self.get(name)
         if type(value) is not int or value < 1:
             raise self.error(name, f"must be a positive integer, not {value!r}")
+        if value > (most := _MOST_LAYERS if name == "num_hidden_layers" else _MOST):
+            raise self.error(name, f"{value} is impossible: it is at most {most}")
         return value
 
     def token_ids(self, name: str) -> tuple[int, ...]:

@@ -61,7 +61,7 @@ class Vocabulary(Protocol):
     """What a tokenizer needs.
 
     Attributes:
-        size: how many ids there are before those behind <image>.
+        size: the id of <image>, or the one that it would get: how many ids come before it.
         bos, eos: ids, None when there is no such token.
         file_name: of the file that holds it.
     """
@@ -117,15 +117,16 @@ class PieceVocabulary:
             if not data:
                 raise RuntimeError
             model.LoadFromSerializedProto(data)
+            pieces = model.id_to_piece(list(range(model.vocab_size())))
         except FileNotFoundError:
             remedy = f"copy it, or {JSON_FILE}, from the checkpoint that the weights come from"
             raise TokenizerError(f"{path} is missing: {remedy}") from None
         except OSError as error:
             raise TokenizerError(f"{path} cannot be read: {error.strerror}") from None
-        except RuntimeError:
+        except (RuntimeError, UnicodeDecodeError):
             raise TokenizerError(f"{path} is not a SentencePiece model, or damaged: copy it again") from None
-        size = model.vocab_size()
-        new = {t.content: t for t in added.values() if t.id_ >= size or _piece(model, t.id_) != t.content}
+        size = len(pieces)
+        new = {t.content: t for t in added.values() if t.id_ >= size or pieces[t.id_] != t.content}
         if size == _GEMMA_PIECES and LOC_TOKENS[0] not in new:  # Gemma's own: what comes next is known
             markers = (AddedToken(size + i, token) for i, token in enumerate(LOC_TOKENS + SEG_TOKENS))
             new |= {token.content: token for token in markers}
@@ -150,27 +151,20 @@ class PieceVocabulary:
         model = self._model
         if not 0 <= id_ < model.vocab_size() or model.is_control(id_) or model.is_unknown(id_):
             return b""
-        piece = _piece(model, id_)
+        piece = model.id_to_piece(id_)
         return bytes([int(piece[3:5], 16)]) if model.is_byte(id_) else piece.replace(_SPACE, " ").encode()
 
     def id_of(self, token: str) -> int | None:
         if token in self.added:
             return self.added[token].id_
         id_ = self._model.piece_to_id(token)
-        return None if id_ == self._model.unk_id() and _piece(self._model, id_) != token else id_
+        return None if id_ == self._model.unk_id() and self._model.id_to_piece(id_) != token else id_
 
     def names(self, id_: int) -> bool:
         return 0 <= id_ < self._model.vocab_size() or id_ in self._contents
 
     def to_bytes(self) -> bytes:
         return self._model.serialized_model_proto()
-
-
-def _piece(model: sentencepiece.SentencePieceProcessor, id_: int) -> str:
-    try:
-        return model.id_to_piece(id_)
-    except UnicodeDecodeError:
-        raise TokenizerError(f"{MODEL_FILE} is damaged, piece {id_} is not UTF-8: copy it again") from None
 
 
 class JsonVocabulary:

@@ -182,7 +182,15 @@ def test_folder_instead_of_file(tmp_path):
         Tokenizer.from_file(tmp_path)
 
 
-@pytest.mark.parametrize("damage", [lambda data: b"", lambda data: b"<html>", lambda data: data[: len(data) // 2]])
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda data: b"",
+        lambda data: b"<html>",
+        lambda data: data[: len(data) // 2],
+        lambda data: data.replace(b"<seg099>", b"<seg\xff99>"),
+    ],
+)
 def test_damaged_file(tokenizer_dir, tmp_path, damage):
     (tmp_path / "tokenizer.model").write_bytes(damage((tokenizer_dir / "tokenizer.model").read_bytes()))
     with pytest.raises(TokenizerError, match="not a SentencePiece model, or damaged") as error:
