@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from paligemma_jax.checkpoints import big_vision, huggingface, shapes, tensor_files
+from paligemma_jax.checkpoints import big_vision, foreign, huggingface, shapes, tensor_files
 from paligemma_jax.checkpoints.adapter_config import AdapterConfig, read_config
 from paligemma_jax.checkpoints.arrays import cast_into, empty_aligned
 from paligemma_jax.config import PaliGemmaConfig
@@ -141,7 +141,9 @@ def scan(directory: Path, base: Base) -> Contents:
         if (directory / PICKLED).is_file():
             remedy = f"{PICKLED} is pickled and not read: load it in PEFT and write it with save_pretrained(DIR)"
         raise CheckpointError(f"{directory} holds no adapter weights: {remedy}")
-    parts, unknown = _sort(tensor_files.read_header(directory / WEIGHTS), base.config)
+    headers = tensor_files.read_header(directory / WEIGHTS)
+    foreign.check_tensors(headers, directory)
+    parts, unknown = _sort(headers, base.config)
     problems = [f"{len(unknown)} tensors fit no layer of it: {shapes.fold(unknown)}"] if unknown else []
     changes: dict[str, Change] = {}
     for path, found in parts.items():

@@ -32,7 +32,7 @@ _FORMATS = {  # name -> (what matches a file's name, how the file begins, what t
     "an archive": (r"\.(zip|tar|gz|tgz|xz|bz2|7z|zst)$", b"\x1f\x8b", "unpack it and give what was in it"),
 }
 _PICKLED_IN_ZIP = b"/data.pkl"
-_NO_WEIGHTS = re.compile(r"(training_args|optimizer|scheduler|rng_state|scaler)\b.*")  # what trainers leave beside them
+_NO_WEIGHTS = re.compile(r"(training_args|optimizer|scheduler|rng_state|scaler)")  # what trainers leave beside them
 _QUANTIZERS = {
     "bitsandbytes": "bitsandbytes",
     "awq": "AWQ",

@@ -179,6 +179,9 @@ def _equal(first: Any, second: Any) -> bool:
 
 
 def _hint(tensors: Mapping[str, Any], config: PaliGemmaConfig) -> str:
+    patches = tensors.get("vision_tower.vision_model.embeddings.patch_embedding.weight")
+    if patches is not None and len(patches.shape) == 4 and patches.shape[1] != 3 == patches.shape[3]:
+        return " (the axes are MLX's: give the original checkpoint)"
     version = 2 if any("pre_feedforward_layernorm" in key for key in tensors) else 1
     if version == config.version or not any(key.startswith("language_model.") for key in tensors):
         return ""
