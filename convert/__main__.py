@@ -95,6 +95,8 @@ def convert(options: argparse.Namespace) -> None:
     contents = scan(source, _read_config(source.base, options.config))
     if to_npz and (options.quantize or contents.quantization):
         raise ConfigError("an .npz holds no quantized weights: give a directory as DST")
+    if to_npz and not contents.config.text.tied:
+        raise ConfigError("an .npz has no place for an output head of its own: give a directory as DST")
     if options.rows is not None:  # before the long part
         _check_rows(contents, options.rows)
     # To narrow while reading takes less memory; weights that are merged or quantized are better rounded once.

@@ -171,6 +171,18 @@ def test_load_scans_the_weights_once(model, tmp_path, monkeypatch):
     assert calls == [tmp_path]
 
 
+def test_the_mask_vae_beside_a_model_is_saved_with_it(model, tmp_path):
+    """Bit for bit, and into the same directory too; one that is given counts before it."""
+    model.save(tmp_path / "one")
+    (tmp_path / "one" / "vae-oid.npz").write_bytes(b"beside")
+    (tmp_path / "other.npz").write_bytes(b"given")
+    for given, expected in ((None, b"beside"), (tmp_path / "other.npz", b"given")):
+        pj.load(tmp_path / "one", prepare=False, mask_vae=given).save(tmp_path / "new" / "two")
+        assert (tmp_path / "new" / "two" / "vae-oid.npz").read_bytes() == expected
+    pj.load(tmp_path / "one", prepare=False).save(tmp_path / "one")
+    assert (tmp_path / "one" / "vae-oid.npz").read_bytes() == b"beside"
+
+
 def test_a_missing_mask_vae_is_named_with_where_its_name_came_from(model, tmp_path, monkeypatch):
     model.save(tmp_path)
     monkeypatch.setenv("PALIGEMMA_MASK_VAE", "no/such.npz")

@@ -31,6 +31,7 @@ _LOW_RANK = re.compile(
 )
 _WRAPPERS = re.compile(r"\.(base_layer|modules_to_save(\.default)?)(?=\.\w+$)")
 _CHUNK_ELEMENTS = 1 << 22
+_MOST_LETTERS = 400  # of the problems of one kind
 
 Base = huggingface.Contents | big_vision.Contents
 
@@ -146,17 +147,27 @@ def scan(directory: Path, base: Base) -> Contents:
     parts, unknown = _sort(headers, base.config)
     problems = [f"{len(unknown)} tensors fit no layer of it: {shapes.fold(unknown)}"] if unknown else []
     changes: dict[str, Change] = {}
+    odd = []
     for path, found in parts.items():
         try:
             changes |= {path: _change(found, config)}
         except CheckpointError as error:
-            problems.append(str(error))
+            odd.append(str(error))
+    problems += _short(odd)
     problems += _lacking(changes, config, base.config)
     if not parts and not unknown:
         problems.append("it holds no tensors")
     if problems:
         raise CheckpointError(f"{directory} is no adapter of {_name(base)}: {'; '.join(problems)}")
     return _fit(directory, base, changes, config)
+
+
+def _short(problems: list[str]) -> list[str]:
+    """The same of all layers as one, and not all of many."""
+    text = shapes.fold(problems)
+    return [text if len(text) <= _MOST_LETTERS else f"{text[:_MOST_LETTERS]} ... ({len(problems)} in all)"][
+        : len(problems)
+    ]
 
 
 def _name(base: Base) -> Path:
@@ -252,9 +263,10 @@ def _fit(directory: Path, base: Base, changes: dict[str, Change], config: Adapte
     expected, rows = shapes.expected_shapes(fitted), base.config.text.vocab_size
     short = [path for path in (TABLE, HEAD) if path in expected and changes.get(path, Change()).whole is None]
     problems = [f"{path} has {rows} rows, not {text.vocab_size}" for path in short if rows != text.vocab_size]
-    for path, change in changes.items():
-        shape = expected.get(path)
-        problems += [f"the base has no {path}"] if shape is None else _misfits(change, shape)
+    problems += [f"the base has no {path}" for path in changes if path not in expected]
+    problems += _short(
+        [text for path in changes if path in expected for text in _misfits(changes[path], expected[path])]
+    )
     if problems:
         raise CheckpointError(f"{directory} is no adapter of {_name(base)}: {'; '.join(problems)}")
     return Contents(base, directory, fitted, changes)

@@ -54,6 +54,7 @@ _GEMMA2_ONLY = ("query_pre_attn_scalar", "attn_logit_softcapping", "final_logit_
 _SPECIAL_IDS = {"bos_token_id": 2, "eos_token_id": 1, "pad_token_id": 0}
 _TANH_GELUS = ("gelu_pytorch_tanh", "gelu_new", "gelu_fast")  # three names of one function
 _GEMMA_VOCABULARY = 257152  # pieces, <loc0000>..<loc1023>, <seg000>..<seg127>
+_MOST_LAYERS = 1000  # no network has as many; a damaged file may say anything
 _LOCAL, _GLOBAL = "sliding_attention", "full_attention"
 
 
@@ -71,10 +72,10 @@ class _Section:
     def get(self, name: str) -> Any:
         return self.value.get(name, self.defaults.get(name))
 
-    def positive_int(self, name: str) -> int:
+    def positive_int(self, name: str, most: int = 10**7) -> int:
         value = self.get(name)
-        if type(value) is not int or value < 1:
-            raise self.error(name, f"must be a positive integer, not {value!r}")
+        if type(value) is not int or not 1 <= value <= most:
+            raise self.error(name, f"must be a positive integer up to {most:,}, not {value!r:.80}")
         return value
 
     def token_id(self, name: str) -> int:
@@ -155,7 +156,7 @@ def _read_vision(section: _Section) -> VisionConfig:
         image_size=section.side("image_size"),
         patch_size=section.side("patch_size"),
         width=section.positive_int("hidden_size"),
-        num_layers=section.positive_int("num_hidden_layers"),
+        num_layers=section.positive_int("num_hidden_layers", _MOST_LAYERS),
         mlp_dim=section.positive_int("intermediate_size"),
         num_heads=section.positive_int("num_attention_heads"),
         layer_norm_eps=section.positive("layer_norm_eps"),
@@ -181,7 +182,7 @@ def _read_text(section: _Section) -> TextConfig:
         version=version,
         vocab_size=section.positive_int("vocab_size"),
         width=section.positive_int("hidden_size"),
-        num_layers=section.positive_int("num_hidden_layers"),
+        num_layers=section.positive_int("num_hidden_layers", _MOST_LAYERS),
         mlp_dim=section.positive_int("intermediate_size"),
         num_heads=section.positive_int("num_attention_heads"),
         num_kv_heads=section.positive_int("num_key_value_heads"),
@@ -227,7 +228,7 @@ def _rope_theta(section: _Section) -> float:
 
 def _sliding_window(section: _Section, version: int) -> int | None:
     """Window of the local layers: Gemma 2 alternates, starting with a local one; all layers may be global instead."""
-    layers = section.positive_int("num_hidden_layers")
+    layers = section.positive_int("num_hidden_layers", _MOST_LAYERS)
     kinds = section.get("layer_types")
     everywhere_global = kinds == [_GLOBAL] * layers
     alternating = [_GLOBAL if i % 2 else _LOCAL for i in range(layers)]

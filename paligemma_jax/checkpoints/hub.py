@@ -1,5 +1,6 @@
 """From what a user calls a checkpoint to a path on this machine, by way of the Hugging Face hub when it is a hub id."""
 
+import os
 import re
 from pathlib import Path
 from typing import NamedTuple
@@ -58,10 +59,11 @@ def _base_of(adapter: Path) -> Path:
     if config.base is None:
         raise CheckpointError(f"{adapter} does not say what its base is (base_model_name_or_path): {remedy}")
     for path in (Path(config.base).expanduser(), adapter / config.base):
-        if path.is_file() or (path.is_dir() and not (_is_adapter(path) and not path.samefile(adapter))):
-            return path
-        if path.exists():
+        if not os.path.exists(path):
+            continue
+        if _is_adapter(path) and not path.samefile(adapter):
             raise CheckpointError(f"the base of {adapter}, {path}, is an adapter itself: merge it first")
+        return path
     try:
         return resolve(f"{config.base}@{config.revision}" if config.revision else config.base)
     except CheckpointError as error:
@@ -77,7 +79,7 @@ def resolve(path_or_hub_id: str | Path) -> Path:
       CheckpointError: no such path, or the hub refuses; the message says what to do.
     """
     path = Path(path_or_hub_id).expanduser()
-    if path.exists():
+    if os.path.exists(path):  # false of impossible names too
         return path
     name = str(path_or_hub_id)
     match = _HUB_ID.fullmatch(name)

@@ -144,10 +144,12 @@ def test_rows_are_dropped_of_the_head_too(untied, tmp_path, head):
     np.testing.assert_array_equal(params["language_model"]["lm_head"]["weight"], head[:90])
 
 
-def test_an_npz_has_no_place_for_a_head(untied, tmp_path):
+def test_an_npz_has_no_place_for_a_head(untied, tmp_path, capsys):
     config, params = checkpoints.load(untied(), dtype=None, progress=False)
     with pytest.raises(CheckpointError, match="no place for an output head of its own"):
         big_vision.save(tmp_path / "model.npz", config, params)
+    assert convert([str(tmp_path / "checkpoint"), str(tmp_path / "model.npz")]) == 1
+    assert "an .npz has no place for an output head of its own: give a directory" in capsys.readouterr().err
     assert not (tmp_path / "model.npz").exists()
 
 
