@@ -145,7 +145,7 @@ def scan(directory: Path, base: Base) -> Contents:
     headers = tensor_files.read_header(directory / WEIGHTS)
     foreign.check_tensors(headers, directory)
     parts, unknown = _sort(headers, base.config)
-    problems = [f"{len(unknown)} tensors fit no layer of it: {shapes.fold(unknown)}"] if unknown else []
+    problems = [f"{len(unknown)} tensors fit no layer of it: {text}" for text in _short(unknown)]
     changes: dict[str, Change] = {}
     odd = []
     for path, found in parts.items():
@@ -165,9 +165,9 @@ def scan(directory: Path, base: Base) -> Contents:
 def _short(problems: list[str]) -> list[str]:
     """The same of all layers as one, and not all of many."""
     text = shapes.fold(problems)
-    return [text if len(text) <= _MOST_LETTERS else f"{text[:_MOST_LETTERS]} ... ({len(problems)} in all)"][
-        : len(problems)
-    ]
+    if len(text) > _MOST_LETTERS:
+        text = f"{text[:_MOST_LETTERS]} ... ({len(problems)} in all)"
+    return [text] if problems else []
 
 
 def _name(base: Base) -> Path:
@@ -185,13 +185,10 @@ def _sort(
     for key, tensor in tensors.items():
         name = key.removeprefix("base_model.model.")
         match = _LOW_RANK.fullmatch(name)
-        leaf, part = ("weight", match["part"]) if match else (name, "whole")
+        leaf, part = "weight", match["part"] if match else "whole"
         if match and match["leaf"] == "bias":
             leaf, part = "bias", "bias"
-        if not match and (wrapper := _WRAPPERS.search(name)):
-            part = "base_layer" if wrapper[1] == "base_layer" else part
-            leaf = _WRAPPERS.sub("", name)
-        full = huggingface.canonical(f"{match['module']}.{leaf}" if match else leaf)
+        full = huggingface.canonical(f"{match['module']}.{leaf}" if match else _WRAPPERS.sub("", name))
         if huggingface.UNUSED.search(full) or ".original_module." in full:
             continue
         if full in paths:
@@ -203,7 +200,7 @@ def _sort(
 
 def _change(parts: dict[str, tensor_files.Tensor], config: AdapterConfig) -> Change:
     """The change that some tensors make; CheckpointError when they do not belong together."""
-    whole = parts.get("whole", parts.get("base_layer"))
+    whole = parts.get("whole")
     odd = [tensor for tensor in parts.values() if tensor.dtype not in tensor_files.FLOATS]
     if odd:
         raise CheckpointError(f"{odd[0].name} is {odd[0].dtype}, only F32, F16 and BF16 are read")
@@ -219,7 +216,8 @@ def _change(parts: dict[str, tensor_files.Tensor], config: AdapterConfig) -> Cha
     if down is None or up is None:
         raise CheckpointError(f"{some.name} has no {names[down is not None]} beside it")
     if config.use_dora != (magnitude is not None):
-        raise CheckpointError(f"use_dora is {config.use_dora}, but {down.name} has a magnitude or not")
+        has = "no" if magnitude is None else "a"
+        raise CheckpointError(f"use_dora is {config.use_dora}, but {down.name} has {has} magnitude vector beside it")
     scale = _scale(down, down.shape[0] if down.shape else 0, config)
     left, right = (down, up) if is_embedding else (up, down)
     return Change(whole, left, right, magnitude, None, is_embedding, scale)
