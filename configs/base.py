@@ -14,7 +14,7 @@ def common() -> ConfigDict:
     """Keys of every run."""
     config = ConfigDict()
     config.run = "generate"  # what to do, one of the runs above
-    config.checkpoint = ""  # directory, big_vision .npz, or hub id such as google/paligemma-3b-mix-224
+    config.checkpoint = ""  # directory, .npz, adapter, or hub id such as google/paligemma-3b-mix-224
     config.hub_id = ""  # where the weights are published; fetched only when `checkpoint` names it
     config.dtype = "bfloat16"  # of weights and activations: bfloat16, float16 or float32
     config.platform = "auto"  # auto, cpu, gpu or tpu
@@ -26,6 +26,7 @@ def common() -> ConfigDict:
 def get_config() -> ConfigDict:
     """Keys of the runs that use a model: generate, chat and evaluate."""
     config = common()
+    config.adapter = ""  # directory or hub id of a PEFT adapter (LoRA), merged into the checkpoint while it is read
     config.quantization = "none"  # of the weights: none, int8 (half of bfloat16) or int4 (under a third)
     config.resample = "auto"  # how pictures are resized: bicubic, bilinear, or auto, as the checkpoint says
     config.mask_vae = ""  # file of the mask decoder, if vae-oid.npz is not beside the weights

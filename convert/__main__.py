@@ -10,8 +10,20 @@ from typing import Any, NoReturn
 import jax
 import numpy as np
 
+from convert.verify import describe, verification
 from paligemma_jax import files, ops
-from paligemma_jax.checkpoints import big_vision, config_json, huggingface, load, parameter_count, resolve, scan
+from paligemma_jax.checkpoints import (
+    Contents,
+    Source,
+    big_vision,
+    companions,
+    config_json,
+    huggingface,
+    load,
+    locate,
+    parameter_count,
+    scan,
+)
 from paligemma_jax.config import PaliGemmaConfig, variant_name
 from paligemma_jax.errors import CheckpointError, ConfigError, UserError, error_line
 from paligemma_jax.processing.tokenizer import TOKENIZER_FILES
@@ -20,6 +32,7 @@ _EXAMPLES = """examples:
   python -m convert paligemma2-3b-mix-224.npz paligemma2-3b-mix-224 --dtype bfloat16
   python -m convert google/paligemma-3b-pt-224 pt_224.npz --rows 257152
   python -m convert google/paligemma2-3b-mix-224 paligemma2-int8 --quantize int8
+  python -m convert google/paligemma2-3b-pt-224 merged --adapter my-lora
   python -m convert --verify paligemma2-3b-mix-224
 """
 
@@ -29,9 +42,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _parse(arguments)
     try:
         if options.verify:
-            verify(options.source, options.config)
-        else:
-            convert(options)
+            return verify(locate(options.source, options.adapter), options.config)
+        convert(options)
     except (UserError, OSError) as error:
         if options.debug:
             raise
@@ -52,9 +64,9 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     raw = argparse.RawDescriptionHelpFormatter
     parser = _Parser("python -m convert", description=__doc__, epilog=_EXAMPLES, formatter_class=raw)
     add = parser.add_argument
-    add("source", metavar="SRC", help="a Hugging Face directory or hub id, or a big_vision .npz")
+    add("source", metavar="SRC", help="a Hugging Face directory or hub id, a big_vision .npz, or a PEFT adapter")
     add("destination", metavar="DST", nargs="?", help="the directory or .npz to write")
-    add("--verify", action="store_true", help="write nothing: say what SRC holds and what is wrong with it")
+    add("--verify", action="store_true", help="write nothing: say what SRC holds, and all that loading it would refuse")
     add("--format", choices=("huggingface", "big_vision"), help="of DST; default: by its name, .npz or a directory")
     add("--dtype", choices=("bfloat16", "float16", "float32"), help="cast to this; default: keep")
     add(
@@ -64,7 +76,8 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     )
     add("--rows", type=int, help="embedding rows to keep: 257152 for big_vision (the hub's files have 257216)")
     add("--config", type=Path, metavar="FILE", help="config.json of an .npz that is no released model's")
-    add("--processor", type=Path, metavar="DIR", help="copy tokenizer and preprocessor from here; default: from SRC")
+    add("--adapter", metavar="DIR", help="a PEFT adapter (LoRA) to merge into SRC; one given as SRC names its base")
+    add("--processor", type=Path, metavar="DIR", help="copy tokenizer and processor from here; default: from SRC")
     add("--overwrite", action="store_true", help="write DST even if it exists")
     add("--debug", action="store_true", help="show tracebacks")
     options = parser.parse_args(arguments)
@@ -78,22 +91,29 @@ def convert(options: argparse.Namespace) -> None:
     destination = Path(options.destination)
     to_npz = (options.format or ("big_vision" if destination.suffix == ".npz" else "huggingface")) == "big_vision"
     _check_destination(destination, to_npz, options.overwrite)
-    source = resolve(options.source)
-    processor = options.processor or (source if source.is_dir() else None)
-    contents = scan(source, _read_config(source, options.config))
+    source = locate(options.source, options.adapter)
+    directories = (options.processor, *source.directories) if options.processor else source.directories
+    contents = scan(source, _read_config(source.base, options.config))
     if to_npz and (options.quantize or contents.quantization):
         raise ConfigError("an .npz holds no quantized weights: give a directory as DST")
-    # To narrow while reading takes less memory; weights that are quantized are better rounded once.
-    dtype = options.dtype if "float32" in contents.dtypes and not options.quantize else None
+    if to_npz and not contents.config.text.tied:
+        raise ConfigError("an .npz has no place for an output head of its own: give a directory as DST")
+    if options.rows is not None:  # before the long part
+        _check_rows(contents, options.rows)
+    # To narrow while reading takes less memory; weights that are merged or quantized are better rounded once.
+    narrow = "float32" in contents.dtypes or source.adapter is not None
+    dtype = options.dtype if narrow and not options.quantize else None
     config, params = load(contents, dtype, quantization=options.quantize, place=_on_host)
     if options.rows is not None:
         config, params = _keep_rows(config, params, options.rows)
     if to_npz:
         big_vision.save(destination, config, params, options.dtype)
+        companions.copy(directories, destination.parent, replace=False)
     else:
-        huggingface.save(destination, config, params, options.dtype, processor_from=processor)
+        huggingface.save(destination, config, params, options.dtype, processor_from=directories)
     print(f"wrote {destination}: {variant_name(config) or 'custom geometry'}, {parameter_count(config):,} parameters")
-    if not to_npz and not any((destination / name).is_file() for name in TOKENIZER_FILES):
+    beside = destination.parent if to_npz else destination
+    if not any((beside / name).is_file() for name in TOKENIZER_FILES):
         print("note: no tokenizer was copied; --processor DIR names a directory that has one", file=sys.stderr)
 
 
@@ -118,46 +138,38 @@ def _read_config(source: Path, path: Path | None) -> PaliGemmaConfig | None:
     return config_json.from_json(files.read_json(path), str(path))
 
 
-def _keep_rows(config: PaliGemmaConfig, params: dict, rows: int) -> tuple[PaliGemmaConfig, dict]:
-    """Drop the rows of the embedding table from `rows` on, which only padding and the image placeholder use."""
-    if not max(config.eos_token_ids) < rows <= config.text.vocab_size:
-        raise ConfigError(f"--rows {rows} is impossible: the table has {config.text.vocab_size} rows")
-    weight = params["language_model"]["embed_tokens"]["weight"]
-    if hasattr(weight, "quantization"):
-        raise ConfigError("--rows is for tables that are not quantized: give it with the original")
-    table = {"weight": weight[:rows]}
-    config = dataclasses.replace(config, text=dataclasses.replace(config.text, vocab_size=rows))
-    return config, params | {"language_model": params["language_model"] | {"embed_tokens": table}}
-
-
-def verify(name: str, config_path: Path | None = None) -> None:
-    """Print what a checkpoint holds, from its headers alone; raises UserError when something is wrong."""
-    source = resolve(name)
-    override = _read_config(source, config_path)
-    if source.is_dir():
-        contents = huggingface.scan(source)
-        paths = contents.weight_files
-        kind = f"Hugging Face, layout {contents.layout}, {len(paths)} file{'s' if len(paths) > 1 else ''}"
-    else:
-        contents = big_vision.scan(source, override)
-        paths, kind = (source,), "big_vision .npz"
+def _check_rows(contents: Contents, rows: int) -> None:
+    """ConfigError unless a table of so many rows has all tokens that are read or said."""
     config = contents.config
-    vision, text = config.vision, config.text
-    window = f", window {text.sliding_window}" if text.sliding_window else ""
-    softcaps = f", softcaps {text.attn_softcap} / {text.final_softcap}" if config.version == 2 else ""
-    rows = {
-        "format": kind,
-        "variant": variant_name(config) or f"custom PaliGemma {config.version}",
-        "parameters": f"{parameter_count(config):,}",
-        "dtype": ", ".join(f"{dtype} ({count} tensors)" for dtype, count in contents.dtypes.items()),
-        "bytes": f"{sum(path.stat().st_size for path in paths):,}",
-        "vision": f"{vision.image_size} px, {vision.num_tokens} tokens, {vision.num_layers} layers of {vision.width}",
-        "text": f"{text.num_layers} layers of {text.width}, {text.num_heads} / {text.num_kv_heads} heads of "
-        f"{text.head_dim}, {text.vocab_size} rows{softcaps}{window}",
-        "problems": "none",
-    }
-    for label, value in rows.items():
-        print(f"{label:<11} {value}")
+    if not config.image_token_id <= rows <= config.text.vocab_size:
+        raise ConfigError(
+            f"--rows {rows} is impossible: the tokenizer has {config.image_token_id} ids, "
+            f"and the table {config.text.vocab_size} rows"
+        )
+    if contents.quantization is not None:
+        raise ConfigError("--rows is for tables that are not quantized: give it with the original")
+
+
+def _keep_rows(config: PaliGemmaConfig, params: dict, rows: int) -> tuple[PaliGemmaConfig, dict]:
+    """Drop the rows of the embedding table and of the head from `rows` on, which no text needs."""
+    decoder = dict(params["language_model"])
+    for name in ("embed_tokens", "lm_head"):
+        if name in decoder:
+            decoder[name] = {"weight": decoder[name]["weight"][:rows]}
+    config = dataclasses.replace(config, text=dataclasses.replace(config.text, vocab_size=rows))
+    return config, params | {"language_model": decoder}
+
+
+def verify(source: Source, config_path: Path | None = None) -> int:
+    """Print what a checkpoint holds, and on stderr whatever loading it would refuse; returns the exit status."""
+    report = verification(source, _read_config(source.base, config_path))
+    if report.contents is not None and not report.problems:
+        for label, value in (describe(report.contents) | {"problems": "none"}).items():
+            print(f"{label:<11} {value}")
+    for kind, lines in (("note", report.notes), ("error", report.problems)):
+        for line in lines:
+            print(f"{kind}: {line}", file=sys.stderr)
+    return 1 if report.problems else 0
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ import numpy as np
 
 from paligemma_jax import checkpoints, numerics, ops
 from paligemma_jax.buckets import power_of_two
+from paligemma_jax.checkpoints.companions import MASK_VAE_NAME
 from paligemma_jax.checkpoints.mask_vae import load_mask_vae, save_mask_vae
 from paligemma_jax.config import PaliGemmaConfig
 from paligemma_jax.engine import forward, steps
@@ -40,7 +41,6 @@ from paligemma_jax.tasks.prompts import FORM, Prompt, class_prompts, read_prompt
 from paligemma_jax.tasks.segmentation import attach_masks
 from paligemma_jax.tasks.select import check_thresholds, select
 
-MASK_VAE_NAME = "vae-oid.npz"
 MASK_VAE_VARIABLE = "PALIGEMMA_MASK_VAE"
 
 _GREEDY = Sampling()
@@ -57,7 +57,7 @@ class PaliGemma:
       params: parameter tree; the handle keeps no other copy.
       processor: makes batches for this geometry.
       mask_vae: parameters of the mask VQ-VAE, or its file, which is read when first needed; None without masks.
-      source: directory the model came from; `save` copies its tokenizer and preprocessor files.
+      source: directories the model came from; `save` copies their tokenizer and preprocessor files.
       runner: its compiled programs; by default for the machine's own platform.
       load_s: seconds that loading took.
       compile_s: seconds that were spent on compiling before the first call, which reports them as its own.
@@ -69,7 +69,7 @@ class PaliGemma:
         params: steps.Params,
         processor: Processor,
         mask_vae: mask_vae_model.Params | Path | None = None,
-        source: Path | None = None,
+        source: Sequence[Path] = (),
         runner: Runner | None = None,
         load_s: float = 0.0,
         compile_s: float = 0.0,
@@ -317,12 +317,12 @@ class PaliGemma:
         """Write the model as a Hugging Face directory: config.json, weights, tokenizer, preprocessor, mask VQ-VAE."""
         directory = Path(directory)
         checkpoints.save(directory, self.config, self.params, processor_from=self._source)
-        if self._source is None:
+        if not self._source:
             with replacing(directory / self.processor.tokenizer.file_name) as temporary:
                 temporary.write_bytes(self.processor.tokenizer.to_bytes())
         self.processor.image_settings.save(directory, self.config.vision.num_tokens)
         if self._mask_vae is not None:
-            save_mask_vae(directory / MASK_VAE_NAME, self.mask_decoder(), np.float32)
+            save_mask_vae(directory / MASK_VAE_NAME, self._mask_vae, np.float32)
 
     def _call(self) -> Call:
         call, self.compile_s = Call(self.runner, self.params, self.compile_s), 0.0

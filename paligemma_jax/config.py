@@ -49,6 +49,7 @@ class TextConfig:
     final_softcap: float | None = None
     sliding_window: int | None = None  # layers 0, 2, 4, ... are local when set
     max_positions: int = 8192
+    tied: bool = True  # the output head is the embedding table; else it has a table of its own
 
     def window(self, layer: int) -> int | None:
         """Sliding window of one layer; layers alternate, starting with a local one (Gemma 2)."""

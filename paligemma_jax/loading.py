@@ -10,7 +10,9 @@ from pathlib import Path
 import jax
 
 from paligemma_jax import checkpoints, ops
-from paligemma_jax.api import MASK_VAE_NAME, MASK_VAE_VARIABLE, PaliGemma
+from paligemma_jax.api import MASK_VAE_VARIABLE, PaliGemma
+from paligemma_jax.checkpoints import companions
+from paligemma_jax.config import PaliGemmaConfig
 from paligemma_jax.engine.generate import programs
 from paligemma_jax.engine.runner import Runner
 from paligemma_jax.engine.steps import most_at_once
@@ -30,11 +32,13 @@ def load(
     warm_up: Sequence[Request] = (),
     target: ops.Target | None = None,
     prepare: bool = True,
+    adapter: str | Path | None = None,
 ) -> PaliGemma:
     """Load a model.
 
     Args:
-      path: Hugging Face directory, hub id, or big_vision .npz with tokenizer.model or tokenizer.json beside it.
+      path: Hugging Face directory, hub id ("org/name" or "org/name@revision"), or big_vision .npz with tokenizer.model
+        or tokenizer.json beside it; or the directory of a PEFT adapter, which names its base.
       dtype: "bfloat16", "float16" or "float32", of the parameters and activations.
       quantization: "int8" or "int4" rounds the decoder's weights as they are read, and the image encoder's to 8 bits;
         None takes them as they are. A checkpoint that was written quantized needs nothing here.
@@ -46,19 +50,19 @@ def load(
       target: what to prepare and compile for; by default the machine's own platform.
       prepare: choose kernels and layouts of weights for the target; False leaves plain arrays under the names of
         `checkpoints.expected_shapes`, as training needs them.
+      adapter: directory or hub id of a PEFT adapter, which is merged into the weights of `path` while they are read.
 
     Raises:
       ConfigError, CheckpointError, TokenizerError, PromptError: see the message.
     """
     start = time.perf_counter()
-    found = checkpoints.resolve(path)
-    directory = found if found.is_dir() else found.parent
-    tokenizer = Tokenizer.from_dir(directory)
-    contents = checkpoints.scan(found)  # all small files are looked at before the long part
+    source = checkpoints.locate(path, adapter)
+    tokenizer = read_tokenizer(source)
+    contents = checkpoints.scan(source)  # all small files are looked at before the long part
     tokenizer.check(contents.config)
     config = dataclasses.replace(contents.config, added_ids=tokenizer.added_ids(contents.config))
-    processor = Processor(config, tokenizer, ImageSettings.from_dir(directory, config.vision.image_size))
-    masks = _find_mask_vae(directory, mask_vae)
+    processor = Processor(config, tokenizer, read_image_settings(source, config))
+    masks = find_mask_vae(source, mask_vae)
     num_rows = min(batch_size, most_at_once(config.vision.num_tokens))
     target = target or ops.Target.detect(num_rows)
     if dtype == "float16" and target.platform == "tpu":
@@ -84,11 +88,22 @@ def load(
         if compiling:
             compiling.result()
     waited_s = time.perf_counter() - start - load_s
-    return PaliGemma(config, params, processor, masks, directory, runner, load_s, waited_s)
+    return PaliGemma(config, params, processor, masks, source.directories, runner, load_s, waited_s)
 
 
-def _find_mask_vae(directory: Path, given: str | Path | None) -> Path | None:
-    if given is None and (beside := directory / MASK_VAE_NAME).is_file():
+def read_tokenizer(source: checkpoints.Source) -> Tokenizer:
+    """The tokenizer of a checkpoint: an adapter's own, or its base's; TokenizerError as of `Tokenizer.from_dir`."""
+    return Tokenizer.from_dir(companions.tokenizer_dir(source.directories))
+
+
+def read_image_settings(source: checkpoints.Source, config: PaliGemmaConfig) -> ImageSettings:
+    """How a checkpoint wants its pictures; ConfigError as of `ImageSettings.from_dir`."""
+    return ImageSettings.from_dir(companions.image_settings_dir(source.directories), config.vision.image_size)
+
+
+def find_mask_vae(source: checkpoints.Source, given: str | Path | None = None) -> Path | None:
+    """The mask VQ-VAE that is given, lies beside the weights, or is named by the environment."""
+    if given is None and (beside := companions.mask_vae_beside(source.directories)):
         return beside
     named, by = (given, "mask_vae") if given else (os.environ.get(MASK_VAE_VARIABLE), f"${MASK_VAE_VARIABLE}")
     if named and not Path(named).is_file():

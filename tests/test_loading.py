@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax.traverse_util import flatten_dict
+from safetensors.numpy import save_file
 
 import paligemma_jax as pj
 from paligemma_jax import loading, ops
@@ -216,6 +217,18 @@ def test_load_scans_the_weights_once(model, tmp_path, monkeypatch):
     assert calls == [tmp_path]
 
 
+def test_the_mask_vae_beside_a_model_is_saved_with_it(model, tmp_path):
+    """Bit for bit, and into the same directory too; one that is given counts before it."""
+    model.save(tmp_path / "one")
+    (tmp_path / "one" / "vae-oid.npz").write_bytes(b"beside")
+    (tmp_path / "other.npz").write_bytes(b"given")
+    for given, expected in ((None, b"beside"), (tmp_path / "other.npz", b"given")):
+        pj.load(tmp_path / "one", prepare=False, mask_vae=given).save(tmp_path / "new" / "two")
+        assert (tmp_path / "new" / "two" / "vae-oid.npz").read_bytes() == expected
+    pj.load(tmp_path / "one", prepare=False).save(tmp_path / "one")
+    assert (tmp_path / "one" / "vae-oid.npz").read_bytes() == b"beside"
+
+
 def test_a_missing_mask_vae_is_named_with_where_its_name_came_from(model, tmp_path, monkeypatch):
     model.save(tmp_path)
     monkeypatch.setenv("PALIGEMMA_MASK_VAE", "no/such.npz")
@@ -223,6 +236,32 @@ def test_a_missing_mask_vae_is_named_with_where_its_name_came_from(model, tmp_pa
         pj.load(tmp_path)
     with pytest.raises(CheckpointError, match=r"other\.npz is missing: .* with mask_vae"):
         pj.load(tmp_path, mask_vae="other.npz")
+
+
+def test_an_adapter_is_loaded_over_its_base(model, tmp_path):
+    """By its own name, which names the base, and as an argument; quantized too, and saved as a model of its own."""
+    base, adapter = tmp_path / "base", tmp_path / "adapter"
+    model.save(base)
+    layer = "language_model/layers_1/mlp/down_proj/weight"
+    plain = np.asarray(flatten_dict(model.params, sep="/")[layer])
+    down, up = (np.random.default_rng(0).normal(size=size).astype(np.float32) for size in ((2, 48), (32, 2)))
+    prefix = "base_model.model.model.language_model.layers.1.mlp.down_proj."
+    adapter.mkdir()
+    save_file({f"{prefix}lora_A.weight": down, f"{prefix}lora_B.weight": up}, adapter / "adapter_model.safetensors")
+    fields = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "base_model_name_or_path": "../base"}
+    (adapter / "adapter_config.json").write_text(json.dumps(fields))
+    expected = plain + 2 * (up @ down)
+    for arguments in ({"path": adapter}, {"path": base, "adapter": adapter}):
+        loaded = pj.load(**arguments, dtype="float32", prepare=False)
+        found = flatten_dict(loaded.params, sep="/")
+        np.testing.assert_allclose(found[layer], expected, rtol=1e-5, atol=1e-6)
+    few = pj.load(adapter, dtype="float32", quantization="int8").params["language_model"]["layers_1"]["mlp"]
+    scale = np.abs(expected).max(axis=1) / 127
+    assert (np.abs(np.asarray(few["down_proj"]["weight"].dequantize()) - expected).max(axis=1) < scale).all()
+    loaded.save(tmp_path / "merged")
+    merged = pj.load(tmp_path / "merged", dtype="float32", prepare=False)
+    assert jax.tree.all(jax.tree.map(np.array_equal, merged.params, loaded.params))
+    assert (tmp_path / "merged" / "tokenizer.model").is_file()
 
 
 def test_load_names_what_is_wrong(model, tmp_path, tokenizer):

@@ -1,6 +1,7 @@
 """Files to parameter trees and back. The format is told from the path: a directory is Hugging Face's, a file .npz."""
 
-from collections.abc import Callable, Mapping
+import sys
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -8,20 +9,22 @@ import jax
 from flax.traverse_util import unflatten_dict
 
 from paligemma_jax import ops
-from paligemma_jax.checkpoints import big_vision, fusion, huggingface, quantized
+from paligemma_jax.checkpoints import adapters, big_vision, fusion, huggingface, quantized
 from paligemma_jax.checkpoints.arrays import dtype_named
 from paligemma_jax.checkpoints.fusion import fused_shapes
-from paligemma_jax.checkpoints.hub import resolve
+from paligemma_jax.checkpoints.hub import Source, locate, resolve
 from paligemma_jax.checkpoints.shapes import expected_shapes, parameter_count
 from paligemma_jax.config import PaliGemmaConfig
 from paligemma_jax.errors import ConfigError
 
 __all__ = [
     "Contents",
+    "Source",
     "abstract",
     "expected_shapes",
     "fused_shapes",
     "load",
+    "locate",
     "on_device",
     "parameter_count",
     "resolve",
@@ -29,7 +32,7 @@ __all__ = [
     "scan",
 ]
 
-Contents = huggingface.Contents | big_vision.Contents
+Contents = huggingface.Contents | big_vision.Contents | adapters.Contents
 
 
 def on_device(path: str, leaf: Any) -> Any:
@@ -37,14 +40,16 @@ def on_device(path: str, leaf: Any) -> Any:
     return jax.device_put(leaf)
 
 
-def scan(path: Path, config: PaliGemmaConfig | None = None) -> Contents:
+def scan(source: Source | Path, config: PaliGemmaConfig | None = None) -> Contents:
     """Verify a directory or .npz from its headers, reading no tensor; the result has its `config`, for `load`.
 
     Args:
-      path: see `resolve`.
+      source: see `locate`; a path is one without an adapter.
       config: geometry of an .npz that is no released model's; a directory has its own.
     """
-    return huggingface.scan(path) if path.is_dir() else big_vision.scan(path, config)
+    path, adapter = source if isinstance(source, Source) else (source, None)
+    base = huggingface.scan(path) if path.is_dir() else big_vision.scan(path, config)
+    return base if adapter is None else adapters.scan(adapter, base)
 
 
 def load(
@@ -55,15 +60,15 @@ def load(
     quantization: str | None = None,
     place: Callable[[str, Any], Any] = on_device,
 ) -> tuple[PaliGemmaConfig, dict[str, Any]]:
-    """Geometry and parameter tree of a Hugging Face directory, a hub id or a big_vision .npz.
+    """Geometry and parameter tree of a Hugging Face directory, a hub id, a big_vision .npz or an adapter over one.
 
     Plain weights have the paths of `expected_shapes`. Quantized ones are fused (`fused_shapes`) where they are in the
     file, and always where `quantization` makes them so.
 
     Args:
-      source: directory, .npz file or hub id ("org/name"), or what `scan` found there.
+      source: directory, .npz file or hub id ("org/name"), or what `scan` found.
       dtype: "bfloat16", "float16" or "float32"; None keeps each tensor's own.
-      progress: report a slow load on stderr.
+      progress: report a slow load on stderr, and what is to be noted.
       config: as for `scan`.
       quantization: "int8" or "int4", to round weights as they come (`quantized.format_of`); None takes them as they
         are.
@@ -73,14 +78,16 @@ def load(
     Raises:
       ConfigError, CheckpointError: nothing is read unless the whole fits.
     """
-    contents = source if isinstance(source, Contents) else scan(resolve(source), config)
+    contents = source if isinstance(source, Contents) else scan(locate(source), config)
     target = dtype_named(dtype) if dtype else None
     params: dict[str, Any] = {}
 
     def emit(path: str, leaf: Any) -> None:
         params[path] = place(path, leaf)
 
-    read = huggingface.read if isinstance(contents, huggingface.Contents) else big_vision.read
+    for note in contents.notes if progress else ():
+        print(f"note: {note}", file=sys.stderr)
+    read = next(part.read for part in (huggingface, big_vision, adapters) if isinstance(contents, part.Contents))
     read(contents, target, progress, _quantizing(quantization, contents, emit))
     return contents.config, unflatten_dict({path: params[path] for path in sorted(params)}, sep="/")
 
@@ -122,7 +129,7 @@ def save(
     config: PaliGemmaConfig,
     params: Mapping[str, Any],
     dtype: str | None = None,
-    processor_from: Path | None = None,
+    processor_from: Sequence[Path] = (),
 ) -> None:
     """Write a Hugging Face directory; arguments as for `huggingface.save`."""
     huggingface.save(Path(directory), config, params, dtype, processor_from=processor_from)

@@ -1,7 +1,9 @@
 """big_vision checkpoints: one .npz whose arrays stack all layers, bf16 stored as two void bytes.
 
 The file is read and written as the zip archive that it is, one layer at a time, so that no stacked array is ever whole
-in memory. An .npz states no geometry: sizes come from the shapes, the rest from the released decoder of those sizes.
+in memory, but for those in Fortran order, whose layers do not lie together. Parameters are under "params/", in old
+training checkpoints under "opt/target/", or at the top; what lies beside them, such as the optimizer's state, is not
+read. An .npz states no geometry: sizes come from the shapes, the rest from the released decoder of those sizes.
 
 Axes of the encoder: J layers, P patch size, C colours, I image tokens, E width, F mlp width, A heads, B head width; of
 the decoder: L layers, D width, M mlp width, N query heads, K key/value heads, H head width, V table rows; 1 and 2 are
@@ -12,6 +14,7 @@ Source: big_vision, models/vit.py, models/ppp/gemma.py and models/proj/paligemma
 import ast
 import dataclasses
 import math
+import re
 import zipfile
 import zlib
 from collections.abc import Callable, Mapping
@@ -23,13 +26,15 @@ import numpy as np
 from flax.traverse_util import flatten_dict
 
 from paligemma_jax import files, ops
-from paligemma_jax.checkpoints import fusion, shapes
+from paligemma_jax.checkpoints import foreign, fusion, shapes
 from paligemma_jax.checkpoints.arrays import DTYPES, cast_into, dtype_named, empty_aligned
 from paligemma_jax.config import PaliGemmaConfig, TextConfig, VisionConfig, find_decoder
 from paligemma_jax.errors import CheckpointError, ConfigError
 
 _BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 _PREFIX = "params/"
+_PREFIXES = (_PREFIX, "opt/target/", "")  # where parameters are: under the first that a file has
+_UNUSED = re.compile(r"(img/)?MAPHead_0/.*|t|b")  # SigLIP's pooling head, temperature and bias
 _ROWS = (257152, 257216)  # embedding rows of the released models: big_vision's and Hugging Face's
 
 
@@ -111,7 +116,14 @@ class _Member(NamedTuple):
 
     name: str
     shape: tuple[int, ...]
-    dtype: np.dtype
+    stored: np.dtype  # as it lies in the file: of either byte order, perhaps float64
+    fortran: bool = False  # the first axis varies fastest
+
+    @property
+    def dtype(self) -> np.dtype:
+        """Of the parameter: in this machine's byte order, float32 for float64."""
+        native = self.stored.newbyteorder("=")
+        return np.dtype(np.float32) if native == np.float64 else native
 
 
 @dataclasses.dataclass(frozen=True)
@@ -121,12 +133,17 @@ class Contents:
     path: Path
     config: PaliGemmaConfig
     members: dict[str, _Member]  # key without "params/" -> header
+    notes: tuple[str, ...] = ()  # what a user should know of it
 
     @property
     def dtypes(self) -> dict[str, int]:
         """How many arrays have each dtype ("bfloat16")."""
-        names = [member.dtype.name for member in self.members.values()]
+        names = [member.stored.name for member in self.members.values()]
         return {name: names.count(name) for name in dict.fromkeys(names)}
+
+    @property
+    def weight_files(self) -> tuple[Path, ...]:
+        return (self.path,)
 
     @property
     def quantization(self) -> None:
@@ -161,10 +178,17 @@ def scan(path: Path, config: PaliGemmaConfig | None = None) -> Contents:
     except FileNotFoundError:
         raise CheckpointError(f"{path} is missing") from None
     except Exception as error:  # zip, deflate and numpy headers each fail in their own way
+        if named := foreign.recognize(path):
+            raise CheckpointError(named) from None
         hint = ": for safetensors give their directory" if path.suffix == ".safetensors" else f" ({error})"
         raise CheckpointError(f"{path} is no .npz file, or is damaged or truncated{hint}") from None
+    unused = [key for key in members if _UNUSED.fullmatch(key)]
+    members = {key: member for key, member in members.items() if key not in unused}
+    notes = (f"{path} holds what the model does not use: {', '.join(unused)}",) if unused else ()
     if config is None:
         config = _infer_config(path, members)
+    if not config.text.tied:
+        raise ConfigError(f"{path}: an .npz has no output head of its own: tie_word_embeddings must be true")
     sizes = _sizes(config)
     expected = {key: tuple(sizes[a] for a in array.axes) for key, array in _arrays_of(config.version).items()}
     problems = shapes.differences({key: member.shape for key, member in members.items()}, expected)
@@ -173,28 +197,28 @@ def scan(path: Path, config: PaliGemmaConfig | None = None) -> Contents:
     odd = [f"{key} is {m.dtype}" for key, m in members.items() if m.dtype not in DTYPES]
     if odd:
         raise CheckpointError(f"{path}: only float32, float16 and bfloat16 arrays are read: {', '.join(odd)}")
-    return Contents(path, config, members)
+    return Contents(path, config, members, notes)
 
 
 def _read_members(path: Path) -> dict[str, _Member]:
     members = {}
     with zipfile.ZipFile(path) as archive:
-        for name in archive.namelist():
+        names = archive.namelist()
+        prefix = next(prefix for prefix in _PREFIXES if not names or any(name.startswith(prefix) for name in names))
+        for name in (name for name in names if name.startswith(prefix)):
             with archive.open(name) as stream:
-                shape, dtype = _read_array_header(stream, name)
-            members[name.removesuffix(".npy").removeprefix(_PREFIX)] = _Member(name, shape, dtype)
+                members[name.removesuffix(".npy").removeprefix(prefix)] = _read_array_header(stream, name)
     return members
 
 
-def _read_array_header(stream: IO[bytes], name: str) -> tuple[tuple[int, ...], np.dtype]:
-    """Shape and dtype at the start of a .npy stream, which is left at the first element."""
+def _read_array_header(stream: IO[bytes], name: str) -> _Member:
+    """The header at the start of a .npy stream, which is left at the first element."""
     major, _ = np.lib.format.read_magic(stream)
     length = int.from_bytes(stream.read(2 if major == 1 else 4), "little")
     header = ast.literal_eval(stream.read(length).decode("latin1"))
-    if header["fortran_order"] and len(header["shape"]) > 1:
-        raise ValueError(f"{name} is in Fortran order")
     dtype = np.dtype(header["descr"])
-    return header["shape"], _BFLOAT16 if dtype == np.dtype("V2") else dtype
+    fortran = bool(header["fortran_order"]) and len(header["shape"]) > 1
+    return _Member(name, header["shape"], _BFLOAT16 if dtype == np.dtype("V2") else dtype, fortran)
 
 
 def _infer_config(path: Path, members: Mapping[str, _Member]) -> PaliGemmaConfig:
@@ -229,21 +253,23 @@ def read(contents: Contents, dtype: np.dtype | None, progress: bool, emit: Calla
     path = contents.path
     sizes = _sizes(contents.config)
     expected = shapes.expected_shapes(contents.config)
-    total = sum(math.prod(member.shape) * member.dtype.itemsize for member in contents.members.values())
+    total = sum(math.prod(member.shape) * member.stored.itemsize for member in contents.members.values())
     with files.progress(f"loading {path.name}", total, progress) as advance, zipfile.ZipFile(path) as archive:
         for key, array in _arrays_of(contents.config.version).items():
             member = contents.members[key]
             shape = tuple(sizes[axis] for axis in array.stored)
             with archive.open(member.name) as stream:
                 _read_array_header(stream, member.name)
-                for name in _paths(array, sizes):
+                names = _paths(array, sizes)
+                whole = _read_fortran(member, stream, path) if member.fortran else None
+                for i, name in enumerate(names):
                     out = empty_aligned(expected[name], dtype or member.dtype)
-                    as_stored = array.stored == array.ours and out.dtype == member.dtype
-                    piece = out.reshape(shape) if as_stored else np.empty(shape, member.dtype)
-                    try:
-                        _fill(piece, stream)
-                    except (zipfile.BadZipFile, zlib.error, EOFError, OSError) as error:
-                        raise CheckpointError(f"{path} is damaged or truncated ({error})") from None
+                    as_stored = array.stored == array.ours and out.dtype == member.stored and whole is None
+                    if whole is None:
+                        piece = out.reshape(shape) if as_stored else np.empty(shape, member.stored)
+                        _fill(piece, stream, path)
+                    else:
+                        piece = whole.reshape(-1, *shape)[i]
                     if not as_stored:
                         ours = piece.transpose(_order(array.stored, array.ours))
                         cast_into(out.reshape(ours.shape), ours, name)
@@ -251,14 +277,24 @@ def read(contents: Contents, dtype: np.dtype | None, progress: bool, emit: Calla
                     emit(name, out)
 
 
-def _fill(array: np.ndarray, stream: IO[bytes]) -> None:
-    """Read a contiguous array's bytes from a stream; EOFError when there are too few."""
+def _read_fortran(member: _Member, stream: IO[bytes], path: Path) -> np.ndarray:
+    """A whole array in Fortran order, as one in C order."""
+    reverse = np.empty(member.shape[::-1], member.stored)
+    _fill(reverse, stream, path)
+    return np.ascontiguousarray(reverse.transpose())
+
+
+def _fill(array: np.ndarray, stream: IO[bytes], path: Path) -> None:
+    """Read a contiguous array's bytes from a stream of the file `path`; CheckpointError when they are damaged."""
     view = memoryview(array.reshape(-1).view(np.uint8))
-    while view:
-        count = stream.readinto(view)
-        if not count:
-            raise EOFError("too few bytes")
-        view = view[count:]
+    try:
+        while view:
+            count = stream.readinto(view)
+            if not count:
+                raise EOFError("too few bytes")
+            view = view[count:]
+    except (zipfile.BadZipFile, zlib.error, EOFError, OSError) as error:
+        raise CheckpointError(f"{path} is damaged or truncated ({error})") from None
 
 
 def _paths(array: _Array, sizes: Mapping[str, int]) -> list[str]:
@@ -277,6 +313,9 @@ def _order(source: str, target: str) -> tuple[int, ...]:
 
 def save(path: Path, config: PaliGemmaConfig, params: Mapping[str, Any], dtype: str | None = None) -> None:
     """Write an .npz, whole or not at all; `dtype` None keeps each array's own (of its first layer)."""
+    if not config.text.tied:
+        remedy = "write a directory, or leave the untied head out of the model"
+        raise CheckpointError(f"{path}: an .npz has no place for an output head of its own: {remedy}")
     target = dtype_named(dtype) if dtype else None
     leaves = {path: ops.unprepare(leaf) for path, leaf in flatten_dict(params, sep="/").items()}
     if any(hasattr(leaf, "quantization") for leaf in leaves.values()):
@@ -285,6 +324,7 @@ def save(path: Path, config: PaliGemmaConfig, params: Mapping[str, Any], dtype: 
     shapes.require(found, fusion.fused_shapes(config, found.__contains__))
     flat = {name: fusion.take(leaves, name, expected) for name in expected}
     sizes = _sizes(config)
+    path.parent.mkdir(parents=True, exist_ok=True)
     with files.replacing(path) as temporary, zipfile.ZipFile(temporary, "w", zipfile.ZIP_STORED) as archive:
         for key, array in _arrays_of(config.version).items():
             names = _paths(array, sizes)

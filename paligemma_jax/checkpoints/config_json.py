@@ -127,10 +127,12 @@ def from_json(value: dict[str, Any], source: str = "config.json") -> PaliGemmaCo
     Raises:
       ConfigError: a field is missing, impossible, contradicts another or asks for something that is not supported.
     """
+    if "image_token_index" not in value and "image_token_id" in value:  # another name of it in transformers 5
+        value = value | {"image_token_index": value["image_token_id"]}
     top = _Section(value, "", _TOP_DEFAULTS, source)
     top.require("model_type", ("paligemma",))
     top.require("quantization_config", (None, *map(_quantization_note, ops.FORMATS)))
-    top.require("tie_word_embeddings", (None, True))
+    top.require("tie_word_embeddings", (None, True, False))
     vision = _Section(value.get("vision_config"), "vision_config", _VISION_DEFAULTS, source)
     text = _Section(value.get("text_config"), "text_config", _TEXT_DEFAULTS, source)
     text.require("model_type", ("gemma", "gemma2"))
@@ -143,7 +145,7 @@ def from_json(value: dict[str, Any], source: str = "config.json") -> PaliGemmaCo
         raise top.error("bos_token_id", f"must be one token id, not {list(bos)}")
     config = PaliGemmaConfig(
         vision=_read_vision(vision),
-        text=_read_text(text),
+        text=dataclasses.replace(_read_text(text), tied=top.get("tie_word_embeddings") is not False),
         image_token_id=top.token_id("image_token_index"),
         bos_token_id=bos[0],
         eos_token_id=eos[0],
@@ -202,7 +204,7 @@ def _read_text(section: _Section) -> TextConfig:
     section.require("hidden_activation", (*_TANH_GELUS, None))
     section.require("attention_bias", (None, False))
     section.require("use_bidirectional_attention", (None, True))
-    section.require("tie_word_embeddings", (None, True))
+    section.require("tie_word_embeddings", (None, True, False))  # transformers goes by the one at the top
     section.require("quantization_config", (None,))
     config = TextConfig(
         version=version,
@@ -329,6 +331,7 @@ def to_json(config: PaliGemmaConfig, dtype: str = "bfloat16", quantization: str 
         "max_position_embeddings": text.max_positions,
         "num_image_tokens": vision.num_tokens,
         "torch_dtype": dtype,
+        "tie_word_embeddings": text.tied,
         **ids,
     }
     if text.version == 2:
@@ -365,7 +368,7 @@ def to_json(config: PaliGemmaConfig, dtype: str = "bfloat16", quantization: str 
         "image_token_index": config.image_token_id,
         "hidden_size": text.width,
         "projection_dim": text.width,
-        "tie_word_embeddings": True,
+        "tie_word_embeddings": text.tied,
         "torch_dtype": dtype,
         "text_config": decoder,
         "vision_config": encoder,

@@ -7,10 +7,10 @@ transformers 4.52 and later in memory (`model.language_model.*`); C, a transform
 
 import dataclasses
 import functools
+import os
 import re
-import shutil
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -21,32 +21,23 @@ import numpy as np
 from flax.traverse_util import flatten_dict
 
 from paligemma_jax import files, ops
-from paligemma_jax.checkpoints import config_json, fusion, quantized, shapes, tensor_files
+from paligemma_jax.checkpoints import companions, config_json, foreign, fusion, quantized, shapes, tensor_files
 from paligemma_jax.checkpoints.arrays import ALIGNMENT, dtype_named
 from paligemma_jax.checkpoints.quantized import QuantizedTensor
 from paligemma_jax.config import PaliGemmaConfig
 from paligemma_jax.errors import CheckpointError
-from paligemma_jax.processing.image import PREPROCESSOR_NAME, PROCESSOR_NAME
 
 SINGLE, INDEX, CONFIG = "model.safetensors", "model.safetensors.index.json", "config.json"
 GENERATION = "generation_config.json"
-_TOKENIZER_FILES = (
-    "tokenizer.model",
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-)
-_IMAGE_FILES = (PREPROCESSOR_NAME, PROCESSOR_NAME)
 
-_EMBED, _HEAD = "language_model.model.embed_tokens.weight", "lm_head.weight"
+_EMBED, _HEAD = "language_model.model.embed_tokens.weight", "language_model.lm_head.weight"
 _TO_LAYOUT_A = (  # our path -> key; every rule that matches applies, in this order
     (r"/", "."),
     (r"layers_(\d+)", r"layers.\1"),
     (r"^vision_tower\.(\w+_embedding\.)", r"vision_tower.embeddings.\1"),
     (r"^vision_tower\.layers", "vision_tower.encoder.layers"),
     (r"^vision_tower", "vision_tower.vision_model"),
-    (r"^language_model", "language_model.model"),
+    (r"^language_model(?!\.lm_head)", "language_model.model"),
 )
 _NORMS = {  # our name -> theirs; what Gemma 1 calls post_attention_layernorm is the norm before the MLP
     1: {"pre_attention_norm": "input_layernorm", "pre_ffw_norm": "post_attention_layernorm"},
@@ -58,13 +49,14 @@ _NORMS = {  # our name -> theirs; what Gemma 1 calls post_attention_layernorm is
     },
 }
 _FROM_ANY_LAYOUT = (  # key -> layout A
+    (r"^(module\.|_orig_mod\.)+", ""),  # of trainers that save what they have wrapped
     (r"^model\.(?=language_model|vision_tower|multi_modal_projector|lm_head)", ""),
-    (r"^language_model\.lm_head", "lm_head"),
-    (r"^language_model\.(?!model\.)", "language_model.model."),
+    (r"^lm_head", "language_model.lm_head"),
+    (r"^language_model\.(?!model\.|lm_head\.)", "language_model.model."),
     (r"^vision_tower\.(?!vision_model\.)", "vision_tower.vision_model."),
 )
 # The pooling head that PaliGemma never runs, and buffers that older versions saved.
-_UNUSED = re.compile(r"vision_model\.head\.|\.position_ids$|\.rotary_emb\.inv_freq$")
+UNUSED = re.compile(r"vision_model\.head\.|\.position_ids$|\.rotary_emb\.inv_freq$")
 _READERS = 4
 
 
@@ -77,6 +69,7 @@ class Contents:
     tensors: dict[str, tensor_files.Tensor | QuantizedTensor]  # our path -> place in a file
     layout: str  # "A", "B" or "C"
     weight_files: tuple[Path, ...]
+    notes: tuple[str, ...] = ()  # what a user should know of it
 
     @property
     def dtypes(self) -> Counter[str]:
@@ -107,37 +100,50 @@ def scan(directory: Path) -> Contents:
       ConfigError: config.json cannot be honoured.
       CheckpointError: a file is missing or damaged, or the tensors are not those of the geometry.
     """
-    path = directory / CONFIG
-    config = config_json.from_json(files.read_json(path), str(path))
-    if (generation := directory / GENERATION).is_file():
-        config = config_json.with_generation(config, files.read_json(generation), str(generation))
+    if named := foreign.recognize(directory):
+        raise CheckpointError(named)
+    config = read_config(directory)
     headers = _read_headers(directory)
+    foreign.check_tensors(headers, directory)
     tensors = {}
     for key, tensor in headers.items():
-        name = _canonical(key)
-        if _UNUSED.search(name):
+        name = canonical(key)
+        if UNUSED.search(name):
             continue
-        if name in tensors:
-            message = f"{directory}: {tensors[name].name} and {key} are the same parameter, but their contents differ"
-            _require_equal(tensors[name], tensor, message)
+        if name in tensors and not _equal(tensors[name], tensor):
+            both = f"{tensors[name].name} and {key}"
+            raise CheckpointError(f"{directory}: {both} are the same parameter, but their contents differ")
         tensors[name] = tensor
-    tensors = quantized.gather(_tie_head(tensors, directory), directory)
+    tensors = quantized.gather(tensors, directory)
+    tensors, notes = _tie_head(tensors, config.text.tied, directory / CONFIG)
+    config = dataclasses.replace(config, text=dataclasses.replace(config.text, tied=_HEAD not in tensors))
     by_path = fusion.fused_shapes(config, lambda path: key_of(path, config.version) in tensors)
     expected = {key_of(path, config.version): shape for path, shape in by_path.items()}
     problems = shapes.differences({name: tensor.shape for name, tensor in tensors.items()}, expected)
-    if problems:
-        raise CheckpointError(f"{directory}: the weights do not fit config.json: {problems}{_hint(tensors, config)}")
+    problems = [f"the weights do not fit config.json: {problems}{_hint(tensors, config)}"] if problems else []
     plain = [tensor for tensor in tensors.values() if isinstance(tensor, tensor_files.Tensor)]
     odd = sorted({tensor.dtype for tensor in plain} - set(tensor_files.FLOATS))
     if odd:
         names = shapes.fold([tensor.name for tensor in plain if tensor.dtype in odd])
-        raise CheckpointError(f"{directory}: only F32, F16 and BF16 weights are read, not {', '.join(odd)}: {names}")
+        problems.append(f"only F32, F16 and BF16 weights are read, not {', '.join(odd)}: {names}")
+    if problems:
+        raise CheckpointError(f"{directory}: {'; '.join(problems)}")
     found = {path: tensors[key_of(path, config.version)] for path in by_path}
     weight_files = tuple(sorted({tensor.file for tensor in headers.values()}))
-    return Contents(directory, config, found, _layout(headers), weight_files)
+    return Contents(directory, config, found, _layout(headers), weight_files, notes)
 
 
-def _canonical(key: str) -> str:
+def read_config(directory: Path) -> PaliGemmaConfig:
+    """The geometry that config.json states, with what ends an answer by generation_config.json; errors as of `scan`."""
+    path = directory / CONFIG
+    config = config_json.from_json(foreign.checked_config(files.read_json(path), path), str(path))
+    if (generation := directory / GENERATION).is_file():
+        config = config_json.with_generation(config, files.read_json(generation), str(generation))
+    return config
+
+
+def canonical(key: str) -> str:
+    """A key of any layout as layout A has it."""
     for pattern, replacement in _FROM_ANY_LAYOUT:
         key = re.sub(pattern, replacement, key)
     return key
@@ -149,26 +155,38 @@ def _layout(keys: Mapping[str, Any]) -> str:
     return "A" if any(key.startswith("vision_tower.vision_model.") for key in keys) else "C"
 
 
-def _tie_head(tensors: dict[str, tensor_files.Tensor], directory: Path) -> dict[str, tensor_files.Tensor]:
-    """Let an output head stand in for the embedding table, or check that it equals it."""
-    head = tensors.get(_HEAD)
-    if head is None:
-        return tensors
-    if _EMBED in tensors:
-        message = (
-            f"{directory}: an output head of its own ({head.name}, unlike {tensors[_EMBED].name}) is not supported"
-        )
-        _require_equal(tensors[_EMBED], head, message)
-    return {_EMBED: head} | {name: tensor for name, tensor in tensors.items() if name != _HEAD}
+def _tie_head(tensors: dict[str, Any], stated_tied: bool, config_path: Path) -> tuple[dict[str, Any], tuple[str, ...]]:
+    """The tensors without an output head that is the embedding table, and what is to be noted; as transformers has it.
+
+    A head that differs is one of its own, whatever config.json says; one that is missing can be tied only.
+    """
+    head, table = tensors.get(_HEAD), tensors.get(_EMBED)
+    if head is None and not stated_tied:
+        remedy = "say true where the head is the embedding table, or get the weights that have it"
+        raise CheckpointError(f"{config_path}: tie_word_embeddings is false, but there is no lm_head.weight: {remedy}")
+    if head is None or (table is None and not stated_tied):
+        return tensors, ()
+    rest = {name: tensor for name, tensor in tensors.items() if name != _HEAD}
+    if table is None:
+        return {_EMBED: head} | rest, ()
+    if _equal(table, head):
+        return rest, ()
+    note = f"lm_head.weight is not the embedding table, though {config_path} says that they are tied: it is used"
+    return tensors, (note,) if stated_tied else ()
 
 
-def _require_equal(first: tensor_files.Tensor, second: tensor_files.Tensor, message: str) -> None:
-    readable = first.dtype in tensor_files.FLOATS and second.dtype in tensor_files.FLOATS
-    if first.shape != second.shape or not readable or not tensor_files.same_values(first, second):
-        raise CheckpointError(message)
+def _equal(first: Any, second: Any) -> bool:
+    """Whether two tensors hold equal numbers; quantized ones are not compared."""
+    pair = (first, second)
+    if not all(isinstance(t, tensor_files.Tensor) and t.dtype in tensor_files.FLOATS for t in pair):
+        return False
+    return first.shape == second.shape and tensor_files.same_values(first, second)
 
 
 def _hint(tensors: Mapping[str, Any], config: PaliGemmaConfig) -> str:
+    patches = tensors.get("vision_tower.vision_model.embeddings.patch_embedding.weight")
+    if patches is not None and len(patches.shape) == 4 and patches.shape[1] != 3 == patches.shape[3]:
+        return " (the axes are MLX's: give the original checkpoint)"
     version = 2 if any("pre_feedforward_layernorm" in key for key in tensors) else 1
     if version == config.version or not any(key.startswith("language_model.") for key in tensors):
         return ""
@@ -190,17 +208,30 @@ def _read_headers(directory: Path) -> dict[str, tensor_files.Tensor]:
     ):
         raise CheckpointError(f"{index} has no weight_map from tensor names to file names")
     names = sorted(set(weight_map.values()))
-    missing = [name for name in names if not (directory / name).is_file()]
+    missing = [name for name in names if not os.path.isfile(directory / name)]  # false of impossible names too
     if missing:
         raise CheckpointError(f"{directory} lacks {len(missing)} of {len(names)} shards: {', '.join(missing)}")
-    shards = {name: tensor_files.read_header(directory / name) for name in names}
-    absent = {name: [k for k, v in weight_map.items() if v == name and k not in shards[name]] for name in names}
+    shards, damaged = {}, []
+    for name in names:
+        try:
+            shards[name] = tensor_files.read_header(directory / name)
+        except CheckpointError as error:
+            damaged.append(str(error))
+    if damaged:
+        raise CheckpointError("; ".join(damaged))
+    lists = {name: {key for key, shard in weight_map.items() if shard == name} for name in names}
+    absent = {name: _needed(key for key in lists[name] if key not in shards[name]) for name in names}
     problems = [f"{name} lacks {shapes.fold(keys)}" for name, keys in absent.items() if keys]
-    unlisted = [key for name in names for key in shards[name] if weight_map.get(key) != name]
+    unlisted = _needed(key for name in names for key in shards[name] if key not in lists[name])
     problems += [f"the index does not list {shapes.fold(unlisted)}"] if unlisted else []
     if problems:
         raise CheckpointError(f"{index} contradicts the shards: {'; '.join(problems)}")
-    return {key: shards[name][key] for key, name in weight_map.items()}
+    return {key: tensor for name in names for key, tensor in shards[name].items()}
+
+
+def _needed(keys: Iterable[str]) -> list[str]:
+    """The keys that an index must have right: tied heads are listed and not written, unused tensors mean nothing."""
+    return sorted(key for key in keys if canonical(key) != _HEAD and not UNUSED.search(canonical(key)))
 
 
 def read(contents: Contents, dtype: np.dtype | None, progress: bool, emit: Callable[[str, Any], None]) -> None:
@@ -236,7 +267,7 @@ def save(
     params: Mapping[str, Any],
     dtype: str | None = None,
     max_shard_bytes: int = 2_000_000_000,
-    processor_from: Path | None = None,
+    processor_from: Sequence[Path] = (),
 ) -> None:
     """Write config.json and weights in layout A, each file whole or not at all; config.json comes last.
 
@@ -247,7 +278,7 @@ def save(
         a file at a time.
       dtype: to cast to; None keeps each array's own.
       max_shard_bytes: weights beyond this go to several files with an index; one tensor is never split.
-      processor_from: a directory whose tokenizer and preprocessor files are copied along.
+      processor_from: directories whose tokenizer, processor and mask VQ-VAE are copied along; the first counts most.
     Raises:
       CheckpointError: the parameters are not those of the geometry.
     """
@@ -279,8 +310,7 @@ def save(
     for old in (directory / INDEX, directory / SINGLE, *directory.glob("model-?????-of-?????.safetensors")):
         if old.name not in (*names, *((INDEX,) if count > 1 else ())):
             old.unlink(missing_ok=True)
-    if processor_from:
-        copy_processor(processor_from, directory)
+    companions.copy(processor_from, directory)
     stored = target or Counter(leaf.dtype for leaf in leaves.values()).most_common(1)[0][0]
     bits = min((leaf.quantization for leaf in leaves.values() if hasattr(leaf, "quantization")), default=None)
     files.write_json(directory / CONFIG, config_json.to_json(config, stored.name, bits))
@@ -312,19 +342,3 @@ def _shards(sizes: dict[str, int], limit: int) -> list[list[str]]:
             groups[-1].append(key)
             room -= sizes[key]
     return groups
-
-
-def copy_processor(source: Path, directory: Path) -> list[str]:
-    """Copy the tokenizer and preprocessor files that `source` has; returns their names.
-
-    Of a tokenizer or image settings that lay in `directory` before, files that are not replaced are removed: they would
-    be read with the new ones.
-    """
-    names = [name for name in (*_TOKENIZER_FILES, *_IMAGE_FILES, GENERATION) if (source / name).is_file()]
-    for kind in (set(_TOKENIZER_FILES), set(_IMAGE_FILES)):
-        for stale in kind.difference(names) if kind.intersection(names) else ():
-            (directory / stale).unlink(missing_ok=True)
-    for name in names:
-        with files.replacing(directory / name) as temporary:
-            shutil.copyfile(source / name, temporary)
-    return names

@@ -4,6 +4,7 @@ Torch keeps kernels [out, in, height, width] (transposed ones [in, out, height, 
 One permutation serves both, as the network applies its transposed convolutions with `transpose_kernel`.
 """
 
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -58,8 +59,12 @@ def load_mask_vae(path: str | Path) -> Params:
     return params
 
 
-def save_mask_vae(path: str | Path, params: Params, dtype: np.typing.DTypeLike = np.float16) -> None:
-    """Writes the parameters, whole or not at all; float16 halves the file to about 4 MB."""
+def save_mask_vae(path: str | Path, params: Params | Path, dtype: np.typing.DTypeLike = np.float16) -> None:
+    """Writes the parameters, whole or not at all; float16 halves the file to about 4 MB. A file is copied as it is."""
+    if isinstance(params, Path):
+        with replacing(Path(path)) as temporary:
+            shutil.copyfile(params, temporary)
+        return
     arrays = {_CODEBOOK: np.asarray(params["codebook"], dtype)}
     for name, layer_path in _LAYERS.items():
         layer = _follow(params, layer_path)

@@ -21,7 +21,7 @@ from paligemma_jax.checkpoints import tensor_files
 from paligemma_jax.errors import CheckpointError
 
 _SCALE, _PACKED, _GROUP_SCALE = ".weight_scale", ".weight_packed", ".weight_multiplier"
-_DECODER = re.compile(r"language_model/(layers_\d+/.*_proj|embed_tokens)/weight")
+_DECODER = re.compile(r"language_model/(layers_\d+/.*_proj|embed_tokens|lm_head)/weight")
 _ENCODER = re.compile(r"vision_tower/layers_\d+/.*(_proj|fc\d)/weight")
 
 
@@ -68,8 +68,8 @@ class QuantizedTensor:
 def format_of(path: str, quantization: str) -> str | None:
     """The format, "int8" or "int4", that a quantization of the model gives a parameter; None where it stays plain.
 
-    The decoder's matrices have the format asked for, the embedding table included; those of the image encoder, a small
-    part of the weights, have 8 bits always.
+    The decoder's matrices have the format asked for, the embedding table and an output head included; those of the
+    image encoder, a small part of the weights, have 8 bits always.
     """
     if _DECODER.fullmatch(path):
         return quantization

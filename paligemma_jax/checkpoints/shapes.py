@@ -21,7 +21,7 @@ def expected_shapes(config: PaliGemmaConfig) -> dict[str, Shape]:
 
 
 def parameter_count(config: PaliGemmaConfig) -> int:
-    """Number of parameters, all rows of the embedding table included; the tied output head counts once."""
+    """Number of parameters, all rows of the embedding table included; a tied output head counts once."""
     return sum(math.prod(shape) for shape in expected_shapes(config).values())
 
 
@@ -58,7 +58,8 @@ def _text_shapes(config: TextConfig) -> dict[str, Shape]:
     }
     if config.version == 2:
         layer |= {"post_attention_norm": (D,), "post_ffw_norm": (D,)}
-    shapes = {"embed_tokens": (config.vocab_size, D), "norm": (D,)}
+    tables = ("embed_tokens",) if config.tied else ("embed_tokens", "lm_head")
+    shapes = dict.fromkeys(tables, (config.vocab_size, D)) | {"norm": (D,)}
     shapes |= {f"layers_{i}/{name}": shape for i in range(config.num_layers) for name, shape in layer.items()}
     return {f"language_model/{name}/weight": shape for name, shape in shapes.items()}
 
@@ -95,7 +96,7 @@ def require(found: Mapping[str, Shape], expected: Mapping[str, Shape]) -> None:
 def fold(names: list[str]) -> str:
     """Join names, those that differ only in the layer written once: `layers.{0-3,5}.mlp.up_proj.weight`."""
     groups: dict[str, list[int]] = {}
-    for name in names:
+    for name in (name if name.isprintable() else ascii(name) for name in names):
         layer = re.search(r"(?<=layers[._])\d+", name)
         pattern = name[: layer.start()] + "{}" + name[layer.end() :] if layer else name
         groups.setdefault(pattern, []).extend([int(layer.group())] if layer else [])

@@ -116,6 +116,7 @@ class Gemma(nn.Module):
         self.embed_tokens = Embedder(cfg.vocab_size, cfg.width)
         self.layers = [DecoderLayer(cfg) for _ in range(cfg.num_layers)]
         self.norm = RMSNorm(cfg.rms_norm_eps)
+        self.lm_head = None if cfg.tied else Linear(cfg.vocab_size, dtype=jnp.float32)
 
     def embed(self, tokens: jax.Array) -> jax.Array:
         """Ids [B, T] to scaled embeddings [B, T, D]."""
@@ -182,7 +183,7 @@ class Gemma(nn.Module):
 
     def logits(self, hidden: jax.Array) -> jax.Array:
         """Hidden states [..., D] to float32 logits [..., V]; NaN for an infinite one, which a cap would hide."""
-        logits = self.embed_tokens.decode(hidden)
+        logits = self.embed_tokens.decode(hidden) if self.config.tied else self.lm_head(hidden)
         capped = ops.soft_cap(logits, self.config.final_softcap)
         return ops.materialize(jnp.where(jnp.isfinite(logits), capped, jnp.nan))
 

@@ -94,7 +94,7 @@ class RMSNorm(nn.Module):
 
 
 class Embedder(nn.Module):
-    """Token table [V, D], tied: `encode` looks rows up, `decode` scores hidden states against all rows."""
+    """Token table [V, D]: `encode` looks rows up, `decode` scores hidden states against all rows (a tied head)."""
 
     vocab_size: int
     width: int

@@ -47,7 +47,7 @@ def main() -> int:
     args = parser.parse_args()
     checkpoints = importlib.import_module("paligemma_jax.checkpoints")  # above ops, which never imports it
     try:
-        contents = checkpoints.scan(checkpoints.resolve(args.checkpoint))
+        contents = checkpoints.scan(checkpoints.locate(args.checkpoint))
         params = checkpoints.abstract(contents, args.dtype, args.quantization)
     except UserError as error:
         print(error, file=sys.stderr)

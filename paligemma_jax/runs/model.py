@@ -35,6 +35,7 @@ def load(config: ConfigDict, warm_up: Sequence[pj.Request] = (), batch_size: int
         mask_vae=config.mask_vae or None,
         batch_size=batch_size * config.num_beams,
         warm_up=warm_up,
+        adapter=config.adapter or None,
     )
     if resample != "auto":
         settings = dataclasses.replace(model.processor.image_settings, resample=resample)

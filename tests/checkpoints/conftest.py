@@ -1,5 +1,6 @@
 """Tiny geometries and checkpoints, written with the safetensors package and names spelled out by hand."""
 
+import itertools
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -169,6 +170,33 @@ def checkpoint(tmp_path: Path, config: PaliGemmaConfig, tensors: Callable) -> Ca
         return directory
 
     return build
+
+
+@pytest.fixture
+def understood(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The converter's --verify finds a tokenizer that fits; these geometries are too small for any."""
+    monkeypatch.setattr("convert.verify.read_tokenizer", lambda source: None)
+
+
+@pytest.fixture
+def adapter(tmp_path) -> Callable[..., Path]:
+    """adapter(tensors, **fields): a directory of PEFT's over that of `checkpoint`; by default of all three queries."""
+
+    def write(tensors: dict[str, np.ndarray] | None = None, prefix: str = "base_model.model.", **fields) -> Path:
+        if tensors is None:
+            module, rng = "model.language_model.layers.{i}.self_attn.q_proj.lora_", np.random.default_rng(0)
+            for i, (part, shape) in itertools.product(range(3), (("A", (2, 20)), ("B", (24, 2)))):
+                name = f"{module.format(i=i)}{part}.weight"
+                tensors = (tensors or {}) | {name: rng.standard_normal(shape).astype(np.float32)}
+        directory = tmp_path / "adapter"
+        directory.mkdir(exist_ok=True)
+        save_file({prefix + name: value for name, value in tensors.items()}, directory / "adapter_model.safetensors")
+        stated = {"peft_type": "LORA", "r": 2, "lora_alpha": 6, "target_modules": ["q_proj"], "bias": "none"}
+        stated |= {"base_model_name_or_path": str(tmp_path / "checkpoint"), "inference_mode": True} | fields
+        (directory / "adapter_config.json").write_text(json.dumps(stated))
+        return directory
+
+    return write
 
 
 def _assert_same(found: dict[str, Any], expected: dict[str, Any]) -> None:

@@ -160,6 +160,80 @@ def test_flipped_byte_is_noticed(npz, config):
         checkpoints.load(npz, config=config)
 
 
+@pytest.mark.parametrize("prefix", ["params/", "opt/target/"])
+def test_what_lies_beside_the_parameters_is_not_read(npz, config, params, assert_same, prefix, capsys):
+    """The state of an optimizer and of a chronometer, whose names may be those of parameters, and of any dtype."""
+
+    def train(arrays):
+        for key in list(arrays):
+            arrays[key.replace("params/", prefix)] = arrays.pop(key)
+            arrays[f"opt/1/0/mu/{key.removeprefix('params/')}"] = np.zeros(2)
+        arrays |= {
+            "chrono/accum_train_time": np.float64(3),
+            "chrono/note": np.array("text"),
+            "opt/state": np.zeros(1, "i4"),
+        }
+
+    rewrite(npz, train)
+    assert_same(checkpoints.load(npz, dtype=None, config=config)[1], params)
+    assert not capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "unused",
+    [
+        {"t": np.float32(2.3), "b": np.float32(-10)},
+        {"img/MAPHead_0/probe": np.zeros((1, 1, 24), np.float32), "img/MAPHead_0/LayerNorm_0/scale": np.ones(24)},
+        {"MAPHead_0/probe": np.zeros(3, np.float32), "t": np.zeros(1), "b": np.zeros(1)},
+    ],
+)
+def test_what_siglip_has_and_the_model_does_not_use_is_noted(npz, config, params, assert_same, unused, capsys):
+    rewrite(npz, lambda arrays: arrays.update({f"params/{key}": value for key, value in unused.items()}))
+    assert_same(checkpoints.load(npz, dtype=None, config=config)[1], params)
+    [note] = capsys.readouterr().err.splitlines()
+    assert note == f"note: {npz} holds what the model does not use: {', '.join(unused)}"
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        np.asfortranarray,
+        lambda array: array.astype(">f4"),
+        lambda array: array.astype("<f8"),
+        lambda array: np.asfortranarray(array.astype(">f8")),
+    ],
+    ids=["fortran", "big endian", "float64", "all"],
+)
+@pytest.mark.parametrize("dtype", [None, "float32", "bfloat16"])
+def test_other_layouts_in_memory_are_the_same_numbers(npz, config, params, assert_same, change, dtype):
+    def alter(arrays):
+        for key in arrays:
+            arrays[key] = change(arrays[key])
+
+    rewrite(npz, alter)
+    with np.load(npz, allow_pickle=False) as file:
+        kernel = file["params/llm/layers/attn/q_einsum/w"]
+    altered = not kernel.flags.c_contiguous or kernel.dtype != np.dtype(np.float32)
+    assert altered
+    expected = jax.tree.map(lambda a: a.astype(dtype or "float32"), params)
+    assert_same(checkpoints.load(npz, dtype=dtype, config=config)[1], expected)
+
+
+def test_bfloat16_in_fortran_order_is_read(tmp_path, config, params, assert_same):
+    path = tmp_path / "model.npz"
+    big_vision.save(path, config, params, "bfloat16")
+    with np.load(path, allow_pickle=False) as file:
+        arrays = {key: np.asfortranarray(file[key]) for key in file.files}
+    np.savez(path, **arrays)
+    expected = jax.tree.map(lambda a: a.astype(ml_dtypes.bfloat16), params)
+    assert_same(checkpoints.load(path, dtype=None, config=config)[1], expected)
+
+
+def test_float64_is_called_so_by_verify(npz, config):
+    rewrite(npz, lambda arrays: arrays.update({key: array.astype(np.float64) for key, array in arrays.items()}))
+    assert set(big_vision.scan(npz, config).dtypes) == {"float64"}
+
+
 def test_pickled_and_integer_arrays_are_refused(npz, config):
     rewrite(npz, lambda arrays: arrays.update({"params/llm/final_norm/scale": np.zeros(20, np.int32)}))
     with pytest.raises(CheckpointError, match="llm/final_norm/scale is int32"):

@@ -88,6 +88,7 @@ def geometries(draw: st.DrawFn) -> PaliGemmaConfig:
         query_scalar=float(head_dim),
         rope_theta=draw(st.sampled_from((10000.0, 500.0))),
         max_positions=draw(st.integers(1, 9000)),
+        tied=draw(st.booleans()),
     )
     if version == 2:
         softcap = st.none() | st.floats(0.5, 100)
@@ -158,6 +159,20 @@ def test_any_pad_id_is_kept_and_changes_nothing(paligemma_1, pad):
     assert to_json(config)["pad_token_id"] == (pad if isinstance(pad, int) else 0)
 
 
+@pytest.mark.parametrize(
+    "top, text, tied", [(None, None, True), (True, False, True), (False, True, False), (False, None, False)]
+)
+def test_whether_the_head_is_tied_is_said_at_the_top(paligemma_1, top, text, tied):
+    paligemma_1 |= {} if top is None else {"tie_word_embeddings": top}
+    paligemma_1["text_config"] |= {} if text is None else {"tie_word_embeddings": text}
+    assert from_json(paligemma_1).text.tied is tied
+
+
+def test_the_placeholder_has_two_names(paligemma_1):
+    paligemma_1["image_token_id"] = paligemma_1.pop("image_token_index")
+    assert from_json(paligemma_1) == VARIANTS["paligemma-3b-224"]
+
+
 def test_layers_that_are_all_global_have_no_window(paligemma_2):
     paligemma_2["text_config"]["layer_types"] = ["full_attention"] * 26
     assert from_json(paligemma_2).text.sliding_window is None
@@ -179,7 +194,8 @@ BAD = (
     ("vision_config", [1]),
     ("quantization_config", {"load_in_4bit": True}),
     ("quantization_config", {"quant_method": "paligemma_jax", "bits": 3}),
-    ("tie_word_embeddings", False),
+    ("tie_word_embeddings", "no"),
+    ("text_config.tie_word_embeddings", 0),
     ("image_token_index", -1),
     ("image_token_index", "image"),
     ("image_token_index", 256000),

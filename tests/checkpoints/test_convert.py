@@ -60,7 +60,7 @@ def test_format_and_kind_of_destination_must_agree(tmp_path, checkpoint, capsys)
     assert "is a directory" in refused(capsys, checkpoint(), tmp_path, "--format", "big_vision", "--overwrite")
 
 
-def test_verify_tells_what_is_there(tmp_path, checkpoint, config, capsys):
+def test_verify_tells_what_is_there(tmp_path, checkpoint, config, capsys, understood):
     source = checkpoint("B", "bfloat16", 2)
     assert main(["--verify", str(source)]) == 0
     report = dict(line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines())
@@ -75,7 +75,7 @@ def test_verify_tells_what_is_there(tmp_path, checkpoint, config, capsys):
     assert "big_vision .npz" in capsys.readouterr().out
 
 
-def test_problems_are_one_line_each_and_exit_1(tmp_path, checkpoint, capsys):
+def test_problems_are_one_line_each_and_exit_1(tmp_path, checkpoint, capsys, understood):
     assert "no-such-directory does not exist" in refused(capsys, "--verify", "no-such-directory")
     source = checkpoint()
     config = json.loads((source / "config.json").read_text())
@@ -105,7 +105,7 @@ def test_help_is_no_error(capsys):
 
 
 @pytest.mark.parametrize("name", ["int8", "int4"])
-def test_quantizes_and_says_so(checkpoint, tmp_path, capsys, name):
+def test_quantizes_and_says_so(checkpoint, tmp_path, capsys, name, understood):
     assert main([str(checkpoint()), str(tmp_path / "few"), "--quantize", name]) == 0
     assert main(["--verify", str(tmp_path / "few")]) == 0
     assert f"{name} (" in capsys.readouterr().out

@@ -56,6 +56,42 @@ def test_dtype_is_that_of_every_array(source, tmp_path, params, kind, destinatio
         assert stated["torch_dtype"] == (dtype or stored)
 
 
+@pytest.mark.parametrize("rows", ["-1", "0", "89", "97", "257152"])
+def test_rows_below_the_tokens_and_beyond_the_table_are_refused(source, tmp_path, capsys, rows):
+    """Before anything is read."""
+    file, *options = source("directory")
+    assert main([file, str(tmp_path / "out"), *options, "--rows", rows]) == 1
+    error = capsys.readouterr().err
+    expected = f"error: --rows {rows} is impossible: the tokenizer has 90 ids, and the table 96 rows\n"
+    assert error == expected and not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("destination", ["a/b/c", "a/b/c.npz"])
+def test_folders_are_made(source, tmp_path, destination):
+    file, *options = source("directory")
+    assert main([file, str(tmp_path / destination), *options]) == 0
+    assert (tmp_path / destination).exists()
+
+
+@pytest.mark.parametrize("kind", ["directory", "npz"])
+@pytest.mark.parametrize("destination", ["out/there", "out/there.npz"])
+def test_what_lies_beside_the_weights_comes_along(source, tmp_path, kind, destination):
+    """Tokenizer, processor, generation settings and mask VQ-VAE; those beside an .npz already are not touched."""
+    file, *options = source(kind)
+    beside = tmp_path / "checkpoint" if kind == "directory" else tmp_path
+    names = ("tokenizer.model", "tokenizer_config.json", "preprocessor_config.json", "vae-oid.npz")
+    for name in (*names, "README.md"):
+        (beside / name).write_bytes(name.encode())
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "vae-oid.npz").write_bytes(b"of another model")
+    assert main([file, str(tmp_path / destination), *options]) == 0
+    folder = tmp_path / "out" if destination.endswith(".npz") else tmp_path / destination
+    found = {name: (folder / name).read_bytes() for name in names}
+    kept = {"vae-oid.npz": b"of another model"} if destination.endswith(".npz") else {}
+    assert found == {name: name.encode() for name in names} | kept
+    assert not (folder / "README.md").exists()
+
+
 @pytest.mark.parametrize("kind", ["directory", "npz"])
 @pytest.mark.parametrize("destination", ["out", "out.npz"])
 def test_rows_are_those_kept(source, tmp_path, params, kind, destination):
@@ -115,7 +151,7 @@ def test_overwrite_replaces_and_debug_shows_the_error(source, tmp_path):
     assert {array.dtype.name for array in arrays_in(tmp_path / "out").values()} == {"float16"}
 
 
-def test_verify_counts_bytes_tensors_and_rows(source, capsys, tmp_path, config):
+def test_verify_counts_bytes_tensors_and_rows(source, capsys, tmp_path, config, understood):
     [file] = source("directory")
     assert main(["--verify", file]) == 0
     report = dict(line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines())

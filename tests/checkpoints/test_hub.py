@@ -17,8 +17,8 @@ def answer(monkeypatch):
     def install(value):
         calls = []
 
-        def download(hub_id, allow_patterns):
-            calls.append((hub_id, tuple(allow_patterns)))
+        def download(hub_id, revision, allow_patterns):
+            calls.append((hub_id, revision, tuple(allow_patterns)))
             if isinstance(value, BaseException):
                 raise value
             return value
@@ -56,10 +56,36 @@ def test_existing_paths_are_taken_as_they_are(tmp_path, answer, monkeypatch):
 def test_hub_id_is_fetched_without_what_is_not_needed(tmp_path, answer):
     calls = answer(str(tmp_path))
     assert hub.resolve("google/paligemma-3b-pt-224") == tmp_path
-    assert calls == [("google/paligemma-3b-pt-224", ("*.safetensors", "*.json", "tokenizer.model", "vae-oid.npz"))]
+    patterns = ("*.safetensors", "*.json", "tokenizer.model", "vae-oid.npz")
+    assert calls == [("google/paligemma-3b-pt-224", None, patterns)]
 
 
-@pytest.mark.parametrize("name", ("/no/such", "./no/such", "../no", "such", "a/b/c", "no/such/", "org/na me", ""))
+@pytest.mark.parametrize("revision", ["bfloat16", "refs/pr/3", "a1b2c3d4", "v1.0"])
+def test_a_revision_follows_an_at_sign(tmp_path, answer, revision):
+    calls = answer(str(tmp_path))
+    assert hub.resolve(f"google/paligemma-3b-pt-224@{revision}") == tmp_path
+    assert [call[:2] for call in calls] == [("google/paligemma-3b-pt-224", revision)]
+
+
+def test_a_revision_that_is_not_there_is_named(answer):
+    answer(hub_error("RevisionNotFoundError"))
+    assert "org/name has no revision float8: leave @float8 out" in refused("org/name@float8")
+
+
+def test_a_directory_with_an_at_sign_in_its_name_wins(tmp_path, answer, monkeypatch):
+    calls = answer("elsewhere")
+    monkeypatch.chdir(tmp_path)
+    for name in ("org/name@bfloat16", "run@3"):
+        (tmp_path / name).mkdir(parents=True)
+        assert hub.resolve(name).is_dir()
+    assert "though org/ does" in refused("org/other@main")
+    assert calls == []
+
+
+@pytest.mark.parametrize(
+    "name",
+    ("/no/such", "./no/such", "../no", "such", "a/b/c", "no/such/", "org/na me", "org/name@", "a@b", "org@1/name", ""),
+)
 def test_other_names_never_reach_the_hub(answer, name, monkeypatch, tmp_path):
     calls = answer("elsewhere")
     monkeypatch.chdir(tmp_path)

@@ -25,6 +25,7 @@ COMMON = {
 }
 BASE = COMMON | {
     "quantization": _LOADED,
+    "adapter": _LOADED,
     "resample": f"{_GENERATE}::test_resampling_can_be_chosen",
     "mask_vae": f"{_HERE}::test_masks_are_those_of_the_named_decoder",
     "image": f"{_HERE}::test_the_prompt_and_the_image_are_those_asked_about",

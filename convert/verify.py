@@ -1,0 +1,95 @@
+"""What `pj.load` would say of a checkpoint, all of it at once, and what the checkpoint holds."""
+
+import zipfile
+import zlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from paligemma_jax.checkpoints import Contents, Source, adapters, big_vision, huggingface, parameter_count, scan
+from paligemma_jax.checkpoints.mask_vae import load_mask_vae
+from paligemma_jax.config import PaliGemmaConfig, variant_name
+from paligemma_jax.errors import CheckpointError, UserError
+from paligemma_jax.loading import find_mask_vae, read_image_settings, read_tokenizer
+
+
+class Verification(NamedTuple):
+    """What was found: the contents, unless the weights are at fault, and lines for the user."""
+
+    contents: Contents | None
+    problems: list[str]  # for each of which loading fails
+    notes: list[str]
+
+
+def verification(source: Source, config: PaliGemmaConfig | None = None) -> Verification:
+    """Try what loading does, reading no weights but those of an .npz, which has checksums.
+
+    Args:
+      source: from `locate`.
+      config: as for `scan`.
+    """
+    problems: list[str] = []
+    notes: list[str] = []
+
+    def attempt(function: Callable[..., Any], *arguments: Any, failures: list[str] = problems) -> Any:
+        try:
+            return function(*arguments)
+        except (UserError, OSError) as error:
+            failures.append(str(error))
+            return None
+
+    contents = attempt(scan, source, config)
+    if contents is not None:
+        notes += contents.notes
+        config = contents.config
+    elif source.base.is_dir():  # what is wrong with the config was said already
+        config = attempt(huggingface.read_config, source.base, failures=[])
+    if contents is not None and source.base.is_file():
+        attempt(_check_sums, source.base)
+    tokenizer = attempt(read_tokenizer, source)
+    if config is not None:
+        if tokenizer is not None:
+            attempt(tokenizer.check, config)
+        attempt(read_image_settings, source, config)
+    masks = attempt(find_mask_vae, source)
+    if masks is not None:  # it is read when a mask is asked for
+        attempt(load_mask_vae, masks, failures=notes)
+    return Verification(contents, problems, notes)
+
+
+def _check_sums(path: Path) -> None:
+    try:
+        with zipfile.ZipFile(path) as archive:
+            bad = archive.testzip()
+    except (zipfile.BadZipFile, zlib.error, EOFError) as error:
+        raise CheckpointError(f"{path} is damaged or truncated ({error})") from None
+    if bad:
+        raise CheckpointError(f"{path} is damaged or truncated ({bad})")
+
+
+def describe(contents: Contents) -> dict[str, str]:
+    """What a checkpoint holds, by what to call it."""
+    config, paths = contents.config, contents.weight_files
+    vision, text = config.vision, config.text
+    window = f", window {text.sliding_window}" if text.sliding_window else ""
+    softcaps = f", softcaps {text.attn_softcap} / {text.final_softcap}" if config.version == 2 else ""
+    head = "" if text.tied else ", a head of its own"
+    return {
+        "format": _format(contents),
+        "variant": variant_name(config) or f"custom PaliGemma {config.version}",
+        "parameters": f"{parameter_count(config):,}",
+        "dtype": ", ".join(f"{dtype} ({count} tensors)" for dtype, count in contents.dtypes.items()),
+        "bytes": f"{sum(path.stat().st_size for path in paths):,}",
+        "vision": f"{vision.image_size} px, {vision.num_tokens} tokens, {vision.num_layers} layers of {vision.width}",
+        "text": f"{text.num_layers} layers of {text.width}, {text.num_heads} / {text.num_kv_heads} heads of "
+        f"{text.head_dim}, {text.vocab_size} rows{head}{softcaps}{window}",
+    }
+
+
+def _format(contents: Contents) -> str:
+    if isinstance(contents, adapters.Contents):
+        return f"{_format(contents.base)}, and an adapter of {len(contents.changes)} parameters"
+    if isinstance(contents, big_vision.Contents):
+        return "big_vision .npz"
+    count = len(contents.weight_files)
+    return f"Hugging Face, layout {contents.layout}, {count} file{'s' if count > 1 else ''}"
