@@ -56,9 +56,9 @@ def load(
     """
     start = time.perf_counter()
     source = checkpoints.locate(path, adapter)
-    tokenizer = read_tokenizer(source)
-    contents = checkpoints.scan(source)  # all small files are looked at before the long part
+    contents = checkpoints.scan(source)  # first: weights of another format have no tokenizer beside them either
     config = contents.config
+    tokenizer = read_tokenizer(source)
     tokenizer.check(config)
     processor = Processor(config, tokenizer, read_image_settings(source, config))
     masks = find_mask_vae(source, mask_vae)
