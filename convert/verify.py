@@ -6,11 +6,25 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from paligemma_jax.checkpoints import Contents, Source, adapters, big_vision, huggingface, parameter_count, scan
+import numpy as np
+
+from paligemma_jax.checkpoints import (
+    Contents,
+    Source,
+    adapters,
+    big_vision,
+    huggingface,
+    parameter_count,
+    scan,
+    shapes,
+    tensor_files,
+)
 from paligemma_jax.checkpoints.mask_vae import load_mask_vae
 from paligemma_jax.config import PaliGemmaConfig, variant_name
 from paligemma_jax.errors import CheckpointError, UserError
 from paligemma_jax.loading import find_mask_vae, read_image_settings, read_tokenizer
+
+_SMALL = 1 << 16  # bytes of a tensor that is looked into
 
 
 class Verification(NamedTuple):
@@ -46,6 +60,8 @@ def verification(source: Source, config: PaliGemmaConfig | None = None) -> Verif
         config = attempt(huggingface.read_config, source.base, failures=[])
     if contents is not None and source.base.is_file():
         attempt(_check_sums, source.base)
+    if odd := _not_finite(contents):
+        notes.append(f"NaN or infinity in {shapes.fold(odd)}: answers will mean nothing")
     tokenizer = attempt(read_tokenizer, source)
     if config is not None:
         if tokenizer is not None:
@@ -55,6 +71,13 @@ def verification(source: Source, config: PaliGemmaConfig | None = None) -> Verif
     if masks is not None:  # it is read when a mask is asked for
         attempt(load_mask_vae, masks, failures=notes)
     return Verification(contents, problems, notes)
+
+
+def _not_finite(contents: Contents | None) -> list[str]:
+    """Names of the small tensors, norms and biases, that hold no finite numbers; what spoils one spoils most."""
+    tensors = contents.tensors.values() if isinstance(contents, huggingface.Contents) else ()
+    small = [t for t in tensors if isinstance(t, tensor_files.Tensor) and t.nbytes <= _SMALL]
+    return [t.name for t in small if not np.isfinite(tensor_files.read(t, np.dtype(np.float32))).all()]
 
 
 def _check_sums(path: Path) -> None:

@@ -34,6 +34,12 @@ def _without_middle(text: str, most: int) -> str:
     return f"{text[: most - 3 - end]}...{text[-end:]}"
 
 
+def printable(name: object) -> str:
+    """A name out of a file, to be part of a message of ours: escaped where it would break the line."""
+    text = str(name)
+    return text if text.isprintable() else ascii(text)
+
+
 class UserError(Exception):
     """Base of all errors that a user can mend; the message names the thing at fault and the remedy."""
 

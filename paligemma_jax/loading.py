@@ -57,8 +57,8 @@ def load(
     """
     start = time.perf_counter()
     source = checkpoints.locate(path, adapter)
+    contents = checkpoints.scan(source)  # first: weights of another format have no tokenizer beside them either
     tokenizer = read_tokenizer(source)
-    contents = checkpoints.scan(source)  # all small files are looked at before the long part
     tokenizer.check(contents.config)
     config = dataclasses.replace(contents.config, added_ids=tokenizer.added_ids(contents.config))
     processor = Processor(config, tokenizer, read_image_settings(source, config))

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from paligemma_jax import files
-from paligemma_jax.errors import ConfigError
+from paligemma_jax.errors import ConfigError, printable
 
 NAME = "adapter_config.json"
 _MERGE = "merge it in PEFT (merge_and_unload, then save_pretrained) and give the result"
@@ -78,7 +78,7 @@ def read_config(directory: Path) -> AdapterConfig:
     check(value.get("peft_type") == "LORA", "peft_type", f"'LORA': {_MERGE}")
     for name, setting in value.items():
         if name not in _HONOURED | _IMMATERIAL and setting and name != "megatron_config":
-            raise ConfigError(f"{path}: {name} is {setting!r:.80}, which is not supported: {_MERGE}")
+            raise ConfigError(f"{path}: {printable(name)} is {setting!r:.80}, which is not supported: {_MERGE}")
     init = value.get("init_lora_weights", True)
     check(
         any(init is known or (isinstance(init, str) and init == known) for known in _INITS),

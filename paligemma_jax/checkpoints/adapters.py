@@ -157,8 +157,7 @@ def scan(directory: Path, base: Base) -> Contents:
     problems += _lacking(changes, config, base.config)
     if not parts and not unknown:
         problems.append("it holds no tensors")
-    if problems:
-        raise CheckpointError(f"{directory} is no adapter of {_name(base)}: {'; '.join(problems)}")
+    _require_none(problems, directory, base)
     return _fit(directory, base, changes, config)
 
 
@@ -170,8 +169,11 @@ def _short(problems: list[str]) -> list[str]:
     return [text] if problems else []
 
 
-def _name(base: Base) -> Path:
-    return base.directory if isinstance(base, huggingface.Contents) else base.path
+def _require_none(problems: list[str], directory: Path, base: Base) -> None:
+    if problems:
+        name = base.directory if isinstance(base, huggingface.Contents) else base.path
+        remedy = "give the base that it was trained on, or merge it in PEFT"
+        raise CheckpointError(f"{directory} is no adapter of {name} that can be read: {'; '.join(problems)}: {remedy}")
 
 
 def _sort(
@@ -265,8 +267,7 @@ def _fit(directory: Path, base: Base, changes: dict[str, Change], config: Adapte
     problems += _short(
         [text for path in changes if path in expected for text in _misfits(changes[path], expected[path])]
     )
-    if problems:
-        raise CheckpointError(f"{directory} is no adapter of {_name(base)}: {'; '.join(problems)}")
+    _require_none(problems, directory, base)
     return Contents(base, directory, fitted, changes)
 
 

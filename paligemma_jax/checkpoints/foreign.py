@@ -104,12 +104,13 @@ def checked_config(value: dict[str, Any], path: Path) -> dict[str, Any]:
     kind = value.get("model_type")
     if isinstance(kind, str) and kind in _FAMILIES:
         raise CheckpointError(f"{path.parent} is {_FAMILIES[kind]}, not PaliGemma: give a PaliGemma checkpoint")
-    stated = value.get("quantization_config")
-    if isinstance(stated, dict) and stated.get("quant_method") != "paligemma_jax":
-        method = str(stated.get("quant_method", ""))
-        bits = any(key in stated for key in ("load_in_4bit", "load_in_8bit"))
-        name = _QUANTIZERS.get(method, "bitsandbytes" if bits else method or "another program")
-        raise CheckpointError(f"{path}: quantization_config says that {name} quantized the weights: {_ORIGINAL}")
+    for section in (value, value.get("text_config"), value.get("vision_config")):
+        stated = section.get("quantization_config") if isinstance(section, dict) else None
+        if isinstance(stated, dict) and stated.get("quant_method") != "paligemma_jax":
+            method = str(stated.get("quant_method", ""))
+            bits = any(key in stated for key in ("load_in_4bit", "load_in_8bit"))
+            name = _QUANTIZERS.get(method, "bitsandbytes" if bits else method or "another program")
+            raise CheckpointError(f"{path}: quantization_config says that {name} quantized the weights: {_ORIGINAL}")
     if isinstance(value.get("quantization"), dict):
         raise CheckpointError(f"{path}: quantization says that MLX quantized the weights: {_ORIGINAL}")
     return value

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from paligemma_jax.checkpoints import adapter_config
-from paligemma_jax.errors import CheckpointError, one_line
+from paligemma_jax.errors import CheckpointError, one_line, printable
 
 _HUB_ID = re.compile(r"([\w][\w.-]*/[\w][\w.-]*)(?:@([\w][\w./-]*))?")  # a repository, and perhaps a revision of it
 _PATTERNS = ["*.safetensors", "*.json", "tokenizer.model", "vae-oid.npz"]
@@ -62,7 +62,7 @@ def _base_of(adapter: Path) -> Path:
         if not os.path.exists(path):
             continue
         if _is_adapter(path) and not path.samefile(adapter):
-            raise CheckpointError(f"the base of {adapter}, {path}, is an adapter itself: merge it first")
+            raise CheckpointError(f"the base of {adapter}, {printable(path)}, is an adapter itself: merge it first")
         return path
     try:
         return resolve(f"{config.base}@{config.revision}" if config.revision else config.base)
@@ -84,7 +84,9 @@ def resolve(path_or_hub_id: str | Path) -> Path:
     name = str(path_or_hub_id)
     match = _HUB_ID.fullmatch(name)
     if isinstance(path_or_hub_id, Path) or not match:
-        raise CheckpointError(f"{name} does not exist; give a directory, an .npz file or a hub id such as org/name")
+        raise CheckpointError(
+            f"{printable(name)} does not exist; give a directory, an .npz file or a hub id such as org/name"
+        )
     if (folder := Path(match[1]).parent).is_dir():  # a mistyped path rather than an organisation of the same name
         raise CheckpointError(f"{name} does not exist, though {folder}/ does: check the path")
     return _fetch(match[1], match[2])

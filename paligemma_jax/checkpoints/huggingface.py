@@ -25,7 +25,7 @@ from paligemma_jax.checkpoints import companions, config_json, foreign, fusion, 
 from paligemma_jax.checkpoints.arrays import ALIGNMENT, dtype_named
 from paligemma_jax.checkpoints.quantized import QuantizedTensor
 from paligemma_jax.config import PaliGemmaConfig
-from paligemma_jax.errors import CheckpointError
+from paligemma_jax.errors import CheckpointError, printable
 
 SINGLE, INDEX, CONFIG = "model.safetensors", "model.safetensors.index.json", "config.json"
 GENERATION = "generation_config.json"
@@ -210,7 +210,9 @@ def _read_headers(directory: Path) -> dict[str, tensor_files.Tensor]:
     names = sorted(set(weight_map.values()))
     missing = [name for name in names if not os.path.isfile(directory / name)]  # false of impossible names too
     if missing:
-        raise CheckpointError(f"{directory} lacks {len(missing)} of {len(names)} shards: {', '.join(missing)}")
+        raise CheckpointError(
+            f"{directory} lacks {len(missing)} of {len(names)} shards: {', '.join(map(printable, missing))}"
+        )
     shards, damaged = {}, []
     for name in names:
         try:

@@ -9,7 +9,7 @@ import re
 from collections.abc import Mapping
 
 from paligemma_jax.config import PaliGemmaConfig, TextConfig, VisionConfig
-from paligemma_jax.errors import CheckpointError
+from paligemma_jax.errors import CheckpointError, printable
 
 Shape = tuple[int, ...]
 
@@ -96,7 +96,7 @@ def require(found: Mapping[str, Shape], expected: Mapping[str, Shape]) -> None:
 def fold(names: list[str]) -> str:
     """Join names, those that differ only in the layer written once: `layers.{0-3,5}.mlp.up_proj.weight`."""
     groups: dict[str, list[int]] = {}
-    for name in (name if name.isprintable() else ascii(name) for name in names):
+    for name in map(printable, names):
         layer = re.search(r"(?<=layers[._])\d+", name)
         pattern = name[: layer.start()] + "{}" + name[layer.end() :] if layer else name
         groups.setdefault(pattern, []).extend([int(layer.group())] if layer else [])

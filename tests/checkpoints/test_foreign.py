@@ -1,6 +1,7 @@
 """Weights of other tools, recognized by name, with what to do instead."""
 
 import json
+import re
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -8,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+import paligemma_jax as pj
 from convert.__main__ import main as convert
 from paligemma_jax import checkpoints
 from paligemma_jax.errors import CheckpointError, ConfigError
@@ -51,6 +53,8 @@ def test_files_are_recognized_alone_and_in_a_directory(tmp_path, name, data, sai
     assert convert(["--verify", str(tmp_path / name)]) == 1
     lines = capsys.readouterr().err.splitlines()
     assert said in lines[0] and all(line.startswith("error: ") for line in lines)
+    with pytest.raises(CheckpointError, match=re.escape(said)):  # and not that a tokenizer is missing
+        pj.load(tmp_path / name)
     if name not in ("renamed.npz", "weights"):  # what it is, its contents say alone
         assert said.partition(",")[0] in refusal(tmp_path)
 
@@ -94,6 +98,7 @@ def test_what_trainers_leave_beside_weights_is_not_taken_for_them(tmp_path):
         ({"quantization_config": {"quant_method": "gptq", "bits": 4}}, "says that GPTQ quantized"),
         ({"quantization_config": {"quant_method": "compressed-tensors"}}, "llm-compressor"),
         ({"quantization_config": {"quant_method": "brand-new"}}, "says that brand-new quantized"),
+        ({"text_config": {"quantization_config": {"quant_method": "gptq"}}}, "says that GPTQ quantized"),
         ({"quantization": {"group_size": 64, "bits": 4}}, "says that MLX quantized"),
         ({"model_type": "colpali"}, "is ColPali, a retriever"),
         ({"model_type": "gemma3"}, "is Gemma 3, not PaliGemma"),

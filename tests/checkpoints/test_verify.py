@@ -157,6 +157,12 @@ def test_a_damaged_mask_decoder_is_a_note(model, verify):
     assert line.startswith("note: ") and "vae-oid.npz is not a readable .npz file" in line
 
 
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_numbers_that_are_none_are_a_note(model, verify, value):
+    tensors(model / WEIGHTS, lambda t: t.update({NORM: np.full(32, value, np.float32)}))
+    assert verify(model)[::2] == (0, [f"note: NaN or infinity in {NORM}: answers will mean nothing"])
+
+
 def test_a_mask_decoder_that_the_environment_names_must_be_there(model, verify, monkeypatch):
     monkeypatch.setenv("PALIGEMMA_MASK_VAE", "no/such.npz")
     assert verify(model) == (1, "", [f"error: {loads(model)}"])
