@@ -26,7 +26,7 @@ from paligemma_jax.checkpoints import (
 )
 from paligemma_jax.config import PaliGemmaConfig, variant_name
 from paligemma_jax.errors import CheckpointError, ConfigError, UserError, error_line
-from paligemma_jax.processing.tokenizer import TOKENIZER_FILES
+from paligemma_jax.processing.tokenizer import TOKENIZER_FILES, Tokenizer
 
 _EXAMPLES = """examples:
   python -m convert paligemma2-3b-mix-224.npz paligemma2-3b-mix-224 --dtype bfloat16
@@ -99,7 +99,7 @@ def convert(options: argparse.Namespace) -> None:
     if to_npz and not contents.config.text.tied:
         raise ConfigError("an .npz has no place for an output head of its own: give a directory as DST")
     if options.rows is not None:  # before the long part
-        _check_rows(contents, options.rows)
+        _check_rows(contents, directories, options.rows)
     # To narrow while reading takes less memory; weights that are merged or quantized are better rounded once.
     narrow = "float32" in contents.dtypes or source.adapter is not None
     dtype = options.dtype if narrow and not options.quantize else None
@@ -138,13 +138,15 @@ def _read_config(source: Path, path: Path | None) -> PaliGemmaConfig | None:
     return config_json.from_json(files.read_json(path), str(path))
 
 
-def _check_rows(contents: Contents, rows: int) -> None:
-    """ConfigError unless a table of so many rows has all tokens that are read or said."""
-    config = contents.config
-    if not config.image_token_id <= rows <= config.text.vocab_size:
+def _check_rows(contents: Contents, directories: Sequence[Path], rows: int) -> None:
+    """ConfigError unless a table of so many rows has all tokens that are read or said, added ones too."""
+    config, beside = contents.config, companions.tokenizer_dir(directories)
+    is_there = any((beside / name).is_file() for name in TOKENIZER_FILES)
+    added = Tokenizer.from_dir(beside).added_ids(config) if is_there else ()
+    needed = max(config.image_token_id, 1 + max(config.eos_token_ids), *(end for _, end in added))
+    if not needed <= rows <= config.text.vocab_size:
         raise ConfigError(
-            f"--rows {rows} is impossible: the tokenizer has {config.image_token_id} ids, "
-            f"and the table {config.text.vocab_size} rows"
+            f"--rows {rows} is impossible: the tokenizer has {needed} ids, and the table {config.text.vocab_size} rows"
         )
     if contents.quantization is not None:
         raise ConfigError("--rows is for tables that are not quantized: give it with the original")

@@ -1,6 +1,7 @@
 """The converter's command line."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -111,3 +112,12 @@ def test_quantizes_and_says_so(checkpoint, tmp_path, capsys, name, understood):
     assert f"{name} (" in capsys.readouterr().out
     assert main([str(tmp_path / "few"), str(tmp_path / "few.npz")]) == 1
     assert "holds no quantized weights" in capsys.readouterr().err
+
+
+def test_rows_of_added_tokens_stay(small_checkpoints, write_tokenizer_json, tmp_path, capsys):
+    source, out = tmp_path / "source", tmp_path / "out"
+    shutil.copytree(small_checkpoints["gemma2"], source)
+    write_tokenizer_json(source, ["<s_menu>"])  # whose id is the next after the image token's
+    image = json.loads((source / "config.json").read_text())["image_token_index"]
+    assert f"the tokenizer has {image + 2} ids" in refused(capsys, source, out, "--rows", str(image + 1))
+    assert main([str(source), str(out), "--rows", str(image + 2)]) == 0
