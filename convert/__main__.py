@@ -3,7 +3,7 @@
 import argparse
 import dataclasses
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -15,6 +15,7 @@ from paligemma_jax import files, ops
 from paligemma_jax.checkpoints import (
     Contents,
     Source,
+    abstract,
     big_vision,
     companions,
     config_json,
@@ -103,7 +104,8 @@ def convert(options: argparse.Namespace) -> None:
     # To narrow while reading takes less memory; weights that are merged or quantized are better rounded once.
     narrow = "float32" in contents.dtypes or source.adapter is not None
     dtype = options.dtype if narrow and not options.quantize else None
-    config, params = load(contents, dtype, quantization=options.quantize, place=_on_host)
+    place = _place(contents, options.quantize) if options.quantize else _on_host
+    config, params = load(contents, dtype, quantization=options.quantize, place=place)
     if options.rows is not None:
         config, params = _keep_rows(config, params, options.rows)
     if to_npz:
@@ -119,6 +121,17 @@ def convert(options: argparse.Namespace) -> None:
 
 def _on_host(path: str, leaf: Any) -> Any:
     return jax.tree.map(np.asarray, leaf)
+
+
+def _place(contents: Contents, quantization: str) -> Callable[[str, Any], Any]:
+    """Weights as this machine multiplies them, so that it will map the files that are written and copy nothing."""
+    target = ops.Target.detect()
+    table = ops.tune(abstract(contents, "bfloat16", quantization), target)
+
+    def place(path: str, leaf: Any) -> Any:
+        return _on_host(path, ops.prepare_leaf(path, leaf, target, table) if ops.is_weight(leaf) else leaf)
+
+    return place
 
 
 def _check_destination(destination: Path, to_npz: bool, overwrite: bool) -> None:
