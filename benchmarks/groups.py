@@ -12,12 +12,17 @@ from paligemma_jax.tasks.prompts import read_prompt
 
 
 def make_group(
-    model: pj.PaliGemma, images: Sequence[Any], prompts: Sequence[str], options: pj.GenerateOptions
+    model: pj.PaliGemma,
+    images: Sequence[Any],
+    prompts: Sequence[str],
+    options: pj.GenerateOptions,
+    soft_tokens: jax.Array | None = None,
 ) -> tuple[Call, Group]:
-    """A call of the API, and the rows of one batch with their images embedded."""
+    """A call of the API, and the rows of one batch with their images embedded, unless their soft tokens are given."""
     call = Call(model.runner, model.params)
     batch = model.processor(list(images), list(prompts))
-    soft_tokens = embed_images(call, model.config, batch.pixels)
+    if soft_tokens is None:
+        soft_tokens = embed_images(call, model.config, batch.pixels)
     parsed, tokenizer = list(map(read_prompt, prompts)), model.processor.tokenizer
     generation = Generation(model.config, tokenizer, parsed, [options] * len(parsed), batch, soft_tokens)
     [group] = generation.groups(model.runner, model.params, len(parsed))

@@ -84,9 +84,10 @@ class _Engine:
         from benchmarks.groups import make_group
         from paligemma_jax import ops
 
-        size = model.config.vision.image_size
-        images = [_blank(size)] * rows
-        _, group = make_group(model, images, [_PROMPT] * rows, self._pj.GenerateOptions(32))
+        vision, width = model.config.vision, model.config.text.width
+        images = [_blank(vision.image_size)] * rows
+        soft_tokens = jnp.zeros((1, vision.num_tokens, width), jnp.bfloat16)  # the image encoder stays on disk
+        _, group = make_group(model, images, [_PROMPT] * rows, self._pj.GenerateOptions(32), soft_tokens)
         strategy = group.strategy
         arguments = model.params, group.inputs, group.options
         shapes = jax.eval_shape(lambda *args: strategy.prefill(*args, **strategy.prefill_static), *arguments)
