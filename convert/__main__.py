@@ -111,6 +111,7 @@ def convert(options: argparse.Namespace) -> None:
     if to_npz:
         big_vision.save(destination, config, params, options.dtype)
         companions.copy(directories, destination.parent, replace=False)
+        companions.write_eos(destination.parent, config)
     else:
         huggingface.save(destination, config, params, options.dtype, processor_from=directories)
     print(f"wrote {destination}: {variant_name(config) or 'custom geometry'}, {parameter_count(config):,} parameters")

@@ -28,7 +28,6 @@ from paligemma_jax.engine.generate import (
 )
 from paligemma_jax.engine.runner import Call, Runner
 from paligemma_jax.errors import CheckpointError, SamplingError
-from paligemma_jax.files import replacing
 from paligemma_jax.models import mask_vae as mask_vae_model
 from paligemma_jax.processing.image import ImageSource, load_image
 from paligemma_jax.processing.processor import Batch, Images, Processor, Prompts, Suffixes, image_groups, per_row
@@ -318,8 +317,7 @@ class PaliGemma:
         directory = Path(directory)
         checkpoints.save(directory, self.config, self.params, processor_from=self._source)
         if not self._source:
-            with replacing(directory / self.processor.tokenizer.file_name) as temporary:
-                temporary.write_bytes(self.processor.tokenizer.to_bytes())
+            self.processor.tokenizer.save(directory)
         self.processor.image_settings.save(directory, self.config.vision.num_tokens)
         if self._mask_vae is not None:
             save_mask_vae(directory / MASK_VAE_NAME, self._mask_vae, np.float32)

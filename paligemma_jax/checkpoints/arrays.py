@@ -28,8 +28,10 @@ def empty_aligned(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
 
 
 def cast_into(target: np.ndarray, source: np.ndarray, name: str) -> None:
-    """Cast `source` into `target`; CheckpointError when float16 cannot hold a value."""
+    """Cast `source` into `target`; CheckpointError when it cannot hold a value that float16 or float64 may ask for."""
     with np.errstate(over="ignore", invalid="ignore"):
         target[...] = source
-    if target.dtype == np.float16 and not np.array_equal(np.isfinite(target), np.isfinite(source)):
-        raise CheckpointError(f"{name} holds values beyond the range of float16: use bfloat16")
+    narrows = target.dtype == np.float16 or source.dtype == np.float64  # the others have nearly the same range
+    if narrows and not np.array_equal(np.isfinite(target), np.isfinite(source)):
+        remedy = "use bfloat16" if target.dtype == np.float16 else "are they damaged?"
+        raise CheckpointError(f"{name} holds values beyond the range of {target.dtype.name}: {remedy}")

@@ -26,7 +26,7 @@ import numpy as np
 from flax.traverse_util import flatten_dict
 
 from paligemma_jax import files, ops
-from paligemma_jax.checkpoints import foreign, fusion, shapes
+from paligemma_jax.checkpoints import companions, foreign, fusion, shapes
 from paligemma_jax.checkpoints.arrays import DTYPES, cast_into, dtype_named, empty_aligned
 from paligemma_jax.config import PaliGemmaConfig, TextConfig, VisionConfig, find_decoder
 from paligemma_jax.errors import CheckpointError, ConfigError
@@ -186,7 +186,7 @@ def scan(path: Path, config: PaliGemmaConfig | None = None) -> Contents:
     members = {key: member for key, member in members.items() if key not in unused}
     notes = (f"{path} holds what the model does not use: {', '.join(unused)}",) if unused else ()
     if config is None:
-        config = _infer_config(path, members)
+        config = companions.with_generation(_infer_config(path, members), path.parent)
     if not config.text.tied:
         raise ConfigError(f"{path}: an .npz has no output head of its own: tie_word_embeddings must be true")
     sizes = _sizes(config)

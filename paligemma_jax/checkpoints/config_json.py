@@ -6,6 +6,7 @@ Source: transformers 5, models/{paligemma,gemma,gemma2,siglip}/configuration_*.p
 """
 
 import dataclasses
+import sys
 from typing import Any
 
 from paligemma_jax import ops
@@ -96,8 +97,8 @@ class _Section:
 
     def positive(self, name: str) -> float:
         value = self.get(name)
-        if type(value) not in (int, float) or not 0 < value < float("inf"):
-            raise self.error(name, f"must be a positive number, not {value!r}")
+        if type(value) not in (int, float) or not 0 < value <= sys.float_info.max:
+            raise self.error(name, f"must be a positive number, not {value!r:.80}")
         return float(value)
 
     def positive_or_none(self, name: str) -> float | None:

@@ -8,6 +8,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from paligemma_jax.checkpoints.companions import MASK_VAE_NAME
 from paligemma_jax.errors import CheckpointError
 
 _ORIGINAL = "give the original checkpoint in safetensors, which --config.quantization=int8 or int4 makes as small"
@@ -71,7 +72,7 @@ def recognize(path: Path) -> str | None:
     if any(path.glob("*.safetensors")) or not path.is_dir():
         return None
     files = sorted((item for item in path.iterdir() if not _NO_WEIGHTS.match(item.name)), key=lambda item: item.name)
-    if arrays := [item.name for item in files if item.suffix == ".npz" and item.name != "vae-oid.npz"]:
+    if arrays := [item.name for item in files if item.suffix == ".npz" and item.name != MASK_VAE_NAME]:
         return f"{path} holds no safetensors: give its file {path / arrays[0]}"
     for name, (pattern, _, remedy) in _FORMATS.items():
         for item in files:

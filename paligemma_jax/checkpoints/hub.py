@@ -6,10 +6,12 @@ from pathlib import Path
 from typing import NamedTuple
 
 from paligemma_jax.checkpoints import adapter_config
+from paligemma_jax.checkpoints.companions import MASK_VAE_NAME
 from paligemma_jax.errors import CheckpointError, one_line, printable
+from paligemma_jax.processing.vocabulary import MODEL_FILE
 
 _HUB_ID = re.compile(r"([\w][\w.-]*/[\w][\w.-]*)(?:@([\w][\w./-]*))?")  # a repository, and perhaps a revision of it
-_PATTERNS = ["*.safetensors", "*.json", "tokenizer.model", "vae-oid.npz"]
+_PATTERNS = ["*.safetensors", "*.json", MODEL_FILE, MASK_VAE_NAME]
 
 
 class Source(NamedTuple):

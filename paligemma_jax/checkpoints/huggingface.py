@@ -28,7 +28,6 @@ from paligemma_jax.config import PaliGemmaConfig
 from paligemma_jax.errors import CheckpointError, printable
 
 SINGLE, INDEX, CONFIG = "model.safetensors", "model.safetensors.index.json", "config.json"
-GENERATION = "generation_config.json"
 
 _EMBED, _HEAD = "language_model.model.embed_tokens.weight", "language_model.lm_head.weight"
 _TO_LAYOUT_A = (  # our path -> key; every rule that matches applies, in this order
@@ -137,9 +136,7 @@ def read_config(directory: Path) -> PaliGemmaConfig:
     """The geometry that config.json states, with what ends an answer by generation_config.json; errors as of `scan`."""
     path = directory / CONFIG
     config = config_json.from_json(foreign.checked_config(files.read_json(path), path), str(path))
-    if (generation := directory / GENERATION).is_file():
-        config = config_json.with_generation(config, files.read_json(generation), str(generation))
-    return config
+    return companions.with_generation(config, directory)
 
 
 def canonical(key: str) -> str:
@@ -313,6 +310,7 @@ def save(
         if old.name not in (*names, *((INDEX,) if count > 1 else ())):
             old.unlink(missing_ok=True)
     companions.copy(processor_from, directory)
+    companions.write_eos(directory, config)
     stored = target or Counter(leaf.dtype for leaf in leaves.values()).most_common(1)[0][0]
     bits = min((leaf.quantization for leaf in leaves.values() if hasattr(leaf, "quantization")), default=None)
     files.write_json(directory / CONFIG, config_json.to_json(config, stored.name, bits))

@@ -12,8 +12,9 @@ from pathlib import Path
 
 from paligemma_jax.config import PaliGemmaConfig
 from paligemma_jax.errors import PromptError, TokenizerError
-from paligemma_jax.files import read_json
+from paligemma_jax.files import read_json, replacing, write_json
 from paligemma_jax.processing.vocabulary import (
+    CONFIG_FILE,
     JSON_FILE,
     LOC_TOKENS,
     MODEL_FILE,
@@ -66,9 +67,7 @@ class Tokenizer:
         """
         path = Path(path)
         vocabulary = read_vocabulary(path)
-        ids = {"bos": vocabulary.bos, "eos": vocabulary.eos} | _named_ids(
-            path.with_name("tokenizer_config.json"), vocabulary
-        )
+        ids = {"bos": vocabulary.bos, "eos": vocabulary.eos} | _named_ids(path.with_name(CONFIG_FILE), vocabulary)
         for name, id_ in ids.items():
             if id_ is None:
                 raise TokenizerError(f"{path} has no <{name}> token: it is not the tokenizer of a PaliGemma")
@@ -82,6 +81,17 @@ class Tokenizer:
     def to_bytes(self) -> bytes:
         """The vocabulary, as that file holds it."""
         return self._vocabulary.to_bytes()
+
+    def save(self, directory: Path) -> None:
+        """Write the vocabulary, and a tokenizer_config.json for what is not in its file: added tokens, bos and eos."""
+        with replacing(directory / self.file_name) as temporary:
+            temporary.write_bytes(self.to_bytes())
+        vocabulary = self._vocabulary
+        special = {"bos_token": self.bos_id, "eos_token": self.eos_id}
+        fields = {"tokenizer_class": "GemmaTokenizer", **{name: vocabulary.content(i) for name, i in special.items()}}
+        if vocabulary.added:
+            fields["added_tokens_decoder"] = {str(t.id_): t.to_json() for t in vocabulary.added.values()}
+        write_json(directory / CONFIG_FILE, fields)
 
     def check(self, config: PaliGemmaConfig) -> None:
         """Raise TokenizerError unless the ids are those of the model that `config` describes."""
@@ -100,9 +110,8 @@ class Tokenizer:
         """Ranges [first, end) of the ids behind the image token that have a name, as far as the model has rows."""
         behind = range(config.image_token_id + 1, config.text.vocab_size)
         named = [id_ for id_ in behind if self._vocabulary.names(id_)]
-        firsts = [id_ for id_ in named if id_ - 1 not in named]
-        ends = [id_ + 1 for id_ in named if id_ + 1 not in named]
-        return tuple(zip(firsts, ends, strict=True))
+        firsts, ends = set(named).difference(id_ + 1 for id_ in named), {id_ + 1 for id_ in named}.difference(named)
+        return tuple(zip(sorted(firsts), sorted(ends), strict=True))
 
     def encode(self, text: str) -> list[int]:
         """Ids of a text, without bos and eos; each `<loc0123>` and `<seg045>` written in it is one id."""

@@ -14,6 +14,7 @@ import json
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Protocol
 
 import sentencepiece
@@ -25,7 +26,7 @@ LOC_TOKENS = tuple(f"<loc{i:04d}>" for i in range(1024))
 SEG_TOKENS = tuple(f"<seg{i:03d}>" for i in range(128))
 IMAGE = "<image>"
 CONTROLS = ("<pad>", "<eos>", "<bos>", "<unk>", IMAGE)
-MODEL_FILE, JSON_FILE = "tokenizer.model", "tokenizer.json"
+MODEL_FILE, JSON_FILE, CONFIG_FILE = "tokenizer.model", "tokenizer.json", "tokenizer_config.json"
 
 _GEMMA_PIECES = 256000
 _LIST = re.compile(r'"added_tokens"\s*:\s*(?=\[)')
@@ -49,6 +50,11 @@ class AddedToken:
     strips_right: bool = False
     is_word: bool = False
 
+    def to_json(self) -> dict[str, Any]:
+        """As tokenizer_config.json has it."""
+        flags = {"lstrip": self.strips_left, "rstrip": self.strips_right, "single_word": self.is_word}
+        return {"content": self.content, **flags, "normalized": False, "special": False}
+
     @property
     def pattern(self) -> str:
         """Of a regular expression."""
@@ -64,10 +70,12 @@ class Vocabulary(Protocol):
         size: the id of <image>, or the one that it would get: how many ids come before it.
         bos, eos: ids, None when there is no such token.
         file_name: of the file that holds it.
+        added: tokens that are not in that file, by content.
     """
 
     file_name: str
     size: int
+    added: Mapping[str, AddedToken]
     bos: int | None
     eos: int | None
 
@@ -82,6 +90,9 @@ class Vocabulary(Protocol):
 
     def names(self, id_: int) -> bool:
         """Whether there is a token with this id."""
+
+    def content(self, id_: int) -> str:
+        """The token of an id, control tokens too."""
 
     def to_bytes(self) -> bytes:
         """The file to save."""
@@ -163,6 +174,9 @@ class PieceVocabulary:
     def names(self, id_: int) -> bool:
         return 0 <= id_ < self._model.vocab_size() or id_ in self._contents
 
+    def content(self, id_: int) -> str:
+        return self._contents.get(id_) or self._model.id_to_piece(id_)
+
     def to_bytes(self) -> bytes:
         return self._model.serialized_model_proto()
 
@@ -174,6 +188,7 @@ class JsonVocabulary:
     """
 
     file_name = JSON_FILE
+    added: Mapping[str, AddedToken] = MappingProxyType({})  # the file has them all
 
     def __init__(self, path: Path):
         import tokenizers  # takes a while, and most checkpoints have a SentencePiece model
@@ -234,6 +249,9 @@ class JsonVocabulary:
 
     def names(self, id_: int) -> bool:
         return id_ >= 0 and self._file.id_to_token(id_) is not None
+
+    def content(self, id_: int) -> str:
+        return self._file.id_to_token(id_)
 
     def to_bytes(self) -> bytes:
         return self._file.to_str().encode()
@@ -297,6 +315,6 @@ def _from_tokenizer(file: Path) -> Iterable[AddedToken]:
 
 _LISTS = {  # files that may list added tokens
     "added_tokens.json": _from_added_tokens,
-    "tokenizer_config.json": _from_tokenizer_config,
+    CONFIG_FILE: _from_tokenizer_config,
     JSON_FILE: _from_tokenizer,
 }

@@ -15,6 +15,7 @@ from paligemma_jax.processing.request import GenerateOptions, Sampling
 from paligemma_jax.tasks.prompts import FORM
 
 EXPORTS = ("coco", "yolo")
+_DEFAULTS = {"prompt_form": FORM}  # of keys that are not empty by default
 
 T = TypeVar("T")
 
@@ -46,7 +47,7 @@ def from_config(kind: type[T], config: ConfigDict) -> T:
 def refuse(config: ConfigDict, names: Iterable[str], why: str) -> None:
     """ConfigError when one of the keys is set, which this run could not do."""
     for name in names:
-        if config[name] and config[name] != FORM:
+        if config[name] and config[name] != _DEFAULTS.get(name):
             raise ConfigError(f"{name}={config[name]!r} is not possible, {why}: leave it out")
 
 

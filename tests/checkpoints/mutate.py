@@ -28,8 +28,8 @@ FILES = (*JSON_FILES, "tokenizer.model", "model-00001-of-00002.safetensors")
 MOST_SECONDS = 20  # far more than a load takes
 
 _VALUES = [
-    None, True, False, 0, 1, -1, 2, 3, 16, 224, 448, 2**31, 10**30, 0.5, -0.0, 1e-30, 1e300, float("nan"), float("inf"),
-    "", "x", "224", "gemma", "bfloat16", "../x", "é\u2028", [], [1], [2, 3], [None], ["x"], {}, {"x": 1},
+    None, True, False, 0, 1, -1, 2, 3, 16, 224, 448, 2**31, 10**400, 0.5, -0.0, 1e-30, 1e300, float("nan"),
+    float("inf"), "", "x", "224", "gemma", "bfloat16", "../x", "é\u2028", [], [1], [2, 3], [None], ["x"], {}, {"x": 1},
     {"height": 28, "width": 28},
 ]  # fmt: skip
 

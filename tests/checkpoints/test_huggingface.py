@@ -375,3 +375,16 @@ def test_transformers_reads_what_is_saved(tmp_path, config, params, tensors, max
     )  # it keeps the layout that it read
     assert again.keys() == expected.keys()
     assert all(np.array_equal(again[key], expected[key]) for key in expected)
+
+
+def test_what_ends_an_answer_is_that_of_the_model_that_is_saved(tmp_path, config, params):
+    """Whatever a generation_config.json of before, or of another directory, says: the rest of it stays."""
+    other = tmp_path / "other"
+    other.mkdir()
+    for directory in (other, tmp_path):
+        (directory / "generation_config.json").write_text('{"eos_token_id": [7, 8], "max_length": 20}')
+    for eos, more, sources in ((1, (), ()), (5, (6,), (other,)), (6, (), (other,))):
+        saved = dataclasses.replace(config, eos_token_id=eos, more_eos_ids=more)
+        huggingface.save(tmp_path, saved, params, processor_from=sources)
+        assert huggingface.scan(tmp_path).config == saved
+        assert json.loads((tmp_path / "generation_config.json").read_text())["max_length"] == 20

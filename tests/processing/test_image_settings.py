@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from paligemma_jax.checkpoints import hub, huggingface
+from paligemma_jax.checkpoints import companions, hub
 from paligemma_jax.errors import CheckpointError, ConfigError, ImageError
 from paligemma_jax.processing.image import ImageSettings, load_image, to_pixels
 
@@ -202,7 +202,7 @@ def test_settings_of_an_earlier_conversion_do_not_come_first(tmp_path):
         (tmp_path / name).mkdir()
     (tmp_path / "new" / "preprocessor_config.json").write_text(json.dumps(HUB_SETTINGS))
     (tmp_path / "old" / "processor_config.json").write_text(json.dumps({"image_processor": {"size": 224}}))
-    assert huggingface.copy_processor(tmp_path / "new", tmp_path / "old") == ["preprocessor_config.json"]
+    assert companions.copy((tmp_path / "new",), tmp_path / "old") == ["preprocessor_config.json"]
     assert ImageSettings.from_dir(tmp_path / "old", 448) == ImageSettings(448)
 
 

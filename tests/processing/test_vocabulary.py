@@ -228,3 +228,14 @@ def test_padding_is_a_row_of_the_table_whatever_the_file_says(tokenizer):
 
 def _config(image: int, rows: int) -> PaliGemmaConfig:
     return PaliGemmaConfig(VisionConfig(image_size=28), TextConfig(vocab_size=rows), image_token_id=image)
+
+
+@pytest.mark.parametrize("kind", ["tokenizer.json", "added_tokens.json", "tokenizer_config.json", "both"])
+def test_what_is_saved_reads_the_same(menu, kind, tmp_path_factory):
+    tokenizer, out = menu(kind), tmp_path_factory.mktemp("saved")
+    tokenizer.save(out)
+    again = Tokenizer.from_dir(out)
+    assert (again.bos_id, again.eos_id, again.vocab_size) == (tokenizer.bos_id, tokenizer.eos_id, tokenizer.vocab_size)
+    for text in ("<s_menu>a red circle</s_menu>", "<loc0012> x <seg003>", "caption en\n"):
+        assert again.encode(text) == tokenizer.encode(text)
+        assert again.decode(again.encode(text)) == tokenizer.decode(tokenizer.encode(text))
