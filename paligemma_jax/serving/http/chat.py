@@ -19,6 +19,7 @@ from paligemma_jax.serving.http.streams import DONE, EventStream, data
 MOST_STOPS = 4
 FINISHED = {"eos": "stop", "stop": "stop", "length": "length"}
 
+Format = Annotated[TextFormat | ObjectFormat | SchemaFormat, pydantic.Field(discriminator="type")]
 Stop = Annotated[str, pydantic.Field(min_length=1, max_length=256)]
 
 
@@ -64,9 +65,7 @@ class ChatRequest(Asking):
     logprobs: bool = False
     top_logprobs: int = pydantic.Field(0, ge=0, le=20)
     stream_options: StreamOptions | None = None
-    response_format: (
-        Annotated[TextFormat | ObjectFormat | SchemaFormat, pydantic.Field(discriminator="type")] | None
-    ) = None
+    response_format: Format | None = None
 
 
 def routes(service: Service) -> APIRouter:
