@@ -16,6 +16,7 @@ from paligemma_jax.serving.http.service import Service
 from paligemma_jax.serving.http.settings import is_loopback
 
 _OPEN = ("/health", "/ready")
+_POLLED = (*_OPEN, "/metrics")  # every few seconds: not worth a line each
 _REQUEST_ID = re.compile(r"[\w.:-]{1,64}", re.ASCII)
 _UNKNOWN = "unknown"  # route of what leads nowhere: not its path, of which there are endlessly many
 
@@ -83,6 +84,8 @@ class Gate:
     def _log(self, scope: Scope, request_id: str, status: int, seconds: float) -> None:
         route = getattr(scope.get("route"), "path", _UNKNOWN)
         self._service.metrics.responded(route, status)
+        if route in _POLLED and status < 500:
+            return
         client = scope["client"][0] if scope.get("client") else None
         fields = {"method": scope["method"], "route": route, "status": status, "ms": round(1000 * seconds, 1)}
         logs.log("request", request_id=request_id, client=client, **fields)

@@ -67,7 +67,8 @@ class FakeAnswer:
 class FakeEngine:
     """say: makes the answer's text of a request, or the error that ends it; reason: why it ends.
 
-    refusal: an error, or function that makes one of the request, for `submit` to raise; held: answers stop after a word.
+    refusal: an error, or function that makes one of the request, for `submit` to raise.
+    held: answers stop after a word.
     """
 
     def __init__(self, tokenizer: Any):
@@ -159,6 +160,14 @@ def engine(_default) -> FakeEngine:
 def client(_default, engine) -> TestClient:
     """A client of a server with the default settings."""
     return _default[1]
+
+
+@pytest.fixture(scope="session")
+def closed(stand_in) -> Iterator[TestClient]:
+    """A client of a server with the keys "other" and "secret"."""
+    service = Service(FakeEngine(stand_in.processor.tokenizer), stand_in, HttpSettings(NAME, keys=("other", "secret")))
+    with TestClient(make_app(service), base_url="http://anything", raise_server_exceptions=False) as client:
+        yield client
 
 
 @pytest.fixture

@@ -28,21 +28,6 @@ def test_every_route_asks_for_the_key(closed, helpers, method, path, value):
     assert response.headers["www-authenticate"] == "Bearer"
 
 
-@pytest.fixture(scope="module")
-def closed(stand_in):
-    from fastapi.testclient import TestClient
-
-    from paligemma_jax.serving.http.app import make_app
-    from paligemma_jax.serving.http.service import Service
-    from tests.serving.http.conftest import FakeEngine
-
-    service = Service(
-        FakeEngine(stand_in.processor.tokenizer), stand_in, HttpSettings("shapes", keys=("other", "secret"))
-    )
-    with TestClient(make_app(service), base_url="http://anything", raise_server_exceptions=False) as client:
-        yield client
-
-
 def test_with_a_key_all_is_open_and_health_needs_none(closed):
     for path in ("/v1/models", "/metrics", "/docs", "/openapi.json"):
         assert closed.get(path, headers={"authorization": "bearer secret"}).status_code == 200
@@ -246,8 +231,7 @@ def test_metrics(client, helpers):
     assert values["paligemma_prompt_tokens_total"] == "100.0" and values["paligemma_generation_tokens_total"] == "40.0"
     assert values['paligemma_request_success_total{finished_reason="eos"}'] == "7.0"
     for name in ("time_to_first_token", "e2e_request_latency", "request_queue_time", "inter_token_latency"):
-        seconds = name if name == "request_queue_time" else name
-        assert float(values[f"paligemma_{seconds}_seconds_count"]) >= 2
+        assert float(values[f"paligemma_{name}_seconds_count"]) >= 2
     assert float(values["paligemma_pictures_refused_total"]) >= 1
     assert float(values['paligemma_http_requests_total{route="/v1/chat/completions",status="200"}']) >= 2
 
@@ -304,8 +288,11 @@ def test_loopback(host, expected):
 
 @pytest.mark.parametrize(
     "fields",
-    [{"port": -1}, {"port": 70000}, {"max_body_bytes": 0}, {"body_timeout_s": float("nan")}, {"request_timeout_s": 0.0}]
-    + [{"max_pixels": -1}, {"max_n": 0}, {"drain_s": -1.0}, {"requests_per_minute": -1}, {"cors_origins": ("*",)}],
+    [
+        *({"port": -1}, {"port": 70000}, {"max_body_bytes": 0}, {"body_timeout_s": float("nan")}, {"max_pixels": -1}),
+        *({"request_timeout_s": 0.0}, {"max_n": 0}, {"drain_s": -1.0}, {"requests_per_minute": -1}),
+        {"cors_origins": ("*",)},
+    ],
 )
 def test_settings_without_meaning(fields):
     with pytest.raises(ConfigError, match=next(iter(fields))):

@@ -13,6 +13,8 @@ from paligemma_jax.errors import ConfigError
 from paligemma_jax.serving.http.server import listen
 from paligemma_jax.serving.http.settings import HttpSettings
 
+HEADERS = "Host: localhost\r\nContent-Type: application/json\r\n"
+
 
 def post(port, body, path="/v1/chat/completions", timeout=10):
     """(status, headers, content) of a request in a connection of its own."""
@@ -37,7 +39,7 @@ def get(port, path):
 def send(port, body, path="/v1/chat/completions"):
     """A socket on which a request was sent."""
     content = json.dumps(body).encode()
-    head = f"POST {path} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: {len(content)}\r\n\r\n"
+    head = f"POST {path} HTTP/1.1\r\n{HEADERS}Content-Length: {len(content)}\r\n\r\n"
     sock = socket.create_connection(("127.0.0.1", port), timeout=10)
     sock.sendall(head.encode() + content)
     return sock
@@ -76,9 +78,7 @@ def test_a_stream_is_sent_while_it_grows(live, helpers):
 def test_slow_bodies_end(live, helpers):
     here = live(body_timeout_s=0.3)
     with socket.create_connection(("127.0.0.1", here.port), timeout=10) as sock:
-        sock.sendall(
-            b"POST /v1/detect HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: 99\r\n\r\n{"
-        )
+        sock.sendall(f"POST /v1/detect HTTP/1.1\r\n{HEADERS}Content-Length: 99\r\n\r\n{{".encode())
         began = time.monotonic()
         assert sock.recv(4096).startswith(b"HTTP/1.1 408")
         assert time.monotonic() - began < 3

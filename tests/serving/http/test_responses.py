@@ -52,10 +52,7 @@ def test_objects_as_json(client, engine, helpers, stream):
     schema = {"type": "object", "properties": {"things": {"type": "array", "items": item}}}
     wanted = {"format": {"type": "json_schema", "name": "things", "schema": schema}}
     response = client.post("/v1/responses", json=body(helpers, "detect cat", text=wanted, stream=stream))
-    if stream:
-        answer = json.loads(response.text.rstrip().rpartition("data: ")[2])["response"]
-    else:
-        answer = response.json()
+    answer = json.loads(response.text.rstrip().rpartition("data: ")[2])["response"] if stream else response.json()
     assert json.loads(answer["output"][0]["content"][0]["text"]) == {"things": [{"label": "cat"}]}
 
 
