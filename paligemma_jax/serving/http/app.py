@@ -41,7 +41,7 @@ def make_app(service: Service) -> FastAPI:
         if app.openapi_schema is None:
             schema = plain()
             _, definitions = models_json_schema([(body, "validation") for body in _BODIES], ref_template=SCHEMAS)
-            schema.setdefault("components", {})["schemas"] = definitions.get("$defs", {})
+            schema.setdefault("components", {}).setdefault("schemas", {}).update(definitions["$defs"])
         return app.openapi_schema or schema
 
     app.openapi = openapi

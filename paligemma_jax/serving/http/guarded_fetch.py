@@ -77,12 +77,12 @@ def _ask(
     try:
         path = urllib.parse.urlunsplit(("", "", parts.path or "/", parts.query, ""))
         connection.request("GET", path, headers={"User-Agent": "paligemma-jax", "Accept": "image/*"})
-        response = connection.getresponse()
-        if response.status in _REDIRECTS and (target := response.getheader("location")):
-            return target
-        if response.status != 200:
-            raise ImageError("the picture's URL cannot be fetched: send the picture as a data URI")
-        return _content(response, deadline)
+        with connection.getresponse() as response:  # closed too: it keeps the socket that `connection` lets go
+            if response.status in _REDIRECTS and (target := response.getheader("location")):
+                return target
+            if response.status != 200:
+                raise ImageError("the picture's URL cannot be fetched: send the picture as a data URI")
+            return _content(response, deadline)
     finally:
         connection.close()
 

@@ -145,6 +145,7 @@ def web():
             pass
 
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        server.handle_error = lambda *args: None  # clients that hang up
         server.seen, server.answers, server.port = [], {}, server.server_address[1]
         threading.Thread(target=server.serve_forever, daemon=True).start()
         yield server
