@@ -218,14 +218,14 @@ def test_a_request_that_fails_ends_alone(engine, requests, expected, monkeypatch
     monkeypatch.setattr(engine._programs, "embed", failing)
     running = engine.submit(requests[8])
     next(iter(running))
-    black = pj.Request.of(np.zeros((4, 4, 3), np.uint8), "caption en")
+    black = pj.Request.of(np.zeros((4, 4, 3), np.uint8), "caption en", max_new_tokens=8)
     with pytest.raises(errors.EngineFailed, match="no such image"):
         engine.submit(black).result()
     assert_same(running.result(), expected[8])
 
 
 def test_an_answer_that_is_nan_ends_alone(engine, requests, expected):
-    black = pj.Request.of(np.zeros((4, 4, 3), np.uint8), "caption en")
+    black = pj.Request.of(np.zeros((4, 4, 3), np.uint8), "caption en", max_new_tokens=8)
     key = digest(engine.model.processor.image_settings.to_pixels(load_image(black.images[0])))
     engine._images.put(key, jax.numpy.full((4, 32), np.nan, np.float32))
     broken, whole = engine.submit(black), engine.submit(requests[1])
