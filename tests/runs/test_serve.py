@@ -172,10 +172,11 @@ def running(*arguments):
     process = subprocess.Popen(
         command, cwd=ROOT, stderr=subprocess.PIPE, text=True, env=os.environ | {"JAX_PLATFORMS": "cpu"}
     )
+    reader = threading.Thread(target=process.stderr.read, daemon=True)  # or the pipe is full one day
     try:
         port = int(re.search(r":(\d+): /ready", process.stderr.readline())[1])
-        threading.Thread(target=process.stderr.read, daemon=True).start()  # or the pipe is full one day
-        deadline = time.monotonic() + 120
+        reader.start()
+        deadline = time.monotonic() + 300
         while ask(port, "GET", "/ready")[0] != 200:
             assert time.monotonic() < deadline and process.poll() is None
             time.sleep(0.1)
@@ -183,13 +184,15 @@ def running(*arguments):
     finally:
         process.kill()
         process.wait()
+        reader.join(10)
+        process.stderr.close()
 
 
-def ask(port, method, path, body=None):
+def ask(port, method, path, body=None, headers=None):
     connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
     try:
         content = None if body is None else json.dumps(body)
-        connection.request(method, path, content, {"content-type": "application/json"})
+        connection.request(method, path, content, {"content-type": "application/json"} | (headers or {}))
         response = connection.getresponse()
         return response.status, response.read()
     finally:
@@ -286,12 +289,11 @@ def test_the_client_of_the_documentation(server, uri):
 @pytest.mark.slow
 def test_moondreams_bodies(server, uri):
     def post(name, **fields):
-        connection = http.client.HTTPConnection("127.0.0.1", server, timeout=60)
-        headers = {"Content-Type": "application/json", "X-Moondream-Auth": "secret"}
-        connection.request("POST", f"/v1/{name}", json.dumps({"image_url": uri} | fields), headers)
-        response = connection.getresponse()
-        assert response.status == 200
-        return json.loads(response.read())
+        status, content = ask(
+            server, "POST", f"/v1/{name}", {"image_url": uri} | fields, {"X-Moondream-Auth": "secret"}
+        )
+        assert status == 200
+        return json.loads(content)
 
     assert post("query", question="how many circles are there?", stream=False)["answer"]
     assert len(post("detect", object="star")["objects"]) == len(post("point", object="star")["points"]) == 1
