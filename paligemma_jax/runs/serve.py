@@ -3,6 +3,7 @@
 import contextlib
 import importlib
 import re
+from pathlib import Path
 
 from ml_collections import ConfigDict
 
@@ -13,7 +14,7 @@ from paligemma_jax.runs.notes import note
 from paligemma_jax.serving.engine import Engine, EngineSettings
 
 _NEEDED = ("fastapi", "uvicorn", "prometheus_client")
-_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(@[\w./-]+)?")
+_HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+(?<!\.npz)(@[\w./-]+)?")
 
 
 def run(config: ConfigDict) -> int:
@@ -68,9 +69,8 @@ def run(config: ConfigDict) -> int:
 
 def _name_of(checkpoint: str) -> str:
     """What clients call a model that has no other name: its hub id, or the last part of its path."""
-    if _HUB_ID.fullmatch(checkpoint) and checkpoint.startswith("google/"):
-        return checkpoint
-    return checkpoint.rstrip("/").rpartition("/")[2] or checkpoint
+    is_hub_id = _HUB_ID.fullmatch(checkpoint) and not Path(checkpoint).exists()
+    return checkpoint if is_hub_id else Path(checkpoint).name
 
 
 def _names(text: str) -> tuple[str, ...]:

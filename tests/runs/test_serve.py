@@ -120,9 +120,14 @@ def test_keys(serve, tmp_path):
 
 @pytest.mark.parametrize(
     "checkpoint, name",
-    [("google/paligemma-3b-mix-224", "google/paligemma-3b-mix-224"), ("output/mine/", "mine"), ("a/b.npz", "b.npz")],
+    [
+        ("google/paligemma-3b-mix-224", "google/paligemma-3b-mix-224"),
+        *(("me/model@v1.0", "me/model@v1.0"), ("output/mine/", "mine"), ("./mine", "mine"), ("a/b.npz", "b.npz")),
+        ("assets/tiny", "tiny"),
+    ],
 )
-def test_a_model_without_a_name_has_that_of_its_checkpoint(serve, checkpoint, name):
+def test_a_model_without_a_name_has_that_of_its_checkpoint(serve, checkpoint, name, monkeypatch):
+    monkeypatch.chdir(ROOT)
     assert serve(checkpoint=checkpoint)[2]["http"].model_name == name
 
 

@@ -2,7 +2,6 @@
 
 import re
 import time
-import traceback
 import uuid
 
 from starlette.datastructures import Headers, MutableHeaders
@@ -53,8 +52,8 @@ class Gate:
         except Exception as error:
             known = as_api_error(error)
             if known.status >= 500 and not isinstance(error, ApiError):
-                trace = traceback.format_tb(error.__traceback__)  # without the message, which may hold a prompt
-                logs.log("failed", request_id=request_id, error=type(error).__name__, trace="".join(trace[-6:]))
+                trace = logs.trace_of(error.__traceback__)
+                logs.log("failed", request_id=request_id, error=type(error).__name__, trace=trace)
             if status:
                 raise  # the connection is closed: half a response is no good one
             await Json(known.body(), known.status, known.headers())(scope, receive, sending)
@@ -84,7 +83,7 @@ class Gate:
     def _log(self, scope: Scope, request_id: str, status: int, seconds: float) -> None:
         route = getattr(scope.get("route"), "path", _UNKNOWN)
         self._service.metrics.responded(route, status)
-        if route in _POLLED and status < 500:
+        if route in _POLLED and status != 500:
             return
         client = scope["client"][0] if scope.get("client") else None
         fields = {"method": scope["method"], "route": route, "status": status, "ms": round(1000 * seconds, 1)}

@@ -5,7 +5,11 @@ import datetime
 import json
 import logging
 import sys
+import traceback
+import types
 from typing import Any
+
+_MOST_FRAMES = 6
 
 
 def log(event: str, **fields: Any) -> None:
@@ -17,10 +21,16 @@ def log(event: str, **fields: Any) -> None:
         sys.stderr.flush()
 
 
+def trace_of(place: types.TracebackType | None) -> str:
+    """Where something went wrong; not the message, which may hold a prompt."""
+    return "".join(traceback.format_tb(place)[-_MOST_FRAMES:])
+
+
 class Handler(logging.Handler):
     """What libraries log, as such lines."""
 
     def emit(self, record: logging.LogRecord) -> None:
         with contextlib.suppress(Exception):  # a message whose arguments do not fit
-            trace = {"trace": logging.Formatter().formatException(record.exc_info)} if record.exc_info else {}
+            kind, _, place = record.exc_info or (None, None, None)
+            trace = {"error": kind.__name__, "trace": trace_of(place)} if kind else {}
             log("library", level=record.levelname.lower(), logger=record.name, message=record.getMessage(), **trace)

@@ -61,9 +61,10 @@ def listen(settings: HttpSettings) -> socket.socket:
 def serve(service: Service, sock: socket.socket) -> None:
     """Answer requests until the process is told to stop."""
     settings = service.settings
-    logger = logging.getLogger("uvicorn")
-    logger.handlers, logger.propagate = [logs.Handler()], False
-    logger.setLevel(logging.WARNING)
+    for name in ("uvicorn", "paligemma_jax"):
+        logger = logging.getLogger(name)
+        logger.handlers, logger.propagate = [logs.Handler()], False
+        logger.setLevel(logging.WARNING)
     config = uvicorn.Config(
         make_app(service),
         log_config=None,

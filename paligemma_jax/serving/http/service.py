@@ -22,6 +22,7 @@ from paligemma_jax.serving.http.settings import HttpSettings
 from paligemma_jax.tasks.prompts import read_prompt
 
 _DECODERS = 4  # pictures that are decoded at once: each may take 150 MB
+_FETCHERS = 8
 
 T = TypeVar("T")
 
@@ -64,6 +65,7 @@ class Service:
         self.metrics = Metrics(engine.stats)
         self.running = 0
         self.draining = False
+        self._fetchers = asyncio.Semaphore(_FETCHERS)
         self._decoders = asyncio.Semaphore(_DECODERS)
         self._embedders = asyncio.Semaphore(1)
 
@@ -87,12 +89,17 @@ class Service:
             raise ApiError(400, f"{len(urls)} pictures are too many: send at most {most}", urls[most][1])
         found = []
         for url, param in urls:
-            async with self._decoders:
-                try:
-                    found.append(await _in_thread(pictures.load, url, param, self.settings))
-                except ApiError:
-                    self.metrics.pictures_refused.inc()
-                    raise
+            try:
+                if pictures.is_fetched(url):
+                    async with self._fetchers:  # of their own: they may be slow
+                        file = await _in_thread(pictures.content, url, param, self.settings)
+                else:
+                    file = pictures.content(url, param, self.settings)
+                async with self._decoders:
+                    found.append(await _in_thread(pictures.decoded, file, param, self.settings))
+            except ApiError:
+                self.metrics.pictures_refused.inc()
+                raise
         return found
 
     async def submit(self, http: Request, wanted: Sequence[Wanted]) -> list[Answer]:

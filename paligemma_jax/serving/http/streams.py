@@ -51,7 +51,7 @@ async def _with_errors(events: AsyncIterator[str]) -> AsyncIterator[str]:
     except Exception as error:
         known = as_api_error(error)
         if known.status >= 500:
-            logs.log("stream failed", error=repr(error)[:300])
+            logs.log("failed", error=type(error).__name__, trace=logs.trace_of(error.__traceback__))
         yield data(known.body())
 
 

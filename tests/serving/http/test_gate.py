@@ -1,6 +1,7 @@
 """What every request passes: keys, hosts, rates, bodies, ids, logs; errors have OpenAI's form wherever they arise."""
 
 import json
+import logging
 import re
 
 import pytest
@@ -188,6 +189,18 @@ def test_logs_are_json_without_prompts_pictures_and_keys(client_with, engine, he
     )
     text = json.dumps(lines)
     assert not any(word in text for word in ("private", "secret", "an answer", "base64"))
+
+
+def test_what_libraries_log_is_json_without_messages_of_errors(capsys):
+    logger = logging.Logger("some.library")
+    logger.addHandler(logs.Handler())
+    try:
+        raise RuntimeError("private")
+    except RuntimeError:
+        logger.exception("it %s", "failed")
+    line = json.loads(capsys.readouterr().err)
+    assert (line["event"], line["message"], line["error"]) == ("library", "it failed", "RuntimeError")
+    assert "test_gate.py" in line["trace"] and "private" not in line["trace"].replace('("private")', "")
 
 
 @pytest.mark.parametrize("error", [OSError(28, "No space left on device"), ValueError("closed")])
