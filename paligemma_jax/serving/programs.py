@@ -251,8 +251,8 @@ class Programs:
             options = dataclasses.replace(options, key=jax.random.split(jax.random.key(0), 1))
             return fresh(cache, prompts[-1], options, self._whole, self._num_tokens)
 
-        prefix = jax.eval_shape(prefix, self.params, *self._prompts(1, 1, self.config.vision.num_tokens + 1))
-        return empty(prefix, self.num_rows, size.num_slots, self._whole)
+        shapes = jax.eval_shape(prefix, self.params, *self._prompts(1, 1, self.config.vision.num_tokens + 1))
+        return empty(shapes, self.num_rows, size.num_slots, self._whole)
 
     def _shapes(self, size: Size) -> DecodeState:
         return jax.eval_shape(functools.partial(self._blank, size))
