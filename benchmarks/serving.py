@@ -4,10 +4,11 @@
     python benchmarks/serving.py --checkpoint DIR --dtype bfloat16 --seconds 180 --scenes 8 --max_new_tokens 24
 
 Captions, answers, boxes and masks about scenes of the evaluation, greedy and sampled, free and constrained, with limits
-and prompts of different lengths. The three take turns in one process. Each answer under load is compared with the one
-that the request got alone; images are embedded anew for each request, as `generate` does. Then the distributions of the
-next token are compared, of rows among others and of the same rows alone. OUT.json holds all numbers, OUT.md the tables;
-a model that is measured again replaces its own part only.
+and prompts of different lengths. All take turns in one process. Each answer under load is compared with the one that
+the request got alone. An engine embeds an image once, as long as it is in its cache; another one, without a cache, embeds
+it for each request, as `generate` does. Then the distributions of the next token are compared, of rows among others and
+of the same rows alone. OUT.json holds all numbers, OUT.md the tables; a model that is measured again replaces its own
+part only.
 """
 
 import argparse
@@ -52,6 +53,12 @@ _SAMPLINGS = (
 )
 _BATCH = 16  # rows of `generate`
 _ROUNDS = 3
+_TITLES = {
+    "alone": "one request at a time",
+    "batches": f"`generate`, batches of {_BATCH}",
+    "served": "served",
+    "without": "served, each image embedded anew",
+}
 _KL_STEPS = 4  # decode calls before distributions are compared
 _HEADER = """# Serving
 
@@ -167,16 +174,20 @@ def measure(model: pj.PaliGemma, args: argparse.Namespace) -> dict[str, Any]:
     for batch in batches:
         model.answer(batch, batch_size=_BATCH)
     settings = EngineSettings(
-        args.slots, max(args.clients, 1), args.max_new_tokens, args.max_prompt_tokens, args.max_images, cache_bytes=0
+        args.slots, max(args.clients, 1), args.max_new_tokens, args.max_prompt_tokens, args.max_images
     )
-    engine = Engine(model, settings)
+    engine, bare = Engine(model, settings), Engine(model, dataclasses.replace(settings, cache_bytes=0))
+    bare._programs = engine._programs
     _note("compiling")
     start = time.perf_counter()
     engine.start()
     engine.wait_ready()
     ready_s = time.perf_counter() - start
-    run_clients(engine, requests, expected, args.clients, 1.0, 1000)  # first runs are slower
-    whole, memory, rates = Load(), [], {"alone": [], "batches": [], "served": []}
+    bare.start()
+    bare.wait_ready()
+    for each in (engine, bare):
+        run_clients(each, requests, expected, args.clients, 1.0, 1000)  # first runs are slower
+    whole, memory, rates = Load(), [], {name: [] for name in _TITLES}
     for turn in range(_ROUNDS):
         _note(f"round {turn + 1} of {_ROUNDS}")
         part = args.seconds / _ROUNDS
@@ -187,12 +198,15 @@ def measure(model: pj.PaliGemma, args: argparse.Namespace) -> dict[str, Any]:
         load, took = run_clients(engine, requests, expected, args.clients, part, turn)
         rates["served"].append(load.answers / took)
         memory.append(_memory_mb())
+        load_without, took = run_clients(bare, requests, expected, args.clients, part / 3, turn)
+        rates["without"].append(load_without.answers / took)
         for field in dataclasses.fields(Load):
             setattr(whole, field.name, getattr(whole, field.name) + getattr(load, field.name))
     stats = engine.stats()
     programs = len(engine._programs)
     kl = compare_distributions(model, engine._programs, requests[: args.slots], settings)
-    engine.close()
+    for each in (engine, bare):
+        each.close()
     for error in dict.fromkeys(whole.errors):
         _note(error)
     return {
@@ -278,8 +292,7 @@ def document(entries: dict[str, dict[str, Any]]) -> str:
             "| | answers per second, by round | mean | served / this |",
             "|---|---|---|---|",
         ]
-        titles = {"alone": "one request at a time", "batches": f"`generate`, batches of {_BATCH}", "served": "served"}
-        for key, title in titles.items():
+        for key, title in _TITLES.items():
             each = ", ".join(f"{rate:.1f}" for rate in found["rates"][key])
             lines.append(f"| {title} | {each} | {mean[key]:.1f} | {mean['served'] / mean[key]:.2f} |")
         first, between = found["first_ms"], found["between_ms"]

@@ -272,7 +272,7 @@ class Engine:
             return num_images, self._programs.prompt_size(self._size, num_images, len(laid.prompt))
 
         started = []
-        for group in scheduler.batches(joining, bucket, lambda key: self._programs.most_rows(self._size, key[1])):
+        for group in scheduler.batches(joining, bucket, lambda key: self._programs.batch_sizes(self._size, key[1])):
             slots, jobs = [slot for slot, _ in group], [job for _, job in group]
             laid = [job.laid for job in jobs]
             self._state, first = self._programs.admit(

@@ -24,16 +24,16 @@ from paligemma_jax import buckets, ops
 from paligemma_jax.config import PaliGemmaConfig
 from paligemma_jax.engine import steps
 from paligemma_jax.engine.sampling import RowOptions, StepConfig, TokenScores, row_keys, row_options
-from paligemma_jax.engine.state import DecodeState, answer_size, empty, insert
+from paligemma_jax.engine.state import DecodeState, answer_size, empty, fresh, insert, say
 from paligemma_jax.engine.steps import Params
 from paligemma_jax.ops import pad_cache
 from paligemma_jax.processing.request import GenerateOptions
+from paligemma_jax.serving.scheduler import split
 from paligemma_jax.serving.settings import EngineSettings
 
-_SHORT_TEXTS = (16, 32, 64)  # sizes that the text of a prompt is padded to
-_LONG_TEXTS = (64, 256, 1024)
+_SHORT_TEXTS = (16, 64)  # sizes that the text of a prompt is padded to; in the largest state to the last, or the most
 _SHORT_ANSWER = 128  # tokens that the usual size has room for, behind an image and the longest short text
-_MOST_ROWS = 4  # that are prefilled at once, and images that are embedded: they take the time of as many alone
+_BATCHES = (4, 1)  # prompts that are prefilled at once, and images that are embedded
 _USUAL_TABLE, _LARGEST_TABLE = (64, 8), (512, 64)  # nodes of a grammar, and single ids of a node
 _FIELDS = 5  # numbers of a node before those of its single ids
 _STEPS = {"cpu": 4}  # decode steps between two looks
@@ -80,22 +80,21 @@ class Programs:
         self._num_tokens = answer_size(settings.max_new_tokens)
         limit, per_image = config.text.max_positions, config.vision.num_tokens
         most_text, max_images, max_new_tokens = settings.max_prompt_tokens, settings.max_images, settings.max_new_tokens
-        shorts, longs = _text_sizes(_SHORT_TEXTS, most_text), _text_sizes(_LONG_TEXTS, most_text)
-        longs = sorted({*longs, buckets.sequence(most_text)})
+        most = buckets.sequence(most_text)
+        shorts = [*(size for size in _SHORT_TEXTS if size < most), min(most, _SHORT_TEXTS[-1])]
+        longs = {shorts[-1], most}
         usual_slots = min(limit, buckets.sequence(per_image + shorts[-1] + min(_SHORT_ANSWER, max_new_tokens)))
-        most_prompt = min(limit, max_images * per_image + longs[-1])
+        most_prompt = min(limit, max_images * per_image + most)
         largest_slots = max(usual_slots, min(limit, most_prompt + max_new_tokens))
         self.usual, self.largest = Size(usual_slots, *_USUAL_TABLE), Size(largest_slots, *_LARGEST_TABLE)
         # What prompts with so many images are padded to, in a state of each size.
         self._lengths = {(self.usual, 1): sorted({min(limit, per_image + size) for size in shorts})}
         for count in range(1, min(max_images, (limit - 1) // per_image) + 1):
-            few = longs if count == 1 else {longs[0], longs[-1]}
-            self._lengths[self.largest, count] = sorted({min(limit, count * per_image + size) for size in few})
+            self._lengths[self.largest, count] = sorted({min(limit, count * per_image + size) for size in longs})
         loc_start = model.processor.tokenizer.loc_start
         whole = StepConfig(config, loc_start, True, ("top_k", "top_p", "min_p"), constrained=True, delayed=True)
         plain = StepConfig(config, loc_start)
-        self._steps = (plain, dataclasses.replace(plain, constrained=True), whole)  # the cheapest comes first
-        self._whole = whole
+        self._plain, self._objects, self._whole = plain, dataclasses.replace(plain, constrained=True), whole
         self._compiled: dict[Hashable, jax.stages.Compiled] = {}
 
     def __len__(self) -> int:
@@ -105,22 +104,22 @@ class Programs:
         """T for a prompt of so many tokens, those of its images included, in a state; None when it does not fit."""
         return next((found for found in self._lengths.get((size, num_images), ()) if found >= length), None)
 
-    def most_rows(self, size: Size, length: int) -> int:
-        """How many prompts of so many tokens are prefilled at once: a power of two."""
-        most = min(_MOST_ROWS, self.num_rows, steps.most_at_once(length))
-        return 1 << most.bit_length() - 1 if size == self.usual else 1
+    def batch_sizes(self, size: Size, length: int) -> tuple[int, ...]:
+        """How many prompts of so many tokens may be prefilled at once, the most first."""
+        most = min(self.num_rows, steps.most_at_once(length)) if size == self.usual else 1
+        return tuple(count for count in _BATCHES if count <= most)
 
     def image_batches(self, count: int) -> list[int]:
         """How many images are embedded at once, call after call."""
-        most = min(_MOST_ROWS, steps.most_at_once(self.config.vision.num_tokens))
-        return [most] * (count // most) + (steps.image_batches(count % most, 1) if count % most else [])
+        most = steps.most_at_once(self.config.vision.num_tokens)
+        return split(count, [size for size in _BATCHES if size <= most])
 
     def warm(self, is_wanted: Callable[[], bool] = lambda: True) -> None:
         """Compile all programs, as long as they are wanted; with this, serving compiles nothing."""
         with ThreadPoolExecutor(min(_COMPILERS, os.cpu_count() or 1)) as pool:
             for _ in pool.map(lambda key: is_wanted() and self._get(*key), list(self._all())):
                 pass
-        for count in sorted({count for name, *rest in self._all() if name == "admit" for count in rest[1:2]}):
+        for count in _BATCHES:
             jax.block_until_ready(row_keys([0] * count, range(count)))
 
     def blank(self, size: Size) -> DecodeState:
@@ -164,8 +163,9 @@ class Programs:
         keys = row_keys([o.sampling.seed for o in options], range(count))  # each as if it were alone
         given = row_options(options, keys, fitted)
         flat = tuple(soft for row in soft_tokens for soft in row)
-        program = self._get("admit", size, count, num_images, length)
-        return program(self.params, state, np.array(slots, np.int32), flat, tokens, image_slots, lengths, given)
+        prefill, join = self._get("prefill", size, count, num_images, length), self._get("join", size, count)
+        logits, cache = prefill(self.params, flat, tokens, image_slots, lengths)
+        return join(state, np.array(slots, np.int32), logits, cache, lengths, given)
 
     def decode(self, state: DecodeState, size: Size, needs: Iterable[str]) -> tuple[DecodeState, Shown]:
         """Lengthen each answer by up to `num_steps` tokens; the old state is gone.
@@ -173,23 +173,27 @@ class Programs:
         Args:
           needs: what the rows in use ask for, as of `needs_of`.
         """
-        config = next(config for config in self._steps if all(getattr(config, name) for name in needs))
+        config = next(config for config in self._steps(size) if all(getattr(config, name) for name in needs))
         return self._get("decode", size, config)(self.params, state)
+
+    def _steps(self, size: Size) -> tuple[StepConfig, ...]:
+        """Of decode, the cheapest first."""
+        return (self._plain, self._objects, self._whole) if size == self.usual else (self._plain, self._whole)
 
     def _all(self) -> Iterable[tuple[Hashable, ...]]:
         """What `_get` takes, for each program that serving needs; those for the first request come first."""
-        sizes = dict.fromkeys((self.usual, self.largest))
-        for size in sizes:
+        for size in (self.usual, self.largest):
             yield "blank", size
-            for config in self._steps:
-                yield "decode", size, config
-        for count in {size for total in range(1, 2 * _MOST_ROWS) for size in self.image_batches(total)}:
-            yield "embed", count
-        for (size, num_images), lengths in self._lengths.items():
-            for length in lengths:
-                most = self.most_rows(size, length)
-                for power in range(most.bit_length()):
-                    yield "admit", size, 1 << power, num_images, length
+            yield from (("decode", size, config) for config in self._steps(size))
+        yield from (("embed", count) for count in {*self.image_batches(sum(_BATCHES))})
+        prefills = [
+            (size, count, num_images, length)
+            for (size, num_images), lengths in self._lengths.items()
+            for length in lengths
+            for count in self.batch_sizes(size, length)
+        ]
+        yield from (("prefill", *each) for each in prefills)
+        yield from (("join", *each) for each in dict.fromkeys(each[:2] for each in prefills))
         yield from (("resize", *pair) for pair in ((self.usual, self.largest), (self.largest, self.usual)))
 
     def _get(self, name: str, *key: Any) -> jax.stages.Compiled:
@@ -211,31 +215,28 @@ class Programs:
         pixels = jax.ShapeDtypeStruct((count, side, side, 3), np.float32)
         return self._compile(_embed, self.params, pixels, config=self.config)
 
-    def _compile_admit(self, size: Size, count: int, num_images: int, length: int) -> jax.stages.Compiled:
-        vision = self.config.vision
-        soft = jax.ShapeDtypeStruct((vision.num_tokens, self.config.text.width), self._dtype)
-        ids, lengths = (np.zeros(shape, np.int32) for shape in ((count, length), count))
-        static = {"config": self._whole, "num_tokens": self._num_tokens}
-        flat = (soft,) * (count * num_images)
-        return self._compile(
-            _admit,
-            self.params,
-            self._shapes(size),
-            lengths,
-            flat,
-            ids,
-            ids,
-            lengths,
-            self._options(size, count),
-            **static,
-        )
+    def _compile_prefill(self, size: Size, count: int, num_images: int, length: int) -> jax.stages.Compiled:
+        return self._compile(_prefill, self.params, *self._prompts(count, num_images, length), **self._static(size))
+
+    def _compile_join(self, size: Size, count: int) -> jax.stages.Compiled:
+        prompts = self._prompts(count, 1, self.config.vision.num_tokens + 1)
+        logits, cache = jax.eval_shape(functools.partial(_prefill, **self._static(size)), self.params, *prompts)
+        slots = length = np.zeros(count, np.int32)
+        arguments = self._shapes(size), slots, logits, cache, length, self._options(size, count)
+        return self._compile(_join, *arguments, config=self._whole, num_tokens=self._num_tokens)
 
     def _compile_decode(self, size: Size, config: StepConfig) -> jax.stages.Compiled:
         return self._compile(_decode, self.params, self._shapes(size), config=config, num_steps=self.num_steps)
 
-    @property
-    def _dtype(self) -> Any:
-        return self.params["language_model"]["norm"]["weight"].dtype
+    def _static(self, size: Size) -> dict[str, Any]:
+        return {"config": self.config, "num_slots": size.num_slots}
+
+    def _prompts(self, count: int, num_images: int, length: int) -> tuple[Any, ...]:
+        """Shapes of what `_prefill` takes."""
+        dtype = self.params["language_model"]["norm"]["weight"].dtype
+        soft = jax.ShapeDtypeStruct((self.config.vision.num_tokens, self.config.text.width), dtype)
+        ids, lengths = (np.zeros(shape, np.int32) for shape in ((count, length), count))
+        return (soft,) * (count * num_images), ids, ids, lengths
 
     def _options(self, size: Size, count: int) -> RowOptions:
         """Shapes of the options of some rows."""
@@ -244,24 +245,17 @@ class Programs:
         return row_options([GenerateOptions()] * count, keys, table)
 
     def _blank(self, size: Size) -> DecodeState:
-        num_tokens, vision = 16, self.config.vision
-        soft = jax.ShapeDtypeStruct((1, vision.num_tokens, self.config.text.width), self._dtype)
-        ids, length = np.zeros((1, num_tokens), np.int32), np.ones(1, np.int32)
-        prefix = jax.eval_shape(
-            functools.partial(steps.prefill, config=self._whole, num_tokens=self._num_tokens),
-            self.params,
-            steps.Inputs(soft, ids, ids, length, length),
-            self._options(size, 1),
-        )
-        return empty(prefix, self.num_rows, size.num_slots, self._whole)
+        def prefix(params: Params, *prompts: Any) -> DecodeState:
+            _, cache = _prefill(params, *prompts, **self._static(size))
+            options = self._options(size, 1)
+            options = dataclasses.replace(options, key=jax.random.split(jax.random.key(0), 1))
+            return fresh(cache, prompts[-1], options, self._whole, self._num_tokens)
+
+        shapes = jax.eval_shape(prefix, self.params, *self._prompts(1, 1, self.config.vision.num_tokens + 1))
+        return empty(shapes, self.num_rows, size.num_slots, self._whole)
 
     def _shapes(self, size: Size) -> DecodeState:
         return jax.eval_shape(functools.partial(self._blank, size))
-
-
-def _text_sizes(sizes: Sequence[int], most: int) -> list[int]:
-    """Sizes below the one that holds `most` tokens, and that one, or the largest."""
-    return [*(size for size in sizes if size < most), min(buckets.sequence(most), sizes[-1])]
 
 
 def needs_of(options: GenerateOptions, constrained: bool) -> frozenset[str]:
@@ -312,24 +306,40 @@ def _embed(params: Params, pixels: jax.Array, *, config: PaliGemmaConfig) -> tup
     return tuple(soft_tokens[i] for i in range(len(pixels)))
 
 
-@functools.partial(jax.jit, static_argnames=("config", "num_tokens"), donate_argnames="state")
-def _admit(
+@functools.partial(jax.jit, static_argnames=("config", "num_slots"))
+def _prefill(
     params: Params,
-    state: DecodeState,
-    slots: jax.Array,
     soft_tokens: tuple[jax.Array, ...],
     tokens: jax.Array,
     image_slots: jax.Array,
+    length: jax.Array,
+    *,
+    config: PaliGemmaConfig,
+    num_slots: int,
+) -> tuple[jax.Array, ops.Cache]:
+    """Logits [B, V] after each prompt, and whole rows of the cache.
+
+    What is masked must be finite, and the last request of a slot may have left NaN: so none of its keys may stay.
+    """
+    inputs = steps.Inputs(jnp.stack(soft_tokens), tokens, image_slots, length, length)
+    logits, cache = steps.first_logits(params, config, inputs)
+    return logits, pad_cache(cache, num_slots)
+
+
+@functools.partial(jax.jit, static_argnames=("config", "num_tokens"), donate_argnames="state")
+def _join(
+    state: DecodeState,
+    slots: jax.Array,
+    logits: jax.Array,
+    cache: ops.Cache,
     length: jax.Array,
     options: RowOptions,
     *,
     config: StepConfig,
     num_tokens: int,
 ) -> tuple[DecodeState, Shown]:
-    inputs = steps.Inputs(jnp.stack(soft_tokens), tokens, image_slots, length, length)
-    # A whole row of the cache: what is masked must be finite, and the last request of a slot may have left NaN.
-    num_slots = ops.num_cache_slots(state.cache)
-    prefix = steps.prefill(params, inputs, options, config=config, num_tokens=num_tokens, num_slots=num_slots)
+    """Choose the first token of prompts, and put them into slots; compiled once for prompts of all lengths."""
+    prefix = say(fresh(cache, length, options, config, num_tokens), logits, config)
     return insert(state, slots, prefix), _show(prefix, 1)
 
 

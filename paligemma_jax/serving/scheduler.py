@@ -117,12 +117,14 @@ def admit(schedule: Schedule, most: int) -> tuple[Schedule, list[tuple[int, Entr
     return dataclasses.replace(schedule, slots=tuple(slots), queues=tuple(queues)), admitted
 
 
-def batches(items: Sequence[Any], bucket: Callable[[Any], Hashable], most: Callable[[Any], int]) -> list[list[Any]]:
-    """Items that share a program together: of one bucket, and 1, 2, 4, ... of them, so that none is padded.
+def batches(
+    items: Sequence[Any], bucket: Callable[[Any], Hashable], sizes: Callable[[Any], Sequence[int]]
+) -> list[list[Any]]:
+    """Items that share a program: of one bucket, and as many as a program takes, so that none is padded.
 
     Args:
       bucket: of an item.
-      most: items at once in a bucket, a power of two.
+      sizes: how many items of a bucket are taken at once, the most first, 1 at last.
     """
     groups: dict[Hashable, list[Any]] = {}
     for item in items:
@@ -130,8 +132,16 @@ def batches(items: Sequence[Any], bucket: Callable[[Any], Hashable], most: Calla
     found = []
     for key, group in groups.items():
         start = 0
-        while start < len(group):
-            size = min(most(key), 1 << (len(group) - start).bit_length() - 1)
+        for size in split(len(group), sizes(key)):
             found.append(group[start : start + size])
             start += size
+    return found
+
+
+def split(count: int, sizes: Sequence[int]) -> list[int]:
+    """A count as a sum of sizes, which end with 1, the largest first."""
+    found = []
+    for size in sizes:
+        found += [size] * (count // size)
+        count %= size
     return found

@@ -17,7 +17,7 @@ def test_the_table_states_what_must_hold():
         "requests": 8,
         "ready_s": 9.0,
         "programs": 30,
-        "rates": {"alone": [10.0, 12.0], "batches": [40.0, 42.0], "served": [44.0, 66.0]},
+        "rates": {"alone": [10.0, 12.0], "batches": [40.0, 42.0], "served": [44.0, 66.0], "without": [50.0, 60.0]},
         "answers": 1000,
         "tokens": 9000,
         "same": 1.0,

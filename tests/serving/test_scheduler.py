@@ -125,13 +125,14 @@ def test_a_full_queue_says_how_many_wait():
         scheduler.submit(schedule, Entry(1))
 
 
-@given(st.lists(st.integers(0, 3), max_size=40), st.sampled_from([1, 2, 4]))
-def test_batches_are_of_one_bucket_and_a_power_of_two(items, most):
+@given(st.lists(st.integers(0, 3), max_size=40), st.sampled_from([(1,), (2, 1), (4, 1), (8, 4, 2, 1)]))
+def test_batches_are_of_one_bucket_and_of_the_sizes_of_programs(items, sizes):
     numbered = list(enumerate(items))
-    found = scheduler.batches(numbered, lambda item: item[1], lambda bucket: most)
+    found = scheduler.batches(numbered, lambda item: item[1], lambda bucket: sizes)
     assert sorted(item for batch in found for item in batch) == numbered
-    assert all(len({bucket for _, bucket in batch}) == 1 for batch in found)
-    sizes = {bucket: [len(b) for b in found if b[0][1] == bucket] for bucket in set(items)}
-    for each in sizes.values():
-        assert all(size <= most and size & (size - 1) == 0 for size in each)
-        assert len([size for size in each if size < most]) == len({size for size in each if size < most})
+    assert all(len({bucket for _, bucket in batch}) == 1 and len(batch) in sizes for batch in found)
+
+
+@pytest.mark.parametrize("count, expected", [(0, []), (3, [1, 1, 1]), (9, [4, 4, 1])])
+def test_the_largest_batches_come_first(count, expected):
+    assert scheduler.split(count, (4, 1)) == expected
