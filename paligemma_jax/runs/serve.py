@@ -61,7 +61,9 @@ def run(config: ConfigDict) -> int:
         address = f"http://{f'[{host}]' if ':' in host else host}:{port}"
         note(f"serving {http_settings.model_name} at {address}: /ready says when, {address}/docs how")
         try:
-            serve(Service(engine, model, http_settings), sock)
+            service = Service(engine, model, http_settings)
+            service.warm_up()
+            serve(service, sock)
         finally:
             engine.close()
     return 0

@@ -46,6 +46,7 @@ def serve(main, monkeypatch):
     monkeypatch.setattr(pj, "load", load)
     monkeypatch.setattr("paligemma_jax.runs.serve.Engine", Engine)
     monkeypatch.setattr("paligemma_jax.serving.http.service.Metrics", lambda stats: None)
+    monkeypatch.setattr("paligemma_jax.serving.http.warming.warm_up", lambda model: told.update(warmed=model))
     monkeypatch.setattr(Engine, "stats", None, raising=False)
     monkeypatch.setattr(
         "paligemma_jax.serving.http.server.serve", lambda service, sock: told.update(http=service.settings)
@@ -92,6 +93,7 @@ def test_what_the_engine_is_told(serve):
     assert serve(**values)[2]["engine"] == EngineSettings(**values)
     told = serve()[2]
     assert told["engine"] == EngineSettings() and told["started"] and told["closed"]
+    assert told["warmed"] == "a model"
 
 
 def test_what_the_server_is_told(serve, tmp_path):

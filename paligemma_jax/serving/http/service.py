@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import dataclasses
 import functools
+import threading
 from collections.abc import AsyncIterator, Callable, Sequence
 from typing import Any, Protocol, TypeVar
 
@@ -15,7 +16,7 @@ from PIL import Image
 import paligemma_jax as pj
 from paligemma_jax.errors import Closed
 from paligemma_jax.serving.events import Event, Finished, Stats
-from paligemma_jax.serving.http import pictures
+from paligemma_jax.serving.http import pictures, warming
 from paligemma_jax.serving.http.errors import ApiError
 from paligemma_jax.serving.http.metrics import Metrics
 from paligemma_jax.serving.http.settings import HttpSettings
@@ -65,9 +66,15 @@ class Service:
         self.metrics = Metrics(engine.stats)
         self.running = 0
         self.draining = False
+        self._warming: threading.Thread | None = None
         self._fetchers = asyncio.Semaphore(_FETCHERS)
         self._decoders = asyncio.Semaphore(_DECODERS)
         self._embedders = asyncio.Semaphore(1)
+
+    def warm_up(self) -> None:
+        """Run what the engine does not once, in a thread; the server is not ready until that has ended."""
+        self._warming = threading.Thread(target=warming.warm_up, args=(self.model,), daemon=True)
+        self._warming.start()
 
     def check_model(self, name: str | None) -> None:
         """ApiError unless it is the model that is served, or none is named."""
@@ -79,7 +86,7 @@ class Service:
         """ApiError while the programs are not compiled yet, or when the server is about to stop."""
         if self.draining:
             raise Closed("the server is stopping: ask another one")
-        if not self.engine.ready:
+        if not self.engine.ready or (self._warming is not None and self._warming.is_alive()):
             raise ApiError(503, "the model is being made ready: try again", code="loading", retry_after=5)
 
     async def load(self, urls: Sequence[tuple[str, str]]) -> list[Image.Image]:

@@ -3,12 +3,18 @@
 import json
 import logging
 import re
+import threading
+import types
 
 import pytest
 
-from paligemma_jax.errors import ConfigError
+import paligemma_jax as pj
+from paligemma_jax.errors import CheckpointError, ConfigError
+from paligemma_jax.serving.events import Stats
 from paligemma_jax.serving.http import logs
+from paligemma_jax.serving.http.errors import ApiError
 from paligemma_jax.serving.http.security import RateLimit, is_own_host, read_keys
+from paligemma_jax.serving.http.service import Service
 from paligemma_jax.serving.http.settings import HttpSettings, is_loopback
 
 POSTS = ("chat/completions", "responses", "caption", "query", "detect", "point", "segment", "embed")
@@ -223,6 +229,40 @@ def test_ready(client, engine, helpers):
     assert response.headers["retry-after"]
     helpers.refused(client.post("/v1/chat/completions", json=helpers.chat()), 503)
     assert client.get("/health").status_code == 200
+
+
+def test_the_server_is_not_ready_before_masks_and_embeddings_are(stand_in, helpers, monkeypatch):
+    """What runs beside the engine has run once; a model without masks, or one that fails, is served too."""
+    sizes, go_on = [], threading.Event()
+    monkeypatch.setattr(stand_in, "embed_image", lambda pictures: go_on.wait(10))
+    monkeypatch.setattr(stand_in, "objects", lambda output, size: sizes.append(len(pj.parse(output.text, size)[0])))
+    service = Service(
+        types.SimpleNamespace(ready=True, stats=lambda: Stats(0, 0, 1, {}, *[0] * 8)), stand_in, HttpSettings("shapes")
+    )
+    service.check_ready()
+    service.warm_up()
+    with pytest.raises(ApiError) as caught:
+        service.check_ready()
+    assert caught.value.status == 503
+    go_on.set()
+    helpers.until(lambda: is_ready(service))
+    assert sizes == [1, 2, 4, 8]
+    for error in (CheckpointError("no masks"), RuntimeError("trouble")):
+
+        def fail(*_, error=error):
+            raise error
+
+        monkeypatch.setattr(stand_in, "objects", fail)
+        service.warm_up()
+        helpers.until(lambda: is_ready(service))
+
+
+def is_ready(service):
+    try:
+        service.check_ready()
+    except ApiError:
+        return False
+    return True
 
 
 def test_models(client, helpers):
