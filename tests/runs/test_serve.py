@@ -11,6 +11,7 @@ import subprocess
 import sys
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -21,6 +22,7 @@ from paligemma_jax.runs import model as models
 from paligemma_jax.serving.engine import EngineSettings
 
 ROOT = Path(__file__).resolve().parents[2]
+JSON = {"content-type": "application/json"}
 PICTURE = ROOT / "assets" / "examples" / "shapes.png"
 
 
@@ -199,7 +201,7 @@ def ask(port, method, path, body=None, headers=None):
     connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
     try:
         content = None if body is None else json.dumps(body)
-        connection.request(method, path, content, {"content-type": "application/json"} | (headers or {}))
+        connection.request(method, path, content, JSON | (headers or {}))
         response = connection.getresponse()
         return response.status, response.read()
     finally:
@@ -311,6 +313,50 @@ def test_moondreams_bodies(server, uri):
 
 
 @pytest.mark.slow
+def test_answers_in_a_crowd_are_those_given_alone(server, uri):
+    """Greedy and seeded, streamed, constrained and as JSON, some clients leaving; nothing is compiled meanwhile."""
+    headers = {"Authorization": "Bearer secret"}
+    stars = runpy.run_path(str(ROOT / "docs" / "deploy" / "client.py"))["data_uri"](str(PICTURE.with_name("stars.png")))
+
+    def body(prompt, url, **fields):
+        content = [{"type": "image_url", "image_url": url}, {"type": "text", "text": prompt}]
+        return {"messages": [{"role": "user", "content": content}], **fields}
+
+    bodies = [
+        body(prompt, url, **fields)
+        for url in (uri, stars)
+        for prompt in ("caption en", "answer en how many stars are there?", "detect circle ; star", "segment star")
+        for fields in ({}, {"temperature": 1.0, "seed": 7}, {"constrain": True, "max_tokens": 30, "stream": True})
+    ]
+    bodies.append(body("detect star", uri, response_format={"type": "json_object"}))
+
+    def answer(asked):
+        status, content = ask(server, "POST", "/v1/chat/completions", asked, headers)
+        assert status == 200
+        if not asked.get("stream"):
+            return json.loads(content)["choices"][0]["message"]["content"]
+        *events, done = [event for event in content.decode().split("\n\n") if event.startswith("data: ")]
+        assert done == "data: [DONE]"
+        choices = [json.loads(event.removeprefix("data: "))["choices"][0] for event in events]
+        return "".join(choice["delta"].get("content") or "" for choice in choices)
+
+    def leave(asked):
+        connection = http.client.HTTPConnection("127.0.0.1", server, timeout=60)
+        connection.request("POST", "/v1/chat/completions", json.dumps(asked | {"stream": True}), headers | JSON)
+        connection.getresponse().read(100)
+        connection.close()
+
+    alone = [answer(asked) for asked in bodies]
+    with ThreadPoolExecutor(24) as pool:
+        left = [pool.submit(leave, asked) for asked in bodies[:8]]
+        crowd = list(pool.map(answer, bodies * 3))
+        assert not any(future.exception() for future in left)
+    assert crowd == alone * 3
+    metrics = ask(server, "GET", "/metrics", None, headers)[1].decode()
+    assert "paligemma_compiles_while_serving_total 0.0" in metrics
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("signals", [1, 2])
 def test_the_end_under_load(uri, signals):
     """Running answers are finished at the first signal, and none is at the second."""
@@ -318,7 +364,7 @@ def test_the_end_under_load(uri, signals):
         content = [{"type": "image_url", "image_url": uri}, {"type": "text", "text": "caption en"}]
         body = {"messages": [{"role": "user", "content": content}], "n": 8, "temperature": 2.0, "max_tokens": 64}
         connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
-        connection.request("POST", "/v1/chat/completions", json.dumps(body), {"content-type": "application/json"})
+        connection.request("POST", "/v1/chat/completions", json.dumps(body), JSON)
         deadline = time.monotonic() + 20
         while b"num_requests_running 0.0" in ask(port, "GET", "/metrics")[1]:
             assert time.monotonic() < deadline
