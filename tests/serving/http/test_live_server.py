@@ -2,17 +2,22 @@
 
 import http.client
 import json
+import resource
+import runpy
 import signal
 import socket
 import threading
 import time
+from pathlib import Path
 
 import pytest
+from PIL import Image
 
-from paligemma_jax.errors import ConfigError
+from paligemma_jax.errors import ConfigError, EngineFailed
 from paligemma_jax.serving.http.server import listen
 from paligemma_jax.serving.http.settings import HttpSettings
 
+CLIENT = Path(__file__).resolve().parents[3] / "docs" / "deploy" / "client.py"
 HEADERS = "Host: localhost\r\nContent-Type: application/json\r\n"
 
 
@@ -75,6 +80,24 @@ def test_a_stream_is_sent_while_it_grows(live, helpers):
             seen += sock.recv(4096)
 
 
+def test_the_client_of_the_documentation(live, helpers, tmp_path):
+    here = live(keys=("secret",))
+    Image.new("RGB", (40, 20)).save(tmp_path / "a.png")
+    picture, make = str(tmp_path / "a.png"), runpy.run_path(str(CLIENT))["Client"]
+    client = make(f"http://127.0.0.1:{here.port}/", "secret")
+    assert client.ask("caption en", picture, seed=5) == client.caption(picture) == "a red circle"
+    assert list(filter(None, client.stream("caption en", picture))) == ["a", " red", " circle"]
+    here.engine.say = lambda request: "<loc0000><loc0000><loc1023><loc1023> cat"
+    assert client.detect(picture, "cat") == [{"x_min": 0, "y_min": 0, "x_max": 1, "y_max": 1}]
+    here.engine.say = lambda request: EngineFailed("x")
+    with pytest.raises(RuntimeError, match="could not be generated"):
+        list(client.stream("caption en", picture))
+    with pytest.raises(RuntimeError, match="500: the answer could not"):
+        client.caption(picture)
+    with pytest.raises(RuntimeError, match="401: send a key"):
+        make(f"http://127.0.0.1:{here.port}").caption(picture)
+
+
 def test_slow_bodies_end(live, helpers):
     here = live(body_timeout_s=0.3)
     with socket.create_connection(("127.0.0.1", here.port), timeout=10) as sock:
@@ -90,6 +113,37 @@ def test_large_bodies_are_told_so_and_not_kept(live, helpers):
     status, _, content = post(here.port, {"image_url": "x" * 2**24}, "/v1/detect")
     assert status == 413 and json.loads(content)["error"]["code"] == "body_too_large"
     assert post(here.port, helpers.chat())[0] == 200
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("is_told", [True, False], ids=["content-length", "chunked"])
+def test_100_mb_take_neither_memory_nor_long(live, helpers, is_told):
+    """Within 20 s, and with less than 100 MB more at any time, of which 32 are the default limit."""
+    here = live()
+    chunk, count = b" " * 2**20, 100
+    lengths = {"Content-Length": str(count * len(chunk))} if is_told else {}
+    before, began = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.monotonic()
+    connection = http.client.HTTPConnection("127.0.0.1", here.port, timeout=30)
+    headers = {"content-type": "application/json"} | lengths
+    connection.request("POST", "/v1/detect", (chunk for _ in range(count)), headers, encode_chunked=not is_told)
+    response = connection.getresponse()
+    assert response.status == 413 and json.loads(response.read())["error"]["code"] == "body_too_large"
+    connection.close()
+    assert time.monotonic() - began < 20
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 100 * 1024
+    assert post(here.port, helpers.chat())[0] == 200
+
+
+@pytest.mark.slow
+def test_a_picture_of_many_pixels_does_not_take_long(live, helpers):
+    """A PNG of 48 million pixels in 140 kB, just allowed, and one above the limit, which is not decoded."""
+    here = live()
+    allowed = helpers.data_uri(Image.new("RGB", (8000, 6000)))
+    refused = helpers.data_uri(Image.new("RGB", (8000, 7000)))
+    for url, status, seconds in ((allowed, 200, 20), (refused, 400, 1)):
+        began = time.monotonic()
+        assert post(here.port, helpers.chat(url=url), timeout=30)[0] == status
+        assert time.monotonic() - began < seconds
 
 
 def test_garbage_instead_of_http(live, helpers):
