@@ -4,8 +4,8 @@
     python benchmarks/serving.py --checkpoint DIR --dtype bfloat16 --seconds 180 --scenes 8 --max_new_tokens 24
 
 Captions, answers, boxes and masks about scenes of the evaluation, greedy and sampled, free and constrained, with limits
-and prompts of different lengths. All take turns in one process. Each answer under load is compared with the one that
-the request got alone. An engine embeds an image once, as long as it is in its cache; another one, without a cache, embeds
+and prompts of different lengths; all take turns in one process. Each answer under load is compared with the one that
+the request got alone. An engine embeds an image once, as long as its cache has it; another one, without a cache, embeds
 it for each request, as `generate` does. Then the distributions of the next token are compared, of rows among others and
 of the same rows alone. OUT.json holds all numbers, OUT.md the tables; a model that is measured again replaces its own
 part only.
