@@ -55,9 +55,8 @@ class Asked:
         """The answer's text, or the JSON value to be written as one."""
         if self.form is None:
             return event.output.text
-        picture = self.loaded[0]
-        found = await service.objects(event, picture, self.prompt.labels)
-        return self.form.write(found, picture.size)
+        size = self.loaded[0].size
+        return self.form.write(await service.objects(event, size, self.prompt.labels), size)
 
 
 def prompt_of(texts: Sequence[str], param: str) -> Prompt:

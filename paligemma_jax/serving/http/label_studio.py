@@ -87,7 +87,7 @@ def routes(service: Service) -> APIRouter:
         results = []
         found = {}
         for (number, picture), end in zip(loaded.items(), ends, strict=True):
-            objects = await service.objects(end, picture, prompt.labels, control.task == "segment")
+            objects = await service.objects(end, picture.size, prompt.labels, control.task == "segment")
             found[number] = _prediction(control, select(objects).kept, picture.size)
         empty = {"result": [], "score": 0.0}
         for number in range(len(body.tasks)):

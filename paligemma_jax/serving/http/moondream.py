@@ -23,6 +23,7 @@ from paligemma_jax.tasks.select import known_score, select
 
 _SIDES = ("x_min", "y_min", "x_max", "y_max")
 _LENGTHS = {"short": "cap en", "normal": "caption en", "long": "describe en"}
+_MASK_SIDE = 1024  # pixels
 _MOST_OBJECTS = 1000
 
 
@@ -79,15 +80,15 @@ def routes(service: Service) -> APIRouter:
     async def detect(request: Request) -> Response:
         """Find things: {objects: [{x_min, y_min, x_max, y_max}]}."""
         body = await read(request, ObjectRequest, service.settings)
-        found, picture = await _objects(service, request, body, "detect")
-        return Json({"objects": [_box(item, picture.size) for item in found]})
+        found, size = await _objects(service, request, body, "detect")
+        return Json({"objects": [_box(item, size) for item in found]})
 
     @router.post("/v1/point", openapi_extra=takes(ObjectRequest))
     async def point(request: Request) -> Response:
         """The middles of the boxes of things: {points: [{x, y}]}."""
         body = await read(request, ObjectRequest, service.settings)
-        found, picture = await _objects(service, request, body, "detect")
-        boxes = [_box(item, picture.size) for item in found]
+        found, size = await _objects(service, request, body, "detect")
+        boxes = [_box(item, size) for item in found]
         return Json({"points": [_middle(box) for box in boxes]})
 
     @router.post("/v1/segment", openapi_extra=takes(SegmentRequest))
@@ -95,10 +96,10 @@ def routes(service: Service) -> APIRouter:
         """The outline of the thing with the best score: {path, bbox}; the path is 0 to 1 over the box."""
         body = await read(request, SegmentRequest, service.settings)
         service.model.mask_decoder()  # its absence is known before the long part
-        found, picture = await _objects(service, request, body, "segment")
+        found, size = await _objects(service, request, body, "segment")
         masked = [item for item in found if item.mask is not None]
         best = max(masked, key=known_score, default=None)
-        bbox = None if best is None else _box(best, picture.size)
+        bbox = None if best is None else _box(best, size)
         path = "" if best is None else svg_path(crop_mask(best.mask, best.box) > 0.5)
         if not body.stream:
             return Json({"path": path, "bbox": bbox})
@@ -133,15 +134,18 @@ async def _segment_events(path: str, bbox: dict[str, float] | None) -> AsyncIter
 
 async def _objects(
     service: Service, request: Request, body: ObjectRequest, task: str
-) -> tuple[list[pj.Detection], Image.Image]:
+) -> tuple[list[pj.Detection], tuple[int, int]]:
+    """The objects of an answer, in pixels of a picture of the size that comes with them: masks need no larger one."""
     try:
         [prompt] = class_prompts(task, body.object)
     except PromptError:
         raise ApiError(400, f"object={body.object!r:.80} is no name of a thing: send one, as 'cat'", "object") from None
     picture, wanted = await _wanted(service, body, prompt.text, constrain=True)
     [end] = await service.results(request, [wanted])
-    found = await service.objects(end, picture, prompt.labels, masks=task == "segment")
-    return select(found).kept[: body.settings.max_objects], picture
+    scale = min(1.0, _MASK_SIDE / max(picture.size))
+    size = max(1, round(scale * picture.width)), max(1, round(scale * picture.height))
+    found = await service.objects(end, size, prompt.labels, masks=task == "segment")
+    return select(found).kept[: body.settings.max_objects], size
 
 
 async def _wanted(service: Service, body: PictureRequest, prompt: str, constrain: bool) -> tuple[Image.Image, Wanted]:

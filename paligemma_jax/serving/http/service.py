@@ -22,7 +22,7 @@ from paligemma_jax.serving.http.metrics import Metrics
 from paligemma_jax.serving.http.settings import HttpSettings
 from paligemma_jax.tasks.prompts import read_prompt
 
-_DECODERS = 4  # pictures that are decoded at once: each may take 150 MB
+_DECODERS = 4  # pictures and masks that are decoded at once: each may take 200 MB
 _FETCHERS = 8
 
 T = TypeVar("T")
@@ -162,11 +162,12 @@ class Service:
             yield index, event
 
     async def objects(
-        self, event: Finished, picture: Image.Image, labels: Sequence[str], masks: bool = False
+        self, event: Finished, size: tuple[int, int], labels: Sequence[str], masks: bool = False
     ) -> list[pj.Detection]:
-        """The complete objects of an answer, in pixels."""
+        """The complete objects of an answer about a picture of `size`, in pixels."""
         find = functools.partial(self.model.objects, masks=masks, labels=labels, loc_scale=self.settings.loc_scale)
-        found, _ = await _in_thread(find, event.output, picture.size)
+        async with self._decoders if masks else contextlib.nullcontext():
+            found, _ = await _in_thread(find, event.output, size)
         return found
 
     async def embed(self, loaded: Sequence[Image.Image], projected: bool) -> Any:

@@ -3,6 +3,7 @@
 import json
 
 import pytest
+from PIL import Image
 
 BOX = "<loc0000><loc0000><loc1023><loc0512>"
 MASKED = BOX + "".join(f"<seg{i:03d}>" for i in range(16))
@@ -63,6 +64,18 @@ def test_segment(client, engine, helpers):
         {"type": "bbox", "bbox": answer["bbox"]},
         {"type": "final", "completed": True, **answer},
     ]
+
+
+def test_masks_of_large_pictures_are_not_decoded_in_full(client, engine, helpers, stand_in, monkeypatch):
+    sizes, plain = [], stand_in.objects
+    monkeypatch.setattr(
+        stand_in, "objects", lambda output, size, **rest: sizes.append(size) or plain(output, size, **rest)
+    )
+    engine.say = lambda request: f"{MASKED} cat"
+    large = helpers.data_uri(Image.new("RGB", (4096, 2048)), "jpeg")
+    answer = client.post("/v1/segment", json={"image_url": large, "object": "cat"}).json()
+    assert sizes == [(1024, 512)] and answer["path"] == "M 0 0 L 0.5 0 L 0.5 1 L 0 1 Z"
+    assert answer["bbox"]["x_max"] == pytest.approx(512 / 1023, abs=1e-4)
 
 
 def test_nothing_is_found(client, engine, helpers):
