@@ -169,6 +169,7 @@ def measure(model: pj.PaliGemma, args: argparse.Namespace) -> dict[str, Any]:
     requests = make_requests(args.scenes, args.max_new_tokens)
     order = np.random.default_rng(0).permutation(len(requests))
     batches = [[requests[i] for i in order[k : k + _BATCH]] for k in range(0, len(order) - _BATCH + 1, _BATCH)]
+    load_average = os.getloadavg()[0]
     _note("answering alone")
     expected = [model.answer([request])[0] for request in requests]
     for batch in batches:
@@ -210,6 +211,7 @@ def measure(model: pj.PaliGemma, args: argparse.Namespace) -> dict[str, Any]:
     for error in dict.fromkeys(whole.errors):
         _note(error)
     return {
+        "load_average": load_average,
         "requests": len(requests),
         "ready_s": ready_s,
         "programs": programs,
@@ -287,7 +289,8 @@ def document(entries: dict[str, dict[str, Any]]) -> str:
             f"{entry['date']}: {about['cpu']}, {about['cores']} cores, jax {about['jax']} on {entry['device']}. "
             f"{settings['clients']} clients for {settings['seconds']:g} s, {settings['slots']} slots, "
             f"{found['requests']} different requests of at most {settings['max_new_tokens']} tokens. "
-            f"Ready after {found['ready_s']:.1f} s with {found['programs']} programs.",
+            f"Ready after {found['ready_s']:.1f} s with {found['programs']} programs. "
+            f"Load average of the machine before, by other work: {found['load_average']:.1f}.",
             "",
             "| | answers per second, by round | mean | served / this |",
             "|---|---|---|---|",

@@ -14,6 +14,7 @@ def test_requests_differ_in_task_limit_sampling_and_constraints():
 
 def test_the_table_states_what_must_hold():
     found = {
+        "load_average": 0.5,
         "requests": 8,
         "ready_s": 9.0,
         "programs": 30,
