@@ -60,6 +60,10 @@ class ImageError(UserError):
     """A picture that cannot be read."""
 
 
+class DamagedImageError(ImageError):
+    """A picture whose file a decoder stumbles over; the message holds the decoder's words."""
+
+
 class PromptError(UserError):
     """Prompts that do not fit the pictures or the cache."""
 
@@ -74,3 +78,27 @@ class DataError(UserError):
 
 class NumericsError(UserError):
     """Results that are NaN or infinite: numbers too large for their format, or damaged weights."""
+
+
+class ServingError(UserError):
+    """A request that a server did not answer."""
+
+
+class Busy(ServingError):
+    """As many requests wait as may: try again later."""
+
+
+class Closed(ServingError):
+    """A server that ends, and takes no new requests."""
+
+
+class Expired(ServingError):
+    """A request whose time was over before its answer was complete."""
+
+
+class Cancelled(ServingError):
+    """A request that its client, or the end of the server, took back."""
+
+
+class EngineFailed(ServingError):
+    """An unexpected error while a request was answered; others go on."""

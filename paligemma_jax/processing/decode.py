@@ -10,13 +10,13 @@ import functools
 import importlib
 import threading
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import BinaryIO
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError, features
 
-from paligemma_jax.errors import ImageError, one_line
+from paligemma_jax.errors import DamagedImageError, ImageError, one_line
 
 MAX_PIXELS = 2**27  # 134 million, 400 MB as RGB; the largest phone pictures have 108 million
 STORED_MODE, STORED_NAME = "stored mode", "stored name"  # what `info` of a picture of `to_rgb` holds
@@ -37,8 +37,15 @@ _UPRIGHT = {  # EXIF orientation -> what turns the stored picture upright
 }
 
 
-def decode(stream: BinaryIO, name: str) -> Image.Image:
+def decode(
+    stream: BinaryIO, name: str, max_pixels: int = MAX_PIXELS, kinds: Sequence[str] | None = None
+) -> Image.Image:
     """Read an encoded picture from an open, seekable stream, as a new upright RGB image.
+
+    Args:
+        name: what messages call it.
+        max_pixels: one with more, by its header, is not decoded.
+        kinds: formats by PIL's names that are tried; all by default.
 
     Raises:
         ImageError: it is empty, no picture or damaged, has too many pixels, or its kind needs a package.
@@ -54,15 +61,15 @@ def decode(stream: BinaryIO, name: str) -> Image.Image:
     stream.seek(0)
     try:
         with _quiet():
-            image = Image.open(stream)
+            image = Image.open(stream, formats=kinds)
     except UnidentifiedImageError:
         raise ImageError(f"{name} is not a picture, or one of an unknown kind: convert it to PNG or JPEG") from None
     except Image.DecompressionBombError:
-        raise _too_many_pixels(name) from None
+        raise _too_many_pixels(name, max_pixels) from None
     except Exception as error:  # a damaged file can fail anywhere in a decoder
         raise _damaged(name, error) from None
     with image:
-        return to_rgb(image, name)
+        return to_rgb(image, name, max_pixels)
 
 
 def looks_like_picture(path: str) -> bool:
@@ -99,13 +106,13 @@ def _brands(head: bytes) -> set[bytes]:
     return {head[i : i + 4] for i in (8, *range(16, len(head), 4))}
 
 
-def to_rgb(image: Image.Image, name: str) -> Image.Image:
+def to_rgb(image: Image.Image, name: str, max_pixels: int = MAX_PIXELS) -> Image.Image:
     """A new upright RGB image of one of any mode; its `info` says which it had, and what it is called."""
     width, height = image.size
     if width * height == 0:
         raise ImageError(f"{name} is {width} x {height}: it has no pixels")
-    if width * height > MAX_PIXELS:
-        raise _too_many_pixels(name, image.size)
+    if width * height > max_pixels:
+        raise _too_many_pixels(name, max_pixels, image.size)
     try:
         image.load()
         if (turn := _UPRIGHT.get(_orientation(image))) is not None:
@@ -154,15 +161,16 @@ def _grey(values: np.ndarray, white: float) -> Image.Image:
     return Image.fromarray(np.round(scaled).astype(np.uint8)).convert("RGB")
 
 
-def _too_many_pixels(name: str, size: tuple[int, int] | None = None) -> ImageError:
+def _too_many_pixels(name: str, most: int, size: tuple[int, int] | None = None) -> ImageError:
     is_too_large = f"{name} is {size[0]} x {size[1]}" if size else f"{name} is too large"
-    return ImageError(f"{is_too_large}: at most {MAX_PIXELS // 10**6} million pixels can be read, make it smaller")
+    limit = f"{most // 10**6} million" if most >= 10**6 else str(most)
+    return ImageError(f"{is_too_large}: at most {limit} pixels can be read, make it smaller")
 
 
 def _damaged(name: str, error: Exception) -> ImageError:
     if "cannot find loader" in str(error):  # PIL knows the name of the format, and nothing else
         return ImageError(f"{name} is of a kind that is not read ({one_line(error)}): convert it to PNG or JPEG")
-    return ImageError(f"{name} is damaged or truncated ({one_line(error)}): save or download it again")
+    return DamagedImageError(f"{name} is damaged or truncated ({one_line(error)}): save or download it again")
 
 
 _filters_lock = threading.Lock()

@@ -21,6 +21,7 @@ RUNS = {  # config.run: module in paligemma_jax/runs, and what it does
     "evaluate": "measure the shipped model on pictures it has not seen",
     "inspect": "draw what an answer is based on: attention, similarity, logit lens (needs configs/inspect.py)",
     "swap": "answer about a picture with another one's embeddings (needs configs/swap.py)",
+    "serve": "answer requests over HTTP (needs configs/serve.py)",
     "make_tiny": "build the shipped model from a seed (needs configs/make_tiny.py)",
 }
 

@@ -33,7 +33,7 @@ def load(config: ConfigDict, warm_up: Sequence[pj.Request] = (), batch_size: int
         dtype=dtype,
         quantization=None if quantization == "none" else quantization,
         mask_vae=config.mask_vae or None,
-        batch_size=batch_size * config.num_beams,
+        batch_size=batch_size * config.get("num_beams", 1),
         warm_up=warm_up,
         adapter=config.adapter or None,
     )

@@ -29,7 +29,7 @@ class Output:
     text: without control tokens.
     tokens: i32 [n], <eos> included when it was reached.
     logprobs: f32 [n], log-probability of each token under the model's unfiltered distribution at temperature 1.
-    finish_reason: "eos", or "length" when max_new_tokens cut it off.
+    finish_reason: "eos", "length" when max_new_tokens cut it off, or "stop" at a stop string of `serving`.
     timing: where the time went.
     near: f32 [n], of a location token the probability of all that are within `sampling.NEAR` of it, else 0.
     expected: f32 [n], the mean location, 0..1023, under the model's distribution over locations at that token.

@@ -56,6 +56,7 @@ _MAPS, _SWAP = (
     "runs/test_inspect.py::test_only_what_is_asked_for",
     "runs/test_embedded.py::test_four_runs_and_their_variations",
 )
+_SERVE = "runs/test_serve.py"
 COVERED = {
     "tiny": BASE,
     "inspect": BASE
@@ -69,6 +70,28 @@ COVERED = {
         "embeddings_file": "runs/test_inspect.py::test_a_file_of_embeddings_needs_no_model",
     },
     "swap": BASE | dict.fromkeys(("other_image", "box", "mix", "bits"), _SWAP),
+    "serve": COMMON
+    | dict.fromkeys(
+        ("checkpoint", "adapter", "dtype", "quantization", "mask_vae", "num_slots"),
+        f"{_SERVE}::test_what_is_loaded_and_for_how_many",
+    )
+    | dict.fromkeys(
+        ("max_waiting", "max_new_tokens", "max_prompt_tokens", "max_images", "cache_bytes", "num_steps"),
+        f"{_SERVE}::test_what_the_engine_is_told",
+    )
+    | dict.fromkeys(
+        (
+            *("seed", "model_name", "loc_scale", "trusted_proxies", "host", "max_body_bytes", "max_pixels", "max_n"),
+            *("requests_per_minute", "body_timeout_s", "request_timeout_s", "drain_s"),
+        ),
+        f"{_SERVE}::test_what_the_server_is_told",
+    )
+    | dict.fromkeys(("image_hosts", "cors_origins"), f"{_SERVE}::test_names_with_commas")
+    | dict.fromkeys(("api_key", "api_key_file"), f"{_SERVE}::test_keys")
+    | {
+        "port": f"{_SERVE}::test_what_cannot_be_is_one_line",
+        "resample": f"{_SERVE}::test_resample_is_that_of_the_model",
+    },
     "finetune": COMMON
     | dict.fromkeys(
         ("learning_rate", "warmup_fraction", "weight_decay", "b2", "clip_norm"),
@@ -84,7 +107,7 @@ COVERED = {
 def test_every_key_has_a_test_that_knows_it(name, main, monkeypatch):
     """The test exists, and names the key."""
     seen = []
-    for run in ("generate", "inspect", "swap", "train"):
+    for run in ("generate", "inspect", "swap", "train", "serve"):
         monkeypatch.setattr(f"paligemma_jax.runs.{run}.run", lambda config: seen.append(set(config)) or 0)
     assert main(f"--config=configs/{name}.py", "--config.compilation_cache=false")[0] == 0
     assert seen == [set(COVERED[name])]

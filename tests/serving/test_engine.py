@@ -1,0 +1,320 @@
+"""The engine: each answer is the one that `generate` gives alone, whatever else runs, fails, ends or is taken back."""
+
+import dataclasses
+import threading
+
+import jax
+import numpy as np
+import pytest
+
+import paligemma_jax as pj
+from paligemma_jax import errors
+from paligemma_jax.processing.image import load_image
+from paligemma_jax.serving import programs
+from paligemma_jax.serving.engine import Engine, EngineSettings
+from paligemma_jax.serving.events import Finished, Piece
+from paligemma_jax.serving.pictures import digest
+
+HOT = {"temperature": 1.5, "seed": 3}
+REQUESTS = [  # prompt, number of images, options
+    ("caption en", 1, {"max_new_tokens": 14}),
+    ("detect a red circle", 1, {"constrain": True, "max_new_tokens": 24}),
+    ("answer en how many", 1, {"sampling": pj.Sampling(**HOT), "max_new_tokens": 9}),
+    ("segment a ; two blue squares", 1, {"constrain": True, "sampling": pj.Sampling(**HOT), "max_new_tokens": 32}),
+    ("caption en", 2, {"sampling": pj.Sampling(**HOT, top_k=7), "max_new_tokens": 12, "min_new_tokens": 12}),
+    ("detect red", 1, {"max_new_tokens": 1}),
+    ("segment the circle", 1, {"sampling": pj.Sampling(**HOT, top_p=0.6), "max_new_tokens": 11}),
+    ("what color", 2, {"sampling": pj.Sampling(temperature=0.7, min_p=0.2), "max_new_tokens": 20}),
+    ("caption en", 1, {"max_new_tokens": 40, "min_new_tokens": 40}),  # outgrows the usual state
+    ("detect " + " ; ".join("abcdefghi"), 1, {"constrain": True, "max_new_tokens": 20}),  # a large grammar
+    ("detect a red circle", 1, {"constrain": True, "max_new_tokens": 24, "speculate": True}),
+]
+SETTINGS = EngineSettings(num_slots=2, max_waiting=20, max_new_tokens=40, max_prompt_tokens=32, max_images=2)
+
+
+@pytest.fixture(scope="module")
+def model(make_model) -> pj.PaliGemma:
+    return make_model("gemma2")
+
+
+@pytest.fixture(scope="module")
+def requests() -> list[pj.Request]:
+    images = np.random.default_rng(0).integers(0, 256, (4, 20, 30, 3), np.uint8)
+    return [
+        pj.Request.of([images[(i + k) % 4] for k in range(count)], prompt, **options)
+        for i, (prompt, count, options) in enumerate(REQUESTS)
+    ]
+
+
+@pytest.fixture(scope="module")
+def expected(model, requests) -> list[pj.Output]:
+    """Tokens do not depend on the batch: tests/engine/test_slots.py."""
+    plain = [dataclasses.replace(r, options=dataclasses.replace(r.options, speculate=None)) for r in requests]
+    return model.answer(plain)
+
+
+@pytest.fixture(scope="module")
+def engine(model):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(programs, "_SHORT_ANSWER", 16)
+        patch.setattr(programs, "_SHORT_TEXTS", (32,))
+        engine = Engine(model, SETTINGS)
+    engine.start()
+    engine.wait_ready(120)
+    yield engine
+    engine.close()
+    assert engine.stats().compiles_while_serving == 0
+
+
+def assert_same(finished: Finished, expected: pj.Output) -> None:
+    output = finished.output
+    assert output.tokens.tolist() == expected.tokens.tolist()
+    assert (output.text, output.finish_reason) == (expected.text, expected.finish_reason)
+    for name in ("logprobs", "near", "expected"):
+        np.testing.assert_allclose(getattr(output, name), getattr(expected, name), rtol=1e-3, atol=1e-4)
+    assert finished.reason == output.finish_reason and output.timing.new_tokens == len(output.tokens)
+    assert 0 <= finished.queue_s <= finished.first_token_s <= finished.total_s
+
+
+def test_each_answer_is_that_of_generate_alone(engine, requests, expected):
+    order = np.random.default_rng(1).permutation(2 * len(requests))[: SETTINGS.max_waiting] // 2  # some of them twice
+    answers = [(i, engine.submit(requests[i], client=str(i % 3))) for i in order]
+    for i, answer in answers:
+        assert_same(answer.result(), expected[i])
+    stats = engine.stats()
+    assert stats.compiles_while_serving == 0 and stats.images_cached == 4
+    assert stats.free_slots == 2 and not stats.running and not stats.waiting
+    assert 0 < stats.prompt_tokens <= stats.padded_tokens and sum(stats.finished.values()) >= len(requests)
+
+
+def test_generate_says_the_same(engine, model, requests):
+    request = requests[3]
+    [alone] = model.generate([list(request.images)], [request.prompt], options=request.options)
+    assert_same(engine.submit(request).result(), alone)
+
+
+def test_pieces_are_the_answer(engine, requests, expected):
+    *pieces, last = engine.submit(requests[1])
+    assert len(pieces) > 1 and all(isinstance(piece, Piece) for piece in pieces)
+    assert "".join(piece.text for piece in pieces) == last.output.text == expected[1].text
+    np.testing.assert_array_equal(np.concatenate([piece.tokens for piece in pieces]), last.output.tokens)
+    np.testing.assert_array_equal(np.concatenate([piece.logprobs for piece in pieces]), last.output.logprobs)
+
+
+def test_an_image_is_embedded_once(engine, requests):
+    first = engine.submit(requests[0])
+    first.result()
+    before = engine.stats()
+    engine.submit(requests[0]).result()
+    after = engine.stats()
+    assert after.images_embedded == before.images_embedded and after.images_reused == before.images_reused + 1
+
+
+@pytest.mark.parametrize("start, size", [(3, 2), (0, 1), (10, 6)])
+def test_an_answer_ends_before_a_stop_string(engine, requests, expected, start, size):
+    text = expected[8].text
+    stop = text[start : start + size]
+    *pieces, last = engine.submit(requests[8], stop=["never there", stop])
+    assert last.reason == last.output.finish_reason == "stop"
+    assert last.output.text == text[: text.index(stop)] == "".join(piece.text for piece in pieces)
+    count = len(last.output.tokens)
+    assert last.output.tokens.tolist() == expected[8].tokens[:count].tolist()
+    assert stop in engine.model.processor.tokenizer.decode(last.output.tokens)
+
+
+def test_a_stop_string_that_does_not_come_changes_nothing(engine, requests, expected):
+    assert_same(engine.submit(requests[8], stop=expected[8].text[-1:] + "!").result(), expected[8])
+
+
+def test_who_leaves_frees_the_slot_and_others_stay(engine, requests, expected):
+    leaving = [engine.submit(requests[8]) for _ in range(6)]
+    staying = engine.submit(requests[1], client="other")
+    next(iter(leaving[0]))
+    for answer in leaving:
+        answer.cancel()
+    for answer in leaving:
+        with pytest.raises(errors.Cancelled):
+            answer.result()
+    assert_same(staying.result(), expected[1])
+    leaving[0].cancel()  # once more does no harm
+    assert engine.stats().free_slots == 2
+
+
+def test_time_is_over_waiting_or_running(engine, requests, expected):
+    late = [engine.submit(requests[8], timeout_s=1e-4) for _ in range(3)]
+    in_time = engine.submit(requests[0], timeout_s=60)
+    for answer in late:
+        with pytest.raises(errors.Expired):
+            answer.result()
+    assert_same(in_time.result(), expected[0])
+
+
+@pytest.mark.parametrize(
+    "change, error, words",
+    [
+        ({"sampling": pj.Sampling(num_beams=2)}, errors.SamplingError, "num_beams=2"),
+        ({"max_new_tokens": 41}, errors.SamplingError, "max_new_tokens=41"),
+        ({"prompt": "a " * 50}, errors.PromptError, "at most 32"),
+        ({"prompt": "a " * 300}, errors.PromptError, "do not fit"),
+        ({"image": [np.zeros((2, 2, 3), np.uint8)] * 3}, errors.ImageError, "3 images"),
+        ({"image": []}, errors.PromptError, "empty list"),
+        ({"image": "missing.png"}, errors.ImageError, "missing.png"),
+        ({"image": np.zeros((2, 2, 3))}, errors.ImageError, "uint8"),
+    ],
+)
+def test_what_cannot_be_answered_is_refused_at_once(engine, change, error, words):
+    given = {"image": np.zeros((4, 4, 3), np.uint8), "prompt": "caption en", "max_new_tokens": 4} | change
+    with pytest.raises(error, match=words):
+        engine.submit(pj.Request.of(**given))
+
+
+@pytest.mark.parametrize(
+    "options", [{"stop": [""]}, {"stop": [3]}, {"timeout_s": 0}, {"timeout_s": -1.0}, {"timeout_s": float("nan")}]
+)
+def test_options_without_meaning_are_refused(engine, requests, options):
+    with pytest.raises(errors.SamplingError):
+        engine.submit(requests[0], **options)
+
+
+def test_as_many_wait_as_may(engine, requests):
+    answers = []
+    with pytest.raises(errors.Busy):
+        for _ in range(100):
+            answers.append(engine.submit(requests[8]))
+    assert len(answers) >= SETTINGS.max_waiting
+    for answer in answers:
+        answer.cancel()
+    for answer in answers[-5:]:
+        with pytest.raises(errors.Cancelled):
+            answer.result()
+
+
+def test_a_program_that_fails_ends_what_runs_and_nothing_else(engine, requests, expected, monkeypatch):
+    decode, calls = engine._programs.decode, []
+
+    def failing(*args):
+        calls.append(args)
+        if len(calls) == 2:
+            raise RuntimeError("out of\nmemory")
+        return decode(*args)
+
+    monkeypatch.setattr(engine._programs, "decode", failing)
+    answers = [engine.submit(requests[8]) for _ in range(2)]
+    waiting = engine.submit(requests[1])
+    for answer in answers:
+        with pytest.raises(errors.EngineFailed, match="out of memory"):
+            answer.result()
+    assert_same(waiting.result(), expected[1])
+
+
+def test_a_request_that_fails_ends_alone(engine, requests, expected, monkeypatch):
+    embed = engine._programs.embed
+
+    def failing(pixels):
+        if (pixels == pixels.flat[0]).all():
+            raise RuntimeError("no such image")
+        return embed(pixels)
+
+    monkeypatch.setattr(engine._programs, "embed", failing)
+    running = engine.submit(requests[8])
+    next(iter(running))
+    black = pj.Request.of(np.zeros((4, 4, 3), np.uint8), "caption en", max_new_tokens=8)
+    with pytest.raises(errors.EngineFailed, match="no such image"):
+        engine.submit(black).result()
+    assert_same(running.result(), expected[8])
+
+
+def test_an_answer_that_is_nan_ends_alone(engine, requests, expected):
+    black = pj.Request.of(np.zeros((4, 4, 3), np.uint8), "caption en", max_new_tokens=8)
+    key = digest(engine.model.processor.image_settings.to_pixels(load_image(black.images[0])))
+    engine._images.put(key, jax.numpy.full((4, 32), np.nan, np.float32))
+    broken, whole = engine.submit(black), engine.submit(requests[1])
+    with pytest.raises(errors.NumericsError, match="NaN"):
+        broken.result()
+    assert_same(whole.result(), expected[1])
+    after = [engine.submit(requests[i]) for i in (0, 1, 3)]  # in the slot that held NaN too
+    for i, answer in zip((0, 1, 3), after, strict=True):
+        assert_same(answer.result(), expected[i])
+
+
+def test_listeners_hear_events_in_the_thread_of_the_engine(engine, requests):
+    heard, names = [], set()
+    answer = engine.submit(requests[8])
+    answer.on_event(lambda event: (heard.append(event), names.add(threading.current_thread().name)))
+    last = answer.result()
+    assert heard[-1] is last and heard == list(answer)
+    assert "paligemma-engine" in names
+
+
+@pytest.fixture
+def small_engine(model, engine):
+    """One with the programs of the other, that may be closed."""
+    small = Engine(model, SETTINGS)
+    small._programs = engine._programs
+    return small
+
+
+def test_a_program_that_is_compiled_while_serving_is_counted(small_engine, requests):
+    small_engine.start()
+    small_engine.wait_ready()
+    answer = small_engine.submit(requests[8])
+    next(iter(answer))
+    answer.on_event(lambda event: isinstance(event, Finished) and jax.jit(lambda x: x + 5)(np.ones(7)))
+    jax.jit(lambda x: x + 6)(np.ones(7))  # in another thread: nobody waits for it
+    answer.result()
+    small_engine.close()
+    assert small_engine.stats().compiles_while_serving == 1
+
+
+def test_closing_finishes_what_runs_in_time_and_refuses_what_is_new(small_engine, requests, expected):
+    small_engine.start()
+    answers = [small_engine.submit(requests[i]) for i in (0, 1, 6)]
+    small_engine.close(drain_s=60)
+    for i, answer in zip((0, 1, 6), answers, strict=True):
+        assert answer.ended
+        assert_same(answer.result(), expected[i])
+    with pytest.raises(errors.Closed):
+        small_engine.submit(requests[0])
+
+
+def test_closing_at_once_cancels(small_engine, requests):
+    small_engine.start()
+    answers = [small_engine.submit(requests[8]) for _ in range(5)]
+    small_engine.close()
+    assert all(answer.ended for answer in answers)
+    with pytest.raises(errors.Cancelled):
+        answers[-1].result()
+
+
+def test_an_engine_that_never_started_can_be_closed(small_engine, requests):
+    answer = small_engine.submit(requests[0])
+    assert not small_engine.ready
+    with pytest.raises(errors.EngineFailed, match="not ready"):
+        small_engine.wait_ready(0.01)
+    small_engine.close()
+    with pytest.raises(errors.Cancelled):
+        answer.result()
+
+
+def test_programs_that_cannot_be_compiled_are_an_error_for_all(model, requests, monkeypatch):
+    engine = Engine(model, SETTINGS)
+
+    def warm(is_wanted):
+        raise MemoryError("no room")
+
+    monkeypatch.setattr(engine._programs, "warm", warm)
+    waiting = engine.submit(requests[0])
+    engine.start()
+    with pytest.raises(errors.EngineFailed, match="no room"):
+        engine.wait_ready(10)
+    with pytest.raises(errors.EngineFailed, match="no room"):
+        waiting.result()
+    with pytest.raises(errors.EngineFailed, match="no room"):
+        engine.submit(requests[0])
+
+
+@pytest.mark.parametrize("field", [f.name for f in dataclasses.fields(EngineSettings)])
+@pytest.mark.parametrize("value", [-1, 1.5, "many"])
+def test_settings_without_meaning_are_refused(field, value):
+    with pytest.raises(errors.SamplingError, match=field):
+        EngineSettings(**{field: value})
