@@ -15,6 +15,14 @@ import numpy as np
 from paligemma_jax.errors import CheckpointError
 
 
+def expanded(path: str | os.PathLike[str]) -> Path:
+    """A path with the home directory for a leading ~ or ~user; other names with a tilde stay as they are."""
+    try:
+        return Path(os.path.expanduser(path))
+    except ValueError:  # no possible name of a user: a null character in it
+        return Path(path)
+
+
 def read_json(path: Path) -> dict[str, Any]:
     """Read a JSON object; CheckpointError when the file is missing or holds something else."""
     try:

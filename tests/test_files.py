@@ -1,7 +1,9 @@
 """Replacing a file whole, and progress that speaks only when it has something to say."""
 
+import re
 import sys
 import time
+from pathlib import Path
 
 import pytest
 
@@ -102,3 +104,28 @@ def test_json_may_begin_with_a_byte_order_mark(tmp_path, text):
     for name, mark in (("plain", ""), ("marked", "\ufeff")):
         (tmp_path / name).write_text(mark + text, encoding="utf-8")
     assert files.read_json(tmp_path / "marked") == files.read_json(tmp_path / "plain")
+
+
+@pytest.mark.parametrize(
+    ("name", "path"),
+    [
+        ("~", "/home/me"),
+        ("~/a b.png", "/home/me/a b.png"),
+        (Path("~/a"), "/home/me/a"),
+        ("~nobodyx/a", "~nobodyx/a"),
+        ("~$a.png", "~$a.png"),
+        ("~a\0", "~a\0"),
+        ("~\ud800", "~\ud800"),
+        ("a/~", "a/~"),
+        ("", "."),
+    ],
+)
+def test_a_tilde_is_the_home_directory_or_stays(monkeypatch, name, path):
+    monkeypatch.setenv("HOME", "/home/me")
+    assert files.expanded(name) == Path(path)
+
+
+def test_only_one_place_knows_of_tildes():
+    """Path.expanduser raises RuntimeError for a user that is not there."""
+    package = Path(files.__file__).parent
+    assert not [path for path in package.rglob("*.py") if re.search(r"\)\.expanduser\(", path.read_text("utf-8"))]

@@ -8,6 +8,7 @@ from typing import NamedTuple
 from paligemma_jax.checkpoints import adapter_config
 from paligemma_jax.checkpoints.companions import MASK_VAE_NAME
 from paligemma_jax.errors import CheckpointError, one_line, printable
+from paligemma_jax.files import expanded
 from paligemma_jax.processing.vocabulary import MODEL_FILE
 
 _HUB_ID = re.compile(r"([\w][\w.-]*/[\w][\w.-]*)(?:@([\w][\w./-]*))?")  # a repository, and perhaps a revision of it
@@ -60,7 +61,7 @@ def _base_of(adapter: Path) -> Path:
     config, remedy = adapter_config.read_config(adapter), f"name it, as checkpoint=BASE adapter={adapter}"
     if config.base is None:
         raise CheckpointError(f"{adapter} does not say what its base is (base_model_name_or_path): {remedy}")
-    for path in (Path(config.base).expanduser(), adapter / config.base):
+    for path in (expanded(config.base), adapter / config.base):
         if not os.path.exists(path):
             continue
         if _is_adapter(path) and not path.samefile(adapter):
@@ -80,7 +81,7 @@ def resolve(path_or_hub_id: str | Path) -> Path:
     Raises:
       CheckpointError: no such path, or the hub refuses; the message says what to do.
     """
-    path = Path(path_or_hub_id).expanduser()
+    path = expanded(path_or_hub_id)
     if os.path.exists(path):  # false of impossible names too
         return path
     name = str(path_or_hub_id)

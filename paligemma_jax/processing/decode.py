@@ -25,6 +25,9 @@ AVIF_REMEDY = "pip install -U pillow"
 
 _HEIF_BRANDS = {b"heic", b"heix", b"hevc", b"hevx", b"heim", b"heis"}
 _AVIF_BRANDS = {b"avif", b"avis"}
+# Of what PIL says it opens: scientific data and films that it only recognizes, and programs that Ghostscript would run.
+_NO_PICTURES = ("BUFR", "EPS", "GRIB", "HDF5", "IPTC", "MPEG", "WMF")
+_PAGES = {b"%!": "PostScript", b"\xc5\xd0\xd3\xc6": "PostScript", b"%PDF": "PDF"}  # by how they begin
 _ORIENTATION_TAG = 0x0112
 _UPRIGHT = {  # EXIF orientation -> what turns the stored picture upright
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -53,6 +56,8 @@ def decode(
     head = stream.read(64)
     if not head:
         raise ImageError(f"{name} is empty: give a picture")
+    if page := next((kind for start, kind in _PAGES.items() if head.lstrip().startswith(start)), None):
+        raise ImageError(f"{name} is {page}, which is not read: convert it to PNG first")
     brands = _brands(head)
     if brands & _HEIF_BRANDS and not has_heif():
         raise ImageError(f"{name} is HEIF, which needs pillow-heif: {HEIF_REMEDY}, or convert it to PNG or JPEG")
@@ -61,7 +66,7 @@ def decode(
     stream.seek(0)
     try:
         with _quiet():
-            image = Image.open(stream, formats=kinds)
+            image = Image.open(stream, formats=kinds or pil_kinds())
     except UnidentifiedImageError:
         raise ImageError(f"{name} is not a picture, or one of an unknown kind: convert it to PNG or JPEG") from None
     except Image.DecompressionBombError:
@@ -79,12 +84,18 @@ def looks_like_picture(path: str) -> bool:
             if _brands(file.read(64)) & (_HEIF_BRANDS | _AVIF_BRANDS):
                 return True
             file.seek(0)
-            with _quiet(), Image.open(file):
+            with _quiet(), Image.open(file, formats=pil_kinds()):
                 return True
     except Image.DecompressionBombError:
         return True
     except Exception:  # the decoders raise whatever they stumble over
         return False
+
+
+def pil_kinds() -> tuple[str, ...]:
+    """The formats that are read, by PIL's names in its order; HEIF is there once `has_heif` was asked."""
+    Image.init()
+    return tuple(kind for kind in Image.ID if kind in Image.OPEN and kind not in _NO_PICTURES)
 
 
 @functools.cache

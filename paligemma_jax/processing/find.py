@@ -10,15 +10,13 @@ from pathlib import Path
 from PIL import Image
 
 from paligemma_jax.errors import ImageError, shortened
-from paligemma_jax.processing.decode import AVIF_REMEDY, HEIF_REMEDY, has_heif, looks_like_picture
+from paligemma_jax.processing.decode import AVIF_REMEDY, HEIF_REMEDY, has_heif, looks_like_picture, pil_kinds
 from paligemma_jax.processing.fetch import is_url
 from paligemma_jax.processing.video import is_video
 
 _HEIF_SUFFIXES = (".heic", ".heics", ".heif", ".heifs", ".hif")
 _AVIF_SUFFIXES = (".avif", ".avifs")  # of old versions of PIL
 _ALSO = (".mpo",)  # PIL's JPEG reader takes them
-# Of what PIL says it opens: scientific data and films that it only recognizes, and programs that Ghostscript would run.
-_NO_PICTURES = ("BUFR", "EPS", "GRIB", "HDF5", "IPTC", "MPEG", "WMF")
 _SHOWN = 3  # names for each reason
 
 
@@ -62,8 +60,8 @@ def find_images(pattern: str, also: Sequence[str] = (), tell: Callable[[str], No
 @functools.cache
 def suffixes() -> frozenset[str]:
     """Endings of files that PIL can read by itself, in small letters."""
-    known = Image.registered_extensions().items()
-    opened = {suffix for suffix, kind in known if kind in Image.OPEN and kind not in _NO_PICTURES}
+    kinds = pil_kinds()
+    opened = {suffix for suffix, kind in Image.registered_extensions().items() if kind in kinds}
     return frozenset(opened.union(_ALSO).difference(_HEIF_SUFFIXES))
 
 

@@ -12,7 +12,7 @@ import numpy as np
 from PIL import Image
 
 from paligemma_jax.errors import ConfigError, ImageError, one_line
-from paligemma_jax.files import read_json, write_json
+from paligemma_jax.files import expanded, read_json, write_json
 from paligemma_jax.processing.decode import STORED_MODE, STORED_NAME, decode, to_rgb
 from paligemma_jax.processing.fetch import fetch, is_url, label
 
@@ -62,7 +62,7 @@ def load_image(source: ImageSource) -> Image.Image:
     if isinstance(source, str) and is_url(source):
         return decode(io.BytesIO(fetch(source)), label(source))
     if isinstance(source, str | os.PathLike):
-        return _from_path(Path(source).expanduser())
+        return _from_path(expanded(source))
     if isinstance(source, bytes | bytearray | memoryview):
         return decode(io.BytesIO(source), "the given data")
     if callable(getattr(source, "read", None)):

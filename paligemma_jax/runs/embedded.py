@@ -1,7 +1,6 @@
 """Embeddings of a run's pictures: saved to a file, or taken from one in their place."""
 
 from collections.abc import Sequence
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +10,7 @@ from PIL import Image
 
 import paligemma_jax as pj
 from paligemma_jax.errors import ConfigError, ImageError
+from paligemma_jax.files import expanded
 from paligemma_jax.inspection import embeddings as em
 from paligemma_jax.runs.notes import note
 from paligemma_jax.runs.settings import one_of
@@ -31,9 +31,9 @@ class Embedded:
 
     def __init__(self, config: ConfigDict, count: int | None):
         self._projected = one_of(config, "embeddings", ("projected", "features")) == "projected"
-        self._file = Path(config.save_embeddings).expanduser() if config.save_embeddings else None
+        self._file = expanded(config.save_embeddings) if config.save_embeddings else None
         self._saved: list[np.ndarray] = []
-        self._loaded = em.load(Path(config.load_embeddings).expanduser()) if config.load_embeddings else None
+        self._loaded = em.load(expanded(config.load_embeddings)) if config.load_embeddings else None
         self._used = self._skipped = 0
         if self.asked and count is None:
             raise ConfigError(

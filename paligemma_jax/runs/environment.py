@@ -13,6 +13,7 @@ import jax
 from ml_collections import ConfigDict
 
 from paligemma_jax.errors import ConfigError
+from paligemma_jax.files import expanded
 from paligemma_jax.runs.notes import note
 from paligemma_jax.runs.settings import one_of
 
@@ -52,8 +53,9 @@ def enable_compilation_cache() -> None:
     """Keep compiled programs in the user's cache directory, unless JAX was told of another place."""
     if jax.config.jax_compilation_cache_dir is None:
         root = os.environ.get("XDG_CACHE_HOME", "")
-        root = Path(root) if os.path.isabs(root) else Path("~/.cache").expanduser()
-        jax.config.update("jax_compilation_cache_dir", str(root / "paligemma_jax" / "compiled"))
+        root = Path(root) if os.path.isabs(root) else expanded("~/.cache")
+        if root.is_absolute():  # a user may have no home
+            jax.config.update("jax_compilation_cache_dir", str(root / "paligemma_jax" / "compiled"))
     if "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS" not in os.environ:
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)  # small programs add up
 
@@ -70,7 +72,7 @@ def profiled(config: ConfigDict) -> contextlib.AbstractContextManager[None]:
     """
     if not config.profile:
         return contextlib.nullcontext()
-    directory = Path(config.profile).expanduser()
+    directory = expanded(config.profile)
     directory.mkdir(parents=True, exist_ok=True)
     tempfile.TemporaryFile(dir=directory).close()
     return _traced(directory)

@@ -2,13 +2,12 @@
 
 import json
 import math
-from pathlib import Path
 
 from ml_collections import ConfigDict
 
 from paligemma_jax.engine.generate import BATCH_SIZE
 from paligemma_jax.errors import ConfigError
-from paligemma_jax.files import write_json
+from paligemma_jax.files import expanded, write_json
 from paligemma_jax.runs import environment, settings
 from paligemma_jax.runs import model as models
 from paligemma_jax.runs.notes import note
@@ -27,7 +26,7 @@ def run(config: ConfigDict) -> int:
     measure = settings.one_of(config, "measure", ("answers", "pointing"))
     if config.num_scenes < 1:
         raise ConfigError(f"num_scenes={config.num_scenes} is not possible: give an integer of at least 1")
-    output = Path(config.output).expanduser() if config.output else None
+    output = expanded(config.output) if config.output else None
     if output:
         output.parent.mkdir(parents=True, exist_ok=True)  # a bad place is known before the work
     profile = environment.profiled(config)

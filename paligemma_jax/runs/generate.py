@@ -3,7 +3,6 @@
 import contextlib
 import itertools
 import sys
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +11,7 @@ from tqdm import tqdm
 
 import paligemma_jax as pj
 from paligemma_jax.errors import ConfigError, ImageError, error_line
+from paligemma_jax.files import expanded
 from paligemma_jax.processing.find import find_images
 from paligemma_jax.processing.video import VIDEO_SUFFIXES, is_video, require
 from paligemma_jax.runs import environment, exports, settings
@@ -60,7 +60,7 @@ def run(config: ConfigDict) -> int:
     at_once = 1 if config.stream else min(config.batch_size, len(sources) * len(parts))
     model = models.load(config, warm_up[:at_once], at_once)
     several = has_video or len(names) * len(prompts) > 1
-    writers = exports.Exports(kinds, Path(config.output_dir).expanduser(), prompts) if kinds else None
+    writers = exports.Exports(kinds, expanded(config.output_dir), prompts) if kinds else None
     failed = 0
     with (
         contextlib.closing(Results(model, config, several, writers)) as results,

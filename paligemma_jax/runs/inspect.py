@@ -9,7 +9,7 @@ from PIL import Image
 
 import paligemma_jax as pj
 from paligemma_jax.errors import ConfigError, ImageError
-from paligemma_jax.files import replacing, write_array, write_json, write_text
+from paligemma_jax.files import expanded, replacing, write_array, write_json, write_text
 from paligemma_jax.inspection import embeddings, rendering
 from paligemma_jax.inspection.figures import Figure, figures
 from paligemma_jax.inspection.findings import KINDS, Findings, TopTokens, inspect_answer
@@ -30,11 +30,11 @@ _UNUSED = ("prompts_file", "split_classes", "prompt_form", "stream", "export", "
 
 def run(config: ConfigDict) -> int:
     """Answer, look inside, and write what was seen."""
-    alone, directory = config.embeddings_file, Path(config.output_dir).expanduser()
+    alone, directory = config.embeddings_file, expanded(config.output_dir)
     if not config.output_dir:
         raise ConfigError("output_dir is empty: give a folder for the maps")
     if alone:
-        return _draw_embeddings(Path(alone).expanduser(), directory)
+        return _draw_embeddings(expanded(alone), directory)
     kinds = _kinds(config)
     settings.refuse(config, _UNUSED, "inspect looks into one answer to one prompt about one picture")
     layer, head = _number(config, "layer"), _number(config, "head")

@@ -9,7 +9,7 @@ from ml_collections import ConfigDict
 
 import paligemma_jax as pj
 from paligemma_jax.errors import CheckpointError
-from paligemma_jax.files import replacing
+from paligemma_jax.files import expanded, replacing
 from paligemma_jax.runs.exports import Exports
 from paligemma_jax.runs.films import Films
 from paligemma_jax.runs.notes import note
@@ -49,7 +49,7 @@ class Results:
         self._config = config
         self._several = several
         self._exports = exports
-        self._directory = Path(config.output_dir).expanduser() if config.output_dir else None
+        self._directory = expanded(config.output_dir) if config.output_dir else None
         self._stems = Stems()
         if self._directory:
             self._directory.mkdir(parents=True, exist_ok=True)  # a bad place is known before the work

@@ -4,13 +4,12 @@ import dataclasses
 import difflib
 import math
 from collections.abc import Iterable
-from pathlib import Path
 from typing import Any, TypeVar
 
 from ml_collections import ConfigDict
 
 from paligemma_jax.errors import ConfigError, PromptError, SamplingError
-from paligemma_jax.files import read_lines
+from paligemma_jax.files import expanded, read_lines
 from paligemma_jax.processing.request import GenerateOptions, Sampling
 from paligemma_jax.tasks.prompts import FORM
 
@@ -94,7 +93,7 @@ def prompts(config: ConfigDict) -> list[str]:
     """The prompt, or the prompts of a file, one per line; empty lines are skipped."""
     if not config.prompts_file:
         return [config.prompt]
-    path = Path(config.prompts_file).expanduser()
+    path = expanded(config.prompts_file)
     try:
         lines = read_lines(path)
     except FileNotFoundError:

@@ -10,6 +10,7 @@ from ml_collections import ConfigDict
 
 import paligemma_jax as pj
 from paligemma_jax.errors import ConfigError
+from paligemma_jax.files import expanded
 from paligemma_jax.inspection import embeddings as em
 from paligemma_jax.processing.fetch import label
 from paligemma_jax.processing.image import load_image
@@ -56,7 +57,7 @@ def run(config: ConfigDict) -> int:
         raise ConfigError("swap writes a.npy and b.npy: set output_dir")
     unused = ("stream", "export", "save_embeddings", "load_embeddings", "prompts_file", "split_classes", "prompt_form")
     settings.refuse(config, unused, "swap asks one prompt about two pictures")
-    directory = Path(config.output_dir).expanduser()
+    directory = expanded(config.output_dir)
     directory.mkdir(parents=True, exist_ok=True)  # a bad place is known before the work
 
     profile = environment.profiled(config)

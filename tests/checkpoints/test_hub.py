@@ -84,7 +84,22 @@ def test_a_directory_with_an_at_sign_in_its_name_wins(tmp_path, answer, monkeypa
 
 @pytest.mark.parametrize(
     "name",
-    ("/no/such", "./no/such", "../no", "such", "a/b/c", "no/such/", "org/na me", "org/name@", "a@b", "org@1/name", ""),
+    [
+        *(
+            "/no/such",
+            "./no/such",
+            "../no",
+            "such",
+            "a/b/c",
+            "no/such/",
+            "org/na me",
+            "org/name@",
+            "a@b",
+            "org@1/name",
+            "",
+        ),
+        *("~nobodyx/m", "~$a", "~a\0"),
+    ],
 )
 def test_other_names_never_reach_the_hub(answer, name, monkeypatch, tmp_path):
     calls = answer("elsewhere")

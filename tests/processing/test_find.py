@@ -1,11 +1,13 @@
 """Which files a path, folder or glob names, and what is said about those that are passed over."""
 
+import base64
+import io
 import os
 import sys
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import EpsImagePlugin, Image
 
 from paligemma_jax.errors import ImageError
 from paligemma_jax.processing import decode, find
@@ -142,6 +144,34 @@ def test_whatever_pil_opens_is_found_and_read(tmp_path, suffix):
 def test_no_films_programs_and_measurements():
     assert {".avif", ".jpg", ".jpeg", ".png", ".tif", ".mpo", ".jpe", ".webp", ".gif"} <= suffixes()
     assert not {".pdf", ".mpg", ".eps", ".ps", ".h5", ".grib", ".txt", ""} & suffixes()
+
+
+PAGES = {
+    "a.eps": b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n",
+    "b.ps": b"%!PS\n%%BoundingBox: 0 0 9 9\nshowpage\n",
+    "c": b"\xc5\xd0\xd3\xc6" + (32).to_bytes(4, "little") + (60).to_bytes(4, "little") + bytes(20) + b"%!PS-Adobe-3.0",
+    "d.png": b"%PDF-1.7\n",
+}
+
+
+@pytest.mark.parametrize("name", PAGES)
+def test_programs_are_never_run(tmp_path, name, monkeypatch):
+    monkeypatch.setattr(EpsImagePlugin.EpsImageFile, "_open", lambda self: pytest.fail("PostScript is opened"))
+    path = tmp_path / name
+    path.write_bytes(PAGES[name])
+    RGB.save(tmp_path / "photo", format="PNG")
+    if path.suffix != ".png":
+        assert find_images(str(tmp_path / "*")) == [str(tmp_path / "photo")]
+    uri = f"data:image/png;base64,{base64.b64encode(PAGES[name]).decode()}"
+    for source in (path, PAGES[name], uri, io.BytesIO(PAGES[name])):
+        with pytest.raises(ImageError, match=r"is (PostScript|PDF), which is not read: convert it to PNG first"):
+            load_image(source)
+
+
+@pytest.mark.parametrize("head", [b"\xd7\xcd\xc6\x9a\0\0", b"GRIB\0\0\0\x01", b"BUFR", b"\x89HDF\r\n\x1a\n"])
+def test_kinds_that_are_only_recognized_are_unknown(head):
+    with pytest.raises(ImageError, match="unknown kind: convert it to PNG or JPEG"):
+        load_image(head + bytes(99))
 
 
 @pytest.mark.parametrize("name", ["photo", "photo.bin", "IMG.0001", "photo.txt"])

@@ -235,6 +235,9 @@ def test_result_is_a_copy():
         ("nowhere/a.png", ["nowhere/a.png does not exist"]),
         ("", ["folder"]),
         ("a\0b", ["cannot be opened"]),
+        ("~a\0b", ["cannot be opened"]),
+        ("~$a.png", ["~$a.png does not exist"]),
+        ("~nobodyx/a.png", ["~nobodyx/a.png does not exist"]),
     ],
 )
 def test_sources_that_are_no_pictures(source, words):

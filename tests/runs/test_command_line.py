@@ -14,7 +14,7 @@ import pytest
 
 from configs import base
 from paligemma_jax.errors import ImageError
-from paligemma_jax.runs import command_line
+from paligemma_jax.runs import command_line, environment
 
 ROOT = Path(__file__).resolve().parents[2]
 CONFIGS = ["mix224", "mix448", "pt224", "pt448", "pt896"]
@@ -188,3 +188,19 @@ def test_a_key_that_changes_nothing_is_told(generate, monkeypatch, run):
     _, _, err = generate(config, run=run, **({"temperature": 0.5} if run == "evaluate" else {"scenes_seed": 3}))
     assert f"note: run={run} does not use " in err and ("temperature" if run == "evaluate" else "scenes_seed") in err
     assert set(command_line.UNUSED[run]) <= set(base.get_config())
+
+
+@pytest.mark.parametrize("home, expected", [("/home/me", "/home/me/.cache/paligemma_jax/compiled"), (None, None)])
+def test_compiled_programs_are_kept_where_there_is_a_home(monkeypatch, home, expected):
+    """A container may run as a user without one."""
+    told = {"jax_compilation_cache_dir": jax.config.jax_compilation_cache_dir}
+    told |= {"jax_persistent_cache_min_compile_time_secs": jax.config.jax_persistent_cache_min_compile_time_secs}
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setattr(os.path, "expanduser", lambda path: path.replace("~", home) if home else path)
+    try:
+        jax.config.update("jax_compilation_cache_dir", None)
+        environment.enable_compilation_cache()
+        assert jax.config.jax_compilation_cache_dir == expected
+    finally:
+        for name, value in told.items():
+            jax.config.update(name, value)

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from paligemma_jax.errors import ConfigError
-from paligemma_jax.files import read_lines
+from paligemma_jax.files import expanded, read_lines
 from paligemma_jax.serving.http.settings import is_loopback
 
 _MOST_CLIENTS = 10_000  # whose last requests are remembered
@@ -26,7 +26,7 @@ def read_keys(api_key: str, api_key_file: str) -> tuple[str, ...]:
     """
     keys = [api_key] if api_key else []
     if api_key_file:
-        path = Path(api_key_file).expanduser()
+        path = expanded(api_key_file)
         try:
             keys += [line.strip() for line in read_lines(path) if line.strip()]
         except (OSError, UnicodeDecodeError):
