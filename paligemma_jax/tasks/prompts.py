@@ -129,7 +129,11 @@ def class_prompts(
         raise PromptError(f"task={task!r} is not possible: give detect or segment")
     is_text = all(isinstance(name, str) for name in names)
     prompt = read_prompt(f"{task} {' ; '.join(map(plain, names))}") if is_text else None
-    if not prompt or not prompt.labels or not all(map(is_label, prompt.labels if isinstance(classes, str) else names)):
+    if (
+        not prompt
+        or not prompt.labels
+        or not all(map(is_label, prompt.labels if isinstance(classes, str) else map(plain, names)))
+    ):
         raise PromptError(f"classes={classes!r} is not possible: give names, as in 'cat ; dog' or ['cat', 'dog']")
     return prompt.parts(form, split_classes)
 

@@ -20,6 +20,10 @@ _COMMAS = ",，、；"
 _CUT = re.compile(r"[;\r\n]|<(?:eos|pad)>")
 # Words that are no label: marks alone, the number of a line, what joins boxes.
 _FILLER = re.compile(rf"[\s\x00-\x1f.:!?|&+\-–—•*·…。：()\[\]{{}}\"'{_COMMAS}]*|\s*(?:\d+[.)]|and)\s*")
+_WRAPPING = re.compile(
+    r"(?:[:：]|[-–—•*/](?=\s)|(?:</?\w+>)+)?(?P<words>.*?)(?:(?:</?\w+>)+|(?<=\s)[/|]|\\n)?", re.DOTALL
+)
+_QUOTED = re.compile(r"([\"'`])(?P<words>[^\"'`]+)\1")
 _OPENING = re.compile(rf"(?:[\s{_COMMAS}|&+]|[-–—•*](?=\s)|and\s)*")
 
 
@@ -141,7 +145,16 @@ def _label_behind(gap: str, is_followed: bool) -> tuple[str, int]:
     if _FILLER.fullmatch(words):
         return "", 0
     end = len(line) if words == line.rstrip() else len(words)
-    return " ".join(words.removeprefix(":").removeprefix("：").split()), lead + end
+    label = " ".join(_bare(words).split())
+    return ("", 0) if _FILLER.fullmatch(label) else (label, lead + end)
+
+
+def _bare(words: str) -> str:
+    """A label without what is written around labels: bullets, quotes, tags, a slash, a line break in letters."""
+    shorter = _WRAPPING.fullmatch(words.strip())["words"].strip(f" {_COMMAS}")
+    if quoted := _QUOTED.fullmatch(shorter):
+        shorter = quoted["words"].strip()
+    return words if shorter in ("", words) else _bare(shorter)
 
 
 def _without_link(words: str) -> str:
@@ -156,7 +169,7 @@ def _label_before(gap: str) -> tuple[str, int]:
     line = gap.rstrip()
     start = max((match.end() for match in _CUT.finditer(line)), default=0)
     start += _OPENING.match(line[start:]).end()
-    label = " ".join(line[start:].rstrip(" :：([=-").split())
+    label = " ".join(_bare(line[start:].rstrip(" :：([=-")).split())
     return (label, start) if any(letter.isalpha() for letter in label) else ("", len(gap))
 
 

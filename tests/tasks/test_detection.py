@@ -293,3 +293,20 @@ def test_a_long_text_takes_no_long_time():
 def test_a_scale_without_meaning_is_named(loc_scale):
     with pytest.raises(DataError, match=f"loc_scale={loc_scale} "):
         parse("<loc0000><loc0000><loc1023><loc1023> cat", (4, 4), loc_scale)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "{0} - cat\n{1} - dog",
+        "{0} cat / {1} dog",
+        "{0} cat\\n{1} dog",
+        "<obj>{0}cat</obj><obj>{1}dog</obj>",
+        '{0} "cat" ; {1} `dog`',
+        "{0}: cat\n{1}: dog",
+    ],
+)
+def test_what_is_written_around_labels_is_no_part_of_them(text):
+    boxes = "<loc0001><loc0002><loc0003><loc0004>", "<loc0101><loc0102><loc0103><loc0104>"
+    found, dropped = parse(text.format(*boxes), (1023, 1023))
+    assert [item.label for item in found] == ["cat", "dog"] and not dropped

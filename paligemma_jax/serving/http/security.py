@@ -8,7 +8,6 @@ import math
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 
 from paligemma_jax.errors import ConfigError
 from paligemma_jax.files import expanded, read_lines
