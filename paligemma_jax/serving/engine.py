@@ -258,14 +258,8 @@ class Engine:
 
     def _admit(self, joining: list[tuple[int, Job]]) -> list[tuple[list[Job], Shown]]:
         """Start the prefills of requests in their slots; what they will show of their first tokens."""
-        now = self._clock()
-        try:
-            soft_tokens = self._embed([job for _, job in joining])
-        except Exception as error:
-            _log.exception("images could not be embedded")
-            for _, job in joining:
-                self._fail(job, error)
-            return []
+        now, soft_tokens = self._clock(), self._embed_each([job for _, job in joining])
+        joining = [(slot, job) for slot, job in joining if job.id in self._jobs]
 
         def bucket(item: tuple[int, Job]) -> tuple[int, int]:
             laid, num_images = item[1].laid, len(item[1].laid.images)
@@ -290,6 +284,19 @@ class Engine:
                 job.admitted = now
             started.append((jobs, first))
         return started
+
+    def _embed_each(self, jobs: list[Job]) -> dict[bytes, jax.Array]:
+        """The same as `_embed`; requests whose images cannot be embedded end, and no others."""
+        try:
+            return self._embed(jobs)
+        except Exception as error:
+            if len(jobs) == 1:
+                self._fail(jobs[0], error)
+                return {}
+        found: dict[bytes, jax.Array] = {}
+        for job in jobs:
+            found |= self._embed_each([job])
+        return found
 
     def _embed(self, jobs: list[Job]) -> dict[bytes, jax.Array]:
         """Soft tokens of all images of some requests, by digest; those that are not known yet are embedded."""

@@ -211,7 +211,7 @@ def test_a_request_that_fails_ends_alone(engine, requests, expected, monkeypatch
     embed = engine._programs.embed
 
     def failing(pixels):
-        if (pixels == pixels.flat[0]).all():
+        if any((image == -1).all() for image in pixels):
             raise RuntimeError("no such image")
         return embed(pixels)
 
@@ -222,6 +222,12 @@ def test_a_request_that_fails_ends_alone(engine, requests, expected, monkeypatch
     with pytest.raises(errors.EngineFailed, match="no such image"):
         engine.submit(black).result()
     assert_same(running.result(), expected[8])
+    white = pj.Request.of(np.full((4, 4, 3), 255, np.uint8), "caption en", max_new_tokens=8)
+    for _ in range(4):  # whoever joins together with it
+        broken, whole = engine.submit(black), engine.submit(white)
+        assert whole.result().reason in ("eos", "length")
+        with pytest.raises(errors.EngineFailed):
+            broken.result()
 
 
 def test_an_answer_that_is_nan_ends_alone(engine, requests, expected):
