@@ -102,3 +102,9 @@ def test_json_may_begin_with_a_byte_order_mark(tmp_path, text):
     for name, mark in (("plain", ""), ("marked", "\ufeff")):
         (tmp_path / name).write_text(mark + text, encoding="utf-8")
     assert files.read_json(tmp_path / "marked") == files.read_json(tmp_path / "plain")
+
+
+def test_stems_are_new_whatever_the_case_and_soon_found():
+    stems = files.Stems()
+    assert [stems.new(stem) for stem in ("a", "A", "a_2", "a", "b")] == ["a", "A_2", "a_2_2", "a_3", "b"]
+    assert len({stems.new("same") for _ in range(20_000)}) == 20_000
