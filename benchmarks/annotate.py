@@ -58,17 +58,18 @@ def generate(model: pj.PaliGemma, pictures: list[Image.Image], prompt: str, batc
     return len(pictures) / (time.perf_counter() - start)
 
 
-def annotate(model: pj.PaliGemma, folder: Path, prompt: str, batch_size: int, threads: int) -> tuple[float, int]:
+def annotate(
+    model: pj.PaliGemma, folder: Path, prompt: str, batch_size: int, threads: int, most: int | None = None
+) -> tuple[float, int]:
     """Good pictures per second of a run from files to rows, planning included; and how many failed."""
     start = time.perf_counter()
-    sources = inputs.find(str(folder))
+    sources = inputs.find(str(folder))[:most]
     annotator = Annotator(model, Job((read_prompt(prompt),)))
     with (
         tempfile.TemporaryDirectory() as output,
         Store(Path(output), {}, Layout(len(sources), 1000, "jsonl")) as store,
     ):
-        for group, rows in local.annotate(annotator, sources, store.pending(batch_size), threads):
-            store.add(group, rows)
+        local.annotate(annotator, sources, store.pending(batch_size), threads, store.add)
         return (store.done - store.failed) / (time.perf_counter() - start), store.failed
 
 
@@ -102,7 +103,7 @@ def main() -> int:
         for prompt in _PROMPTS:
             model.generate(pictures[: args.batch], prompt)  # compiles
             generate(model, pictures[: 4 * args.batch + 3], prompt, args.batch)
-            annotate(model, Path(folder), prompt, args.batch, args.threads) if args.pictures <= 200 else None
+            annotate(model, Path(folder), prompt, args.batch, args.threads, most=5 * args.batch)
             alone, run = [], []
             for turn in range(args.rounds):
                 for which in ((0, 1), (1, 0))[turn % 2]:

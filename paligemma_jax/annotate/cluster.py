@@ -6,7 +6,7 @@ be a second account of what is done.
 """
 
 import json
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from types import ModuleType
 from typing import Any
 
@@ -24,9 +24,10 @@ def annotate(
     sources: Sequence[Source],
     groups: Iterable[Group],
     threads: int,
-    workers: int = 0,
-) -> Iterator[tuple[Group, list[list[Row]]]]:
-    """Each group with the rows of its pictures, in the order in which they are done.
+    workers: int,
+    keep: local.Keep,
+) -> None:
+    """Make the rows of each group, which are kept in the order in which they are done.
 
     Args:
       make: makes what answers, in a process of its own on a machine of the cluster; files must have the same paths
@@ -59,7 +60,7 @@ def annotate(
     for record in dataset.iter_rows():
         if record["error"]:
             raise UserError(record["error"])
-        yield Group(int(record["shard"]), tuple(json.loads(record["items"]))), json.loads(record["rows"])
+        keep(_group(record["shard"], record["items"]), json.loads(record["rows"]))
 
 
 class _Actor:
@@ -73,21 +74,26 @@ class _Actor:
         except UserError as error:  # Ray would wrap it in pages
             self._error = str(error)
 
-    def __call__(self, batch: dict[str, Any]) -> Iterator[dict[str, Any]]:
-        pairs = zip(batch["shard"], batch["items"], strict=True)
-        groups = [Group(int(shard), tuple(json.loads(items))) for shard, items in pairs]
+    def __call__(self, batch: dict[str, Any]) -> dict[str, list[Any]]:
+        groups = [_group(*pair) for pair in zip(batch["shard"], batch["items"], strict=True)]
+        done: list[tuple[Group, list[list[Row]]]] = []
         try:
-            if self._error:
-                raise UserError(self._error)
-            for group, rows in local.annotate(self._annotator, self._sources, groups, self._threads):
-                yield _record(group, rows)
+            if not self._error:
+                local.annotate(self._annotator, self._sources, groups, self._threads, lambda *pair: done.append(pair))
         except UserError as error:
-            yield _record(groups[0], [], str(error))
+            self._error = str(error)
+        if self._error:
+            done = [(groups[0], [])]
+        return {
+            "shard": [group.shard for group, _ in done],
+            "items": [json.dumps(group.items) for group, _ in done],
+            "rows": [json.dumps(rows) for _, rows in done],
+            "error": [self._error] * len(done),
+        }
 
 
-def _record(group: Group, rows: list[list[Row]], error: str = "") -> dict[str, Any]:
-    texts = {"items": json.dumps(group.items), "rows": json.dumps(rows), "error": error}
-    return {name: [value] for name, value in {"shard": group.shard, **texts}.items()}
+def _group(shard: int, items: str) -> Group:
+    return Group(int(shard), tuple(json.loads(items)))
 
 
 def require() -> ModuleType:

@@ -2,9 +2,9 @@
 
 import collections
 import itertools
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Protocol
+from typing import Any, Protocol
 
 from paligemma_jax.annotate.rows import Row
 from paligemma_jax.annotate.sources import Source
@@ -15,25 +15,45 @@ _AHEAD = 2  # groups that are being read while one is answered
 
 
 class Annotates(Protocol):
-    """What an `worker.Annotator` does: `read` in many threads, `answer` in one."""
+    """What a `worker.Annotator` does: `read` in many threads, `answer` in one, and `rows` in one beside it."""
 
     def read(self, source: Source) -> Picture: ...
 
-    def answer(self, pictures: Sequence[Picture]) -> list[list[Row]]: ...
+    def answer(self, pictures: Sequence[Picture]) -> Any: ...
+
+    def rows(self, pictures: Sequence[Picture], answers: Any) -> list[list[Row]]: ...
+
+
+Keep = Callable[[Group, list[list[Row]]], None]  # what is called with the rows of a group as soon as they are made
 
 
 def annotate(
-    annotator: Annotates, sources: Sequence[Source], groups: Iterable[Group], threads: int
-) -> Iterator[tuple[Group, list[list[Row]]]]:
-    """Each group with the rows of its pictures, in order; pictures of three groups are in memory at most."""
+    annotator: Annotates, sources: Sequence[Source], groups: Iterable[Group], threads: int, keep: Keep
+) -> None:
+    """Make the rows of each group, in order; `keep` is called in another thread.
+
+    Pictures of four groups are in memory at most: two are read and one is made rows of while one is answered.
+    """
+    reading, finishing = ThreadPoolExecutor(threads, "read"), ThreadPoolExecutor(1, "rows")
     waiting: collections.deque[tuple[Group, list[Future[Picture]]]] = collections.deque()
-    pool = ThreadPoolExecutor(threads, "read")
+    last: Future[None] | None = None
     try:
-        reading = ((group, [pool.submit(annotator.read, sources[i]) for i in group.items]) for group in groups)
-        waiting.extend(itertools.islice(reading, _AHEAD))
+        coming = ((group, [reading.submit(annotator.read, sources[i]) for i in group.items]) for group in groups)
+        waiting.extend(itertools.islice(coming, _AHEAD))
         while waiting:
-            group, pictures = waiting.popleft()
-            waiting.extend(itertools.islice(reading, 1))
-            yield group, annotator.answer([picture.result() for picture in pictures])
+            group, futures = waiting.popleft()
+            waiting.extend(itertools.islice(coming, 1))
+            pictures = [future.result() for future in futures]
+            answers = annotator.answer(pictures)
+            if last:
+                last.result()
+            last = finishing.submit(_finish, annotator, group, pictures, answers, keep)
+        if last:
+            last.result()
     finally:
-        pool.shutdown(cancel_futures=True)
+        reading.shutdown(cancel_futures=True)
+        finishing.shutdown()  # what is answered is kept
+
+
+def _finish(annotator: Annotates, group: Group, pictures: Sequence[Picture], answers: Any, keep: Keep) -> None:
+    keep(group, annotator.rows(pictures, answers))

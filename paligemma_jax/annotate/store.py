@@ -35,22 +35,22 @@ class Layout:
     """How a run is cut in shards.
 
     pictures: of the run.
-    per_shard: pictures whose rows share a file.
-    form: of `rows.FORMATS`.
+    shard_size: pictures whose rows share a file.
+    shard_format: of `rows.FORMATS`.
     """
 
     pictures: int
-    per_shard: int
-    form: str
+    shard_size: int
+    shard_format: str
 
     @property
     def shards(self) -> int:
         """How many there are."""
-        return -(-self.pictures // self.per_shard)
+        return -(-self.pictures // self.shard_size)
 
     def items(self, shard: int) -> range:
         """The numbers of the pictures of a shard."""
-        return range(shard * self.per_shard, min((shard + 1) * self.per_shard, self.pictures))
+        return range(shard * self.shard_size, min((shard + 1) * self.shard_size, self.pictures))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -215,7 +215,7 @@ class Store:
         known = sorted(self._read_journal(shard))
         file = self._file(shard)
         rows = [row for _, of_item in known for row in of_item]
-        _write(file, lambda temporary: records.write(temporary, rows, self._layout.form))
+        _write(file, lambda temporary: records.write(temporary, rows, self._layout.shard_format))
         failed = sum(_has_failed(of_item) for _, of_item in known)
         mark = {"file": file.name, "bytes": file.stat().st_size, "sha256": _checksum(file), "rows": len(rows)}
         text = json.dumps(mark | {"pictures": len(known), "failed": failed}, indent=2) + "\n"
@@ -255,7 +255,7 @@ class Store:
         return self._journal(shard).exists()
 
     def _file(self, shard: int) -> Path:
-        return self._directory / f"rows-{shard:05d}.{self._layout.form}"
+        return self._directory / f"rows-{shard:05d}.{self._layout.shard_format}"
 
     def _mark(self, shard: int) -> Path:
         return self._state / f"{shard:05d}.done"

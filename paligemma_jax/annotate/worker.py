@@ -3,9 +3,10 @@
 import dataclasses
 import hashlib
 import io
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
+import numpy as np
 from PIL import Image
 
 import paligemma_jax as pj
@@ -13,13 +14,22 @@ from paligemma_jax.annotate import rows as records
 from paligemma_jax.annotate.rows import Row
 from paligemma_jax.annotate.sources import Source
 from paligemma_jax.buckets import power_of_two
+from paligemma_jax.config import MASK_SIZE
 from paligemma_jax.engine.generate import check_length
 from paligemma_jax.errors import CheckpointError, ConfigError, ImageError, NumericsError, UserError
+from paligemma_jax.models import mask_vae
 from paligemma_jax.processing.decode import decode
 from paligemma_jax.processing.image import ImageSettings
 from paligemma_jax.tasks import coco
+from paligemma_jax.tasks.detection import Detection
 from paligemma_jax.tasks.prompts import Prompt
+from paligemma_jax.tasks.reading import NUM_CODES
+from paligemma_jax.tasks.segmentation import attach_masks
 from paligemma_jax.tasks.select import select
+
+_MASKS = 16  # that are decoded at once
+
+Answer = pj.Output | str  # or what went wrong
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,23 +107,30 @@ class Annotator:
         """A picture as `answer` takes it; safe in threads."""
         return read_picture(source, self._model.processor.image_settings)
 
-    def answer(self, pictures: Sequence[Picture]) -> list[list[Row]]:
-        """The rows of each picture, one for each prompt.
+    def answer(self, pictures: Sequence[Picture]) -> list[list[Answer]]:
+        """The answers about each picture, one for each prompt, or what went wrong in place of one.
 
-        What cannot be answered is a failed row, and no reason for another one to fail.
+        What cannot be answered is no reason for another picture to fail.
 
         Raises:
           NumericsError: no picture of several can be answered, so the weights are at fault.
         """
         prompts = self._job.prompts
         answers = iter(self._ask([picture for picture in pictures if picture.image is not None], prompts))
-        rows = []
-        for picture in pictures:
-            about = [picture.error] * len(prompts) if picture.image is None else next(answers)
-            rows.append([self._row(picture, *pair) for pair in zip(prompts, about, strict=True)])
-        return rows
+        return [[p.error] * len(prompts) if p.image is None else next(answers) for p in pictures]
 
-    def _ask(self, pictures: Sequence[Picture], prompts: Sequence[Prompt]) -> list[list[pj.Output | str]]:
+    def rows(self, pictures: Sequence[Picture], answers: Sequence[Sequence[Answer]]) -> list[list[Row]]:
+        """The rows of each picture for its answers; safe in a thread beside `answer`."""
+        pairs = [list(zip(self._job.prompts, about, strict=True)) for about in answers]
+        each = list(zip(pictures, pairs, strict=True))
+        objects = [[self._objects(picture, *pair) for pair in about] for picture, about in each]
+        decode = self._decoder(item.codes for about in objects for found in about for item in found)
+        return [
+            [self._row(picture, *pair, found, decode) for pair, found in zip(about, founds, strict=True)]
+            for (picture, about), founds in zip(each, objects, strict=True)
+        ]
+
+    def _ask(self, pictures: Sequence[Picture], prompts: Sequence[Prompt]) -> list[list[Answer]]:
         """The answers about each picture to each prompt; what went wrong in place of one that is not to be had."""
         if not pictures:
             return []
@@ -137,12 +154,37 @@ class Annotator:
         several = {"image_embeddings": soft_tokens, "options": self._job.options, "batch_size": len(images)}
         return [self._model.generate(None, [prompt] * len(images), **several) for prompt in prompts]
 
-    def _row(self, picture: Picture, prompt: Prompt, answer: pj.Output | str) -> Row:
+    def _objects(self, picture: Picture, prompt: Prompt, answer: Answer) -> list[Detection]:
+        """The objects of an answer that are kept, their masks as codes."""
+        if isinstance(answer, str):
+            return []
         job = self._job
+        found, _ = self._model.objects(answer, picture.size, job.loc_scale, masks=False, labels=prompt.labels)
+        return select(found, job.min_score, job.nms).kept
+
+    def _decoder(self, codes: Iterable[tuple[int, ...] | None]) -> Callable[[np.ndarray], np.ndarray]:
+        """A function from codes [N, 16] to masks [N, 64, 64] that has decoded some already, so many at once."""
+        known: dict[tuple[int, ...], np.ndarray] = {}
+        unique = list(dict.fromkeys(code for code in codes if code is not None)) if self._has_masks else []
+        for start in range(0, len(unique), _MASKS):
+            some = unique[start : start + _MASKS]
+            batch = np.zeros((_MASKS, NUM_CODES), np.int32)  # always as many, for a single program
+            batch[: len(some)] = some
+            known |= zip(some, np.asarray(mask_vae.decode(self._model.mask_decoder(), batch)), strict=False)
+        nothing = np.zeros((MASK_SIZE, MASK_SIZE), np.float32)  # `attach_masks` pads
+        return lambda codes: np.stack([known.get(tuple(code.tolist()), nothing) for code in codes])
+
+    def _row(
+        self,
+        picture: Picture,
+        prompt: Prompt,
+        answer: Answer,
+        found: list[Detection],
+        decode: Callable[[np.ndarray], np.ndarray],
+    ) -> Row:
         key = records.key_of(picture.content, picture.name, prompt.text)
-        origin = {"model": job.model, "run_id": job.run_id}
+        origin = {"model": self._job.model, "run_id": self._job.run_id}
         if isinstance(answer, str):
             return records.failed(key, picture.name, picture.size, prompt, answer) | origin
-        found, _ = self._model.objects(answer, picture.size, job.loc_scale, self._has_masks, prompt.labels)
-        kept = select(found, job.min_score, job.nms).kept
-        return records.answered(key, picture.name, picture.size, prompt, answer, kept) | origin
+        objects = attach_masks(found, picture.size, decode) if self._has_masks else found
+        return records.answered(key, picture.name, picture.size, prompt, answer, objects) | origin

@@ -1,11 +1,10 @@
 """config.run=annotate: rows about many pictures, in files, from a run that can be killed and goes on."""
 
-import contextlib
 import dataclasses
 import functools
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -28,8 +27,6 @@ from paligemma_jax.tasks.prompts import Prompt
 
 SOME_FAILED = 2  # exit status
 _LOG_EVERY_S = 30.0  # when stderr is no terminal
-
-_Done = tuple[Group, list[list[rows.Row]]]
 
 
 def run(config: ConfigDict) -> int:
@@ -64,11 +61,10 @@ def run(config: ConfigDict) -> int:
     with Store(directory, run_fingerprint, layout, config.overwrite, note) as store:
         if config.retry_failed and (count := store.retry_failed()):
             note(f"{count:,} picture{'s' * (count > 1)} that failed before {'are' if count > 1 else 'is'} tried again")
-        answered = _answered(config, job, pictures, store) if store.done < len(pictures) else ()
+        annotate = _engine(config, job, pictures, store) if store.done < len(pictures) else None
         with _Progress(store, len(pictures)) as progress:
-            for group, made in answered:
-                store.add(group, made)
-                progress.show()
+            if annotate:
+                annotate(progress.keep)
         written = export(kinds, directory, store.rows, prompts, inputs.folder_of(config.image, config.image_root))
         if written:
             note(f"wrote {', '.join(map(str, written))}")
@@ -92,20 +88,20 @@ def _identified(config: ConfigDict, job: Job, names: list[str]) -> tuple[Job, fi
     return job, made | {"image": fingerprint.of_inputs(names)}
 
 
-def _answered(config: ConfigDict, job: Job, pictures: list[sources.Source], store: Store) -> Iterator[_Done]:
-    """What is to be done, by the engine that is asked for: groups with their rows. The model is loaded now."""
+def _engine(config: ConfigDict, job: Job, pictures: list[sources.Source], store: Store) -> Callable[[local.Keep], None]:
+    """What makes the rows that are to be made, and gives them to be kept. The model is loaded now."""
     groups = store.pending(config.batch_size)
     if config.engine == "ray":
         make = functools.partial(_in_a_worker, config.to_dict(), job, len(pictures))
-        return cluster.annotate(make, pictures, groups, config.threads, config.workers)
+        return functools.partial(cluster.annotate, make, pictures, groups, config.threads, config.workers)
     profile = environment.profiled(config)
     annotator = _annotator(config, job, len(pictures))
-    return _within(profile, local.annotate(annotator, pictures, groups, config.threads))
 
+    def annotate(keep: local.Keep) -> None:
+        with profile:
+            local.annotate(annotator, pictures, groups, config.threads, keep)
 
-def _within(context: contextlib.AbstractContextManager[None], answered: Iterator[_Done]) -> Iterator[_Done]:
-    with context:
-        yield from answered
+    return annotate
 
 
 def _annotator(config: ConfigDict, job: Job, count: int) -> Annotator:
@@ -129,7 +125,7 @@ class _Progress:
     """Pictures done, pictures per second and time left, on stderr: a bar, or where that is no terminal a line at times.
 
     Args:
-      store: knows how many are done and failed.
+      store: keeps the rows, and knows how many pictures are done and failed.
       total: pictures of the run.
     """
 
@@ -151,8 +147,9 @@ class _Progress:
         if kind is not None and self._store.done < self._total:
             note(f"stopped: {self.summary()}; the same command goes on from here")
 
-    def show(self) -> None:
-        """Say how far it is."""
+    def keep(self, group: Group, made: list[list[rows.Row]]) -> None:
+        """Store the rows of some pictures, and say how far it is."""
+        self._store.add(group, made)
         self._bar.update(self._store.done - self._bar.n)
         if failed := self._store.failed:
             self._bar.set_postfix(failed=failed, refresh=False)

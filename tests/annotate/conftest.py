@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from paligemma_jax.annotate import rows
+from paligemma_jax.annotate import rows as records
 from paligemma_jax.annotate.sources import Source
 from paligemma_jax.annotate.worker import Picture, read_picture
 from paligemma_jax.processing.image import ImageSettings
@@ -50,14 +50,16 @@ class Fake:
     def read(self, source: Source) -> Picture:
         return read_picture(source, self.settings)
 
-    def answer(self, pictures: Sequence[Picture]) -> list[list[rows.Row]]:
+    def answer(self, pictures: Sequence[Picture]) -> None:
         self.asked.append([picture.name for picture in pictures])
+
+    def rows(self, pictures: Sequence[Picture], answers: None) -> list[list[records.Row]]:
         return [[self._row(picture, prompt) for prompt in PROMPTS] for picture in pictures]
 
-    def _row(self, picture: Picture, prompt) -> rows.Row:
-        key = rows.key_of(picture.content, picture.name, prompt.text)
+    def _row(self, picture: Picture, prompt) -> records.Row:
+        key = records.key_of(picture.content, picture.name, prompt.text)
         origin = {"model": "fake", "run_id": "0"}
         if picture.error:
-            return rows.failed(key, picture.name, picture.size, prompt, picture.error) | origin
+            return records.failed(key, picture.name, picture.size, prompt, picture.error) | origin
         said = output(f"{picture.size} {hashlib.sha256(picture.image.tobytes()).hexdigest()[:6]}")
-        return rows.answered(key, picture.name, picture.size, prompt, said, []) | origin
+        return records.answered(key, picture.name, picture.size, prompt, said, []) | origin

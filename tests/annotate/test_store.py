@@ -1,5 +1,6 @@
 """Rows on disk: whatever a kill leaves, the run goes on, and its rows are those of a run that was not disturbed."""
 
+import contextlib
 import json
 import os
 import random
@@ -32,8 +33,7 @@ def annotate(directory: Path, folder: Path, form: str = "jsonl", retry: bool = F
     with Store(directory, PRINT, Layout(len(pictures), 8, form), **options) as kept:
         if retry:
             kept.retry_failed()
-        for group, made in local.annotate(fake, pictures, kept.pending(3), threads=2):
-            kept.add(group, made)
+        local.annotate(fake, pictures, kept.pending(3), 2, kept.add)
         assert kept.done == len(pictures)
     return fake
 
@@ -118,6 +118,11 @@ def _deadly(function, rng: random.Random):
     return call
 
 
+def _add_and_die(kept: Store, group: Group, made: list[list[rows.Row]]) -> None:
+    kept.add(group, made)
+    raise Killed
+
+
 def test_groups_are_the_same_after_a_kill(folder, tmp_path):
     """So that batches are, and with them the last bits of an answer in bfloat16."""
     whole = annotate(tmp_path / "a", folder).asked
@@ -125,10 +130,8 @@ def test_groups_are_the_same_after_a_kill(folder, tmp_path):
     asked = []
     for _ in range(40):
         fake = Fake()
-        with Store(tmp_path / "b", PRINT, layout) as kept:
-            for group, made in local.annotate(fake, pictures, kept.pending(3), threads=1):
-                kept.add(group, made)
-                break
+        with Store(tmp_path / "b", PRINT, layout) as kept, contextlib.suppress(Killed):
+            local.annotate(fake, pictures, kept.pending(3), 1, lambda *pair, kept=kept: _add_and_die(kept, *pair))
         asked += fake.asked[:1]
     assert asked == whole
 
@@ -186,7 +189,7 @@ def test_another_run_is_refused_with_the_choice(tmp_path, changed):
     assert not contents(tmp_path)
 
 
-@pytest.mark.parametrize("layout, name", [((5, 2, "jsonl"), "pictures"), ((4, 3, "jsonl"), "per_shard")])
+@pytest.mark.parametrize("layout, name", [((5, 2, "jsonl"), "pictures"), ((4, 3, "jsonl"), "shard_size")])
 def test_another_layout_is_another_run(tmp_path, layout, name):
     Store(tmp_path, PRINT, Layout(4, 2, "jsonl")).close()
     with pytest.raises(DataError, match=name):

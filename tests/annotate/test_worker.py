@@ -5,6 +5,7 @@ import hashlib
 import sys
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 from PIL import Image
@@ -14,10 +15,12 @@ from paligemma_jax.annotate import rows, worker
 from paligemma_jax.annotate.inputs import find
 from paligemma_jax.annotate.worker import Annotator, Job, read_picture
 from paligemma_jax.errors import CheckpointError, ConfigError, ImageError, NumericsError, PromptError
+from paligemma_jax.models import mask_vae
 from paligemma_jax.processing.image import ImageSettings, load_image
 from paligemma_jax.tasks import coco
 from paligemma_jax.tasks.detection import Detection
 from paligemma_jax.tasks.prompts import read_prompt
+from paligemma_jax.tasks.segmentation import attach_masks
 from tests.annotate.conftest import output
 
 OPTIONS = pj.GenerateOptions(max_new_tokens=6)
@@ -43,9 +46,13 @@ def job() -> Job:
     return Job(tuple(map(read_prompt, TEXTS)), OPTIONS, model="small", run_id="r")
 
 
+def made(annotator: Annotator, pictures: list[worker.Picture]) -> list[list[rows.Row]]:
+    return annotator.rows(pictures, annotator.answer(pictures))
+
+
 def test_rows_are_what_generate_says(model, sources, job):
     annotator = Annotator(model, job)
-    found = annotator.answer([annotator.read(source) for source in sources])
+    found = made(annotator, [annotator.read(source) for source in sources])
     assert [len(each) for each in found] == [2] * 5
     images = [load_image(source.path) for source in sources[:4]]
     answers = zip(*(model.generate(images, text, options=OPTIONS) for text in TEXTS), strict=True)
@@ -97,7 +104,7 @@ def fails(model, monkeypatch, error, when):
 def test_a_batch_that_fails_fails_for_its_culprit_only(model, sources, job, monkeypatch, error):
     annotator = Annotator(model, job)
     pictures = [annotator.read(source) for source in sources[:3]]
-    good = annotator.answer(pictures)
+    good = made(annotator, pictures)
     bad = float(np.asarray(model.embed_image([pictures[1].image]), np.float64).sum())
     fails(
         model,
@@ -105,7 +112,7 @@ def test_a_batch_that_fails_fails_for_its_culprit_only(model, sources, job, monk
         error,
         lambda count, text, total: text == TEXTS[1] and (count > 1 or abs(total - bad) < 1e-3),
     )
-    found = annotator.answer(pictures)
+    found = made(annotator, pictures)
     assert (found[0], found[2], found[1][0]) == (good[0], good[2], good[1][0])
     assert (found[1][1]["status"], found[1][1]["error"], found[1][1]["width"]) == ("failed", "odd", 28)
 
@@ -146,9 +153,36 @@ def test_boxes_and_masks_of_a_row():
 def test_objects_are_selected_as_the_job_says(model, job, monkeypatch):
     asked = []
     boxes = [Detection("a", (0, 0, 4, 4), 0.9), Detection("a", (0, 0, 4, 3), 0.5), Detection("a", (5, 5, 6, 6), 0.1)]
-    monkeypatch.setattr(pj.PaliGemma, "objects", lambda self, *args: asked.append(args) or (boxes, []))
+
+    def objects(self, *args, **options):
+        asked.append((args[1:], options))
+        return boxes, []
+
+    monkeypatch.setattr(pj.PaliGemma, "objects", objects)
+    picture = worker.Picture("a", None, (8, 6), Image.new("RGB", (1, 1)))
     for keys, kept in (({}, 3), ({"min_score": 0.3}, 2), ({"nms": 0.5}, 2), ({"min_score": 0.3, "nms": 0.5}, 1)):
         annotator = Annotator(model, dataclasses.replace(job, loc_scale=1024, **keys))
-        row = annotator._row(worker.Picture("a", None, (8, 6)), job.prompts[1], output("x"))
+        [[_, row]] = annotator.rows([picture], [[output("x")] * 2])
         assert len(row["boxes"]) == kept
-    assert asked[0][1:] == ((8, 6), 1024, False, job.prompts[1].labels)
+    assert asked[1] == (((8, 6), 1024), {"masks": False, "labels": job.prompts[1].labels})
+
+
+def test_masks_of_a_group_are_those_of_each_answer(make_model, job, monkeypatch):
+    """Decoded together, each once, in calls of a fixed size."""
+    sizes = mask_vae.MaskVAEConfig((4, 4, 4, 4), (4, 4, 4, 4, 4), 8, 128)
+    masks, model = mask_vae.init_params(jax.random.key(0), sizes), make_model("gemma2")
+    model = pj.PaliGemma(model.config, model.params, model.processor, masks)
+    rng = np.random.default_rng(0)
+    codes = [tuple(rng.integers(0, 128, 16).tolist()) for _ in range(20)]
+    found = [[Detection("a", (1, 1, 30, 20), 0.5, code), Detection("b", (0, 0, 9, 9))] for code in [*codes, codes[0]]]
+    objects, calls = iter(found), []
+    monkeypatch.setattr(pj.PaliGemma, "objects", lambda *args, **options: (next(objects), []))
+    real = mask_vae.decode
+    monkeypatch.setattr(mask_vae, "decode", lambda params, codes: calls.append(codes.shape) or real(params, codes))
+    pictures = [worker.Picture(str(i), None, (40, 30), Image.new("RGB", (1, 1))) for i in range(21)]
+    one = dataclasses.replace(job, prompts=job.prompts[:1])
+    made_of = Annotator(model, one).rows(pictures, [[output("x")]] * 21)
+    assert calls == [(16, 16)] * 2
+    for [row], items in zip(made_of, found, strict=True):
+        [alone, _] = attach_masks(items, (40, 30), lambda codes: real(masks, codes))
+        assert row["masks"] == [coco.encode_mask(alone.mask), None]

@@ -134,9 +134,9 @@ def test_failed_pictures_are_asked_about_again_only_when_told(annotate, said, fo
     [
         ({"prompt": "caption de"}, "prompts"),
         ({"temperature": 0.5}, "temperature"),
-        ({"shard_size": 2}, "per_shard"),
+        ({"shard_size": 2}, "shard_size"),
         ({"dtype": "bfloat16"}, "dtype"),
-        ({"shard_format": "parquet"}, "form"),
+        ({"shard_format": "parquet"}, "shard_format"),
     ],
 )
 def test_another_run_in_the_folder_is_refused_before_the_model_is_loaded(annotate, said, tmp_path, keys, names):
