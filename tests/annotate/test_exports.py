@@ -1,6 +1,7 @@
 """Files for other tools, made of rows, beside those that `generate` writes or by the tools' own definition."""
 
 import json
+import weakref
 import xml.etree.ElementTree as ET
 
 import numpy as np
@@ -115,14 +116,22 @@ def test_a_run_without_any_good_row_is_exported_too(tmp_path, kind):
     assert all(path.exists() for path in export([kind], tmp_path, lambda: iter(rows_of), PROMPTS))
 
 
-def test_memory_does_not_hold_rows(tmp_path):
-    """Rows are asked for one after the other, each time from the first."""
-    asked, alive = [], []
+def test_rows_are_read_again_for_each_file_and_not_kept(tmp_path):
+    """The last row is gone when the next is asked for."""
+    passes, last = [], []
+
+    class Kept(dict):
+        """A row that can be watched."""
 
     def generate():
-        asked.append(len(alive))
+        passes.append(0)
         for i in range(50):
-            yield rows.answered("k", f"{i}.png", SIZE, PROMPTS[1], output(str(i)), [])
+            row = Kept(rows.answered("k", f"{i}.png", SIZE, PROMPTS[1], output(str(i)), []))
+            last.append(weakref.ref(row))
+            yield row
+            del row
+            passes[-1] = max(passes[-1], sum(watched() is not None for watched in last))
 
     export(["coco"], tmp_path, generate, PROMPTS)
-    assert len(asked) == 4  # classes, results, images and annotations
+    assert len(passes) == 4  # classes, results, images and annotations
+    assert max(passes) <= 3
