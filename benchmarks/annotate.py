@@ -32,11 +32,17 @@ from paligemma_jax.shapes_world.samples import scene_sample
 from paligemma_jax.tasks.prompts import read_prompt
 
 ROOT = Path(__file__).resolve().parents[1]
-_PROMPTS = ("caption en", "detect circle ; star", "segment star")
+_PROMPTS = {  # what is asked, and whether the answers in memory become objects with masks too, as those of a run do
+    "caption en": ("caption en", False),
+    "detect circle ; star": ("detect circle ; star", False),
+    "segment star": ("segment star", False),
+    "segment star, both with masks": ("segment star", True),
+}
 _HEADER = """# Annotation of many pictures
 
 Pictures per second: `generate` on decoded pictures in memory, and the annotation run from files to rows. Both take
 turns; medians over rounds, with the lowest and the highest in brackets. The share is the median over the rounds.
+`generate` alone gives masks as codes, the run decodes them: in the last row `generate` is followed by `objects`.
 
 """
 
@@ -50,11 +56,16 @@ def draw(folder: Path, count: int, broken: int, size: Sequence[int]) -> None:
             path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
 
 
-def generate(model: pj.PaliGemma, pictures: list[Image.Image], prompt: str, batch_size: int) -> float:
+def generate(
+    model: pj.PaliGemma, pictures: list[Image.Image], prompt: str, batch_size: int, with_objects: bool = False
+) -> float:
     """Pictures per second of `generate`, in calls of a batch each."""
     start = time.perf_counter()
     for i in range(0, len(pictures), batch_size):
-        model.generate(pictures[i : i + batch_size], prompt, batch_size=batch_size)
+        some = pictures[i : i + batch_size]
+        outputs = model.generate(some, prompt, batch_size=batch_size)
+        for picture, output in zip(some, outputs, strict=True) if with_objects else ():
+            model.objects(output, picture.size)
     return len(pictures) / (time.perf_counter() - start)
 
 
@@ -100,9 +111,8 @@ def main() -> int:
         broken = args.pictures // args.broken if args.broken else args.pictures + 1
         names = [Path(folder, f"{i}.png") for i in range(args.pictures)]
         pictures = [load_image(name) for i, name in enumerate(names) if not args.broken or i % broken]
-        for prompt in _PROMPTS:
-            model.generate(pictures[: args.batch], prompt)  # compiles
-            generate(model, pictures[: 4 * args.batch + 3], prompt, args.batch)
+        for name, (prompt, with_objects) in _PROMPTS.items():
+            generate(model, pictures[: 4 * args.batch + 3], prompt, args.batch, with_objects)  # compiles
             annotate(model, Path(folder), prompt, args.batch, args.threads, most=5 * args.batch)
             alone, run = [], []
             for turn in range(args.rounds):
@@ -111,9 +121,9 @@ def main() -> int:
                         speed, failed = annotate(model, Path(folder), prompt, args.batch, args.threads)
                         run.append(speed)
                     else:
-                        alone.append(generate(model, pictures, prompt, args.batch))
+                        alone.append(generate(model, pictures, prompt, args.batch, with_objects))
             share = statistics.median(a / b for a, b in zip(run, alone, strict=True))
-            lines.append(f"| `{prompt}` | {_spread(alone)} | {_spread(run)} | {share:.2f} | {failed} |")
+            lines.append(f"| {name} | {_spread(alone)} | {_spread(run)} | {share:.2f} | {failed} |")
             print(lines[-1], flush=True)
     about = machine.describe()
     date = f"{datetime.date.today().isoformat()}: {about['cpu']}, {about['cores']} cores, jax {about['jax']}."

@@ -27,7 +27,7 @@ from paligemma_jax.tasks.reading import NUM_CODES
 from paligemma_jax.tasks.segmentation import attach_masks
 from paligemma_jax.tasks.select import select
 
-_MASKS = 16  # that are decoded at once
+_MASKS = 4  # that are decoded at once: on a CPU more take longer each, and few are wasted
 
 Answer = pj.Output | str  # or what went wrong
 

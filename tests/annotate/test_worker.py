@@ -182,7 +182,7 @@ def test_masks_of_a_group_are_those_of_each_answer(make_model, job, monkeypatch)
     pictures = [worker.Picture(str(i), None, (40, 30), Image.new("RGB", (1, 1))) for i in range(21)]
     one = dataclasses.replace(job, prompts=job.prompts[:1])
     made_of = Annotator(model, one).rows(pictures, [[output("x")]] * 21)
-    assert calls == [(16, 16)] * 2
+    assert calls == [(4, 16)] * 5
     for [row], items in zip(made_of, found, strict=True):
         [alone, _] = attach_masks(items, (40, 30), lambda codes: real(masks, codes))
         assert row["masks"] == [coco.encode_mask(alone.mask), None]
