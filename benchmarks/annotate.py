@@ -10,6 +10,7 @@ its rows. Loading and compiling count for neither. OUT.md holds the table; a bro
 
 import argparse
 import datetime
+import os
 import statistics
 import sys
 import tempfile
@@ -126,7 +127,8 @@ def main() -> int:
             lines.append(f"| {name} | {_spread(alone)} | {_spread(run)} | {share:.2f} | {failed} |")
             print(lines[-1], flush=True)
     about = machine.describe()
-    date = f"{datetime.date.today().isoformat()}: {about['cpu']}, {about['cores']} cores, jax {about['jax']}."
+    date = f"{datetime.date.today().isoformat()}: {about['cpu']}, {about['cores']} cores, jax {about['jax']}. "
+    date += f"Load average, of other programs too: {os.getloadavg()[1]:.1f}."
     print(text := _HEADER + "\n".join([date, "", *lines, ""]))
     write_text(args.out.with_suffix(".md"), text)
     return 0
