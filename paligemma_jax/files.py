@@ -1,4 +1,4 @@
-"""Small helpers around files: JSON, replacing a file whole, progress on stderr."""
+"""Small helpers around files: JSON, replacing a file whole, names that are new, progress on stderr."""
 
 import contextlib
 import json
@@ -76,6 +76,24 @@ def replacing(path: Path) -> Iterator[Path]:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+class Stems:
+    """File names without suffix of which no two are the same, whatever the case."""
+
+    def __init__(self) -> None:
+        self._taken: set[str] = set()
+        self._counts: dict[str, int] = {}
+
+    def new(self, stem: str) -> str:
+        """The stem itself, or with the first number that makes it new."""
+        unique, count = stem, self._counts.get(stem.casefold(), 1)
+        while unique.casefold() in self._taken:
+            count += 1
+            unique = f"{stem}_{count}"
+        self._counts[stem.casefold()] = count
+        self._taken.add(unique.casefold())
+        return unique
 
 
 _FIRST_REPORT_S = 2.0  # a load that is over sooner says nothing

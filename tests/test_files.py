@@ -129,3 +129,9 @@ def test_only_one_place_knows_of_tildes():
     """Path.expanduser raises RuntimeError for a user that is not there."""
     package = Path(files.__file__).parent
     assert not [path for path in package.rglob("*.py") if re.search(r"\)\.expanduser\(", path.read_text("utf-8"))]
+
+
+def test_stems_are_new_whatever_the_case_and_soon_found():
+    stems = files.Stems()
+    assert [stems.new(stem) for stem in ("a", "A", "a_2", "a", "b")] == ["a", "A_2", "a_2_2", "a_3", "b"]
+    assert len({stems.new("same") for _ in range(20_000)}) == 20_000

@@ -44,7 +44,7 @@ def find_images(pattern: str, also: Sequence[str] = (), tell: Callable[[str], No
             reasons = {name: why for name, why in reasons.items() if not os.path.isdir(name)}
     else:
         raise ImageError(f"{pattern!r} does not exist: give a picture, a folder, a glob or a URL")
-    found = sorted((name for name, why in reasons.items() if why is None), key=_natural_key)
+    found = sorted((name for name, why in reasons.items() if why is None), key=natural_key)
     passed_over = _listed((name, why) for name, why in reasons.items() if why)
     if not found and is_folder:
         raise ImageError(f"{pattern} holds no pictures: {passed_over or 'it is empty'}; give a folder with pictures")
@@ -98,7 +98,7 @@ def _why_not_in_glob(name: str, also: Sequence[str]) -> str | None:
 def _listed(passed_over: Iterable[tuple[str, str]]) -> str:
     """How many there are, and for each reason a few names: "3: a.txt, b.md (no picture); sub (folder)"."""
     by_reason: dict[str, list[str]] = {}
-    for name, why in sorted(passed_over, key=lambda item: _natural_key(item[0])):
+    for name, why in sorted(passed_over, key=lambda item: natural_key(item[0])):
         by_reason.setdefault(why, []).append(os.path.basename(os.path.normpath(name)))
     total = sum(map(len, by_reason.values()))
     parts = []
@@ -109,7 +109,8 @@ def _listed(passed_over: Iterable[tuple[str, str]]) -> str:
     return f"{total} {kind}: {'; '.join(parts)}" if parts else ""
 
 
-def _natural_key(name: str) -> tuple[list[str | int], str]:
+def natural_key(name: str) -> tuple[list[str | int], str]:
+    """What names are sorted by so that 2.png comes before 10.png."""
     parts: list[str | int] = re.split(r"([0-9]+)", name.casefold())
     parts[1::2] = map(int, parts[1::2])
     return parts, name

@@ -169,8 +169,8 @@ class ImageSettings:
     convert_rgb: bool = True
     source: str = dataclasses.field(default=PREPROCESSOR_NAME, compare=False)
 
-    def to_pixels(self, image: Image.Image) -> np.ndarray:
-        """RGB image, of `load_image`, to float32 [size, size, 3].
+    def resized(self, image: Image.Image) -> Image.Image:
+        """RGB image, of `load_image`, to one of [size, size] that `to_pixels` gives the same pixels of.
 
         Raises:
             ImageError: a picture that these settings leave in another shape, or whose mode they do not convert.
@@ -186,6 +186,11 @@ class ImageSettings:
         if self.shapes == "same" and image.size != (self.size, self.size):
             remedy = f"give pictures of {self.size} x {self.size}, or set do_resize to true"
             raise ImageError(f"{shape}, and do_resize is false in {self.source}: {remedy}")
+        return image.resize((self.size, self.size), _RESAMPLE[self.resample])
+
+    def to_pixels(self, image: Image.Image) -> np.ndarray:
+        """RGB image, of `load_image`, to float32 [size, size, 3]; ImageError as of `resized`."""
+        image = self.resized(image)
         return to_pixels(image, self.size, self.resample, self.mean, self.std, self.rescale_factor)
 
     @classmethod

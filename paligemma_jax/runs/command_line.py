@@ -16,6 +16,7 @@ from paligemma_jax.runs.settings import did_you_mean, one_of
 
 RUNS = {  # config.run: module in paligemma_jax/runs, and what it does
     "generate": "answer prompts about one picture or many",
+    "annotate": "answer prompts about very many pictures, into files, resumable (needs configs/annotate.py)",
     "chat": "answer prompts about a picture as they are typed",
     "train": "fine-tune a model on your own pictures (needs configs/finetune.py)",
     "evaluate": "measure the shipped model on pictures it has not seen",

@@ -6,9 +6,9 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from paligemma_jax.files import write_text
+from paligemma_jax.files import Stems, write_text
 from paligemma_jax.runs.notes import note
-from paligemma_jax.runs.sources import Source, Stems
+from paligemma_jax.runs.sources import Source
 from paligemma_jax.tasks import coco, yolo
 from paligemma_jax.tasks.classes import UNNAMED
 from paligemma_jax.tasks.detection import Detection

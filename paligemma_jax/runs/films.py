@@ -4,9 +4,10 @@ from pathlib import Path
 
 from PIL import Image
 
+from paligemma_jax.files import Stems
 from paligemma_jax.processing import video
 from paligemma_jax.runs.notes import note
-from paligemma_jax.runs.sources import Source, Stems, plain
+from paligemma_jax.runs.sources import Source, plain
 
 
 class Films:

@@ -9,12 +9,12 @@ from ml_collections import ConfigDict
 
 import paligemma_jax as pj
 from paligemma_jax.errors import CheckpointError
-from paligemma_jax.files import expanded, replacing
+from paligemma_jax.files import Stems, expanded, replacing
 from paligemma_jax.runs.exports import Exports
 from paligemma_jax.runs.films import Films
 from paligemma_jax.runs.notes import note
 from paligemma_jax.runs.questions import Question, together
-from paligemma_jax.runs.sources import Source, Stems, plain
+from paligemma_jax.runs.sources import Source, plain
 from paligemma_jax.tasks import export
 from paligemma_jax.tasks.classes import UNNAMED
 from paligemma_jax.tasks.confidence import words_logprob

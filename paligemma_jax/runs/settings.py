@@ -3,7 +3,7 @@
 import dataclasses
 import difflib
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any, TypeVar
 
 from ml_collections import ConfigDict
@@ -79,11 +79,11 @@ def video_fps(config: ConfigDict) -> float:
     return config.video_fps
 
 
-def exports(config: ConfigDict) -> list[str]:
+def exports(config: ConfigDict, known: Sequence[str] = EXPORTS) -> list[str]:
     """The kinds of files that objects are exported to, each once."""
     names = list(dict.fromkeys(name.strip() for name in config.export.split(",") if name.strip()))
-    if (strange := next((name for name in names if name not in EXPORTS), None)) is not None:
-        raise ConfigError(f"export={config.export!r} is not possible: {strange!r} is not one of {', '.join(EXPORTS)}")
+    if (strange := next((name for name in names if name not in known), None)) is not None:
+        raise ConfigError(f"export={config.export!r} is not possible: {strange!r} is not one of {', '.join(known)}")
     if names and not config.output_dir:
         raise ConfigError(f"export={config.export!r} needs a place for its files: set output_dir too")
     return names

@@ -72,19 +72,3 @@ def in_groups(items: Iterator[_Item], size: int) -> Iterator[list[_Item]]:
     """Lists of `size` items, the last one of what is left."""
     while group := list(itertools.islice(items, size)):
         yield group
-
-
-class Stems:
-    """File names without suffix of which no two are the same, whatever the case."""
-
-    def __init__(self) -> None:
-        self._taken: set[str] = set()
-
-    def new(self, stem: str) -> str:
-        """The stem itself, or with the first number that makes it new."""
-        unique, count = stem, 1
-        while unique.casefold() in self._taken:
-            count += 1
-            unique = f"{stem}_{count}"
-        self._taken.add(unique.casefold())
-        return unique

@@ -57,8 +57,35 @@ _MAPS, _SWAP = (
     "runs/test_embedded.py::test_four_runs_and_their_variations",
 )
 _SERVE = "runs/test_serve.py"
+_RUN = "runs/test_annotate_run.py"
+_RAY = "annotate/test_kill.py::test_ray_makes_the_same_rows_and_either_engine_goes_on"
+_SAME = f"{_RUN}::test_what_is_loaded_is_what_the_config_says"
+_KEPT = f"{_RUN}::test_objects_are_kept_as_the_config_says"
+_BATCHES, _TABLE = f"{_RUN}::test_batches_threads_and_shards", f"{_RUN}::test_inputs_of_a_table"
+ANNOTATE = COMMON | {
+    **dict.fromkeys(("checkpoint", "dtype", "quantization", "adapter", "mask_vae", "resample", "hub_id"), _SAME),
+    **dict.fromkeys(
+        ("temperature", "top_k", "top_p", "min_p", "num_beams", "seed", "max_new_tokens", "speculate", "constrain"),
+        f"{_RUN}::test_how_an_answer_is_made_is_told_to_the_model",
+    ),
+    **dict.fromkeys(("min_score", "nms", "loc_scale"), _KEPT),
+    **dict.fromkeys(("batch_size", "threads", "shard_size", "shard_format"), _BATCHES),
+    **dict.fromkeys(("image", "image_column", "image_root"), _TABLE),
+    **dict.fromkeys(
+        ("prompts_file", "prompt_form", "split_classes"), f"{_RUN}::test_prompts_and_their_parts_have_rows_each"
+    ),
+    **dict.fromkeys(
+        ("prompt", "overwrite"), f"{_RUN}::test_another_run_in_the_folder_is_refused_before_the_model_is_loaded"
+    ),
+    "output_dir": _KEPT,
+    "export": f"{_RUN}::test_exports_are_made_at_the_end",
+    "retry_failed": f"{_RUN}::test_failed_pictures_are_asked_about_again_only_when_told",
+    "profile": f"{_RUN}::test_a_profile_is_written",
+    **dict.fromkeys(("engine", "workers"), _RAY),
+}
 COVERED = {
     "tiny": BASE,
+    "annotate": ANNOTATE,
     "inspect": BASE
     | {
         "answer": "runs/test_inspect.py::test_every_map_is_written_as_a_picture_and_a_plain_array",
@@ -107,7 +134,7 @@ COVERED = {
 def test_every_key_has_a_test_that_knows_it(name, main, monkeypatch):
     """The test exists, and names the key."""
     seen = []
-    for run in ("generate", "inspect", "swap", "train", "serve"):
+    for run in ("annotate", "generate", "inspect", "swap", "train", "serve"):
         monkeypatch.setattr(f"paligemma_jax.runs.{run}.run", lambda config: seen.append(set(config)) or 0)
     assert main(f"--config=configs/{name}.py", "--config.compilation_cache=false")[0] == 0
     assert seen == [set(COVERED[name])]

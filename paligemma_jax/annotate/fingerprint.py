@@ -1,0 +1,98 @@
+"""What the rows of a run depend on, as a few short values: a run goes on only where all of them are the same."""
+
+import dataclasses
+import hashlib
+import importlib.metadata
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from paligemma_jax import checkpoints, loading
+from paligemma_jax.annotate import rows
+from paligemma_jax.processing.request import GenerateOptions
+from paligemma_jax.tasks.prompts import Prompt
+
+_SUFFIXES = (".safetensors", ".json", ".model", ".npz")  # of the files that an answer depends on
+_WHOLE = 2**26  # bytes of a file up to which all of them count
+_BLOCKS, _BLOCK = 256, 2**16  # of a larger one: so many, evenly spread
+
+Fingerprint = dict[str, Any]
+
+
+def of_inputs(names: Iterable[str]) -> str:
+    """Of the names of pictures in their order."""
+    digest = hashlib.sha256()
+    for name in names:
+        data = name.encode(errors="surrogatepass")
+        digest.update(len(data).to_bytes(8, "big") + data)
+    return digest.hexdigest()
+
+
+def of_weights(checkpoint: str, adapter: str = "", mask_vae: str = "") -> str:
+    """Of the contents of a checkpoint, its tokenizer and settings, wherever they lie.
+
+    Of files above 64 MiB the size and 16 MiB of the contents, evenly spread, count: hashing all of a large model would
+    take longer than loading it.
+
+    Raises:
+      CheckpointError: as for `checkpoints.locate` and `loading.find_mask_vae`.
+    """
+    source = checkpoints.locate(checkpoint, adapter or None)
+    files = [file for folder in source.directories for file in sorted(folder.iterdir()) if file.suffix in _SUFFIXES]
+    if source.base.is_file():  # others beside it are other models
+        files = [source.base, *(file for file in files if file.suffix in (".json", ".model"))]
+    masks = loading.find_mask_vae(source, mask_vae or None)
+    digest = hashlib.sha256()
+    for file in (*files, *([masks] if masks else ())):
+        if file.is_file():
+            digest.update(f"{file.name} {file.stat().st_size} ".encode() + _of_file(file))
+    return digest.hexdigest()
+
+
+def _of_file(path: Path) -> bytes:
+    size = path.stat().st_size
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        if size <= _WHOLE:
+            digest.update(file.read())
+        else:
+            for i in range(_BLOCKS):
+                file.seek((size - _BLOCK) * i // (_BLOCKS - 1))
+                digest.update(file.read(_BLOCK))
+    return digest.digest()
+
+
+def of_answers(
+    weights: str, prompts: Sequence[Prompt], options: GenerateOptions, others: Mapping[str, Any]
+) -> Fingerprint:
+    """Of all that decides about the answers to a picture; `others` are settings by their names."""
+    sampling = dataclasses.asdict(options.sampling)
+    return {
+        "rows": rows.VERSION,
+        "version": _version(),
+        "weights": weights,
+        "prompts": [prompt.text for prompt in prompts],
+        "max_new_tokens": options.max_new_tokens,
+        "constrain": options.constrain,
+        **sampling,
+        **others,
+    }
+
+
+def run_id(fingerprint: Mapping[str, Any]) -> str:
+    """A short name of a fingerprint: rows with the same one were made in the same way."""
+    return hashlib.sha256(json.dumps(fingerprint, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """The names of what is not the same."""
+    names = dict.fromkeys([*now, *before])
+    return [name for name in names if before.get(name) != now.get(name)]
+
+
+def _version() -> str:
+    try:
+        return importlib.metadata.version("paligemma-jax")
+    except importlib.metadata.PackageNotFoundError:
+        return ""  # run from a clone

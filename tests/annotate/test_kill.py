@@ -1,0 +1,105 @@
+"""The shipped model, killed at random moments and on a cluster: the rows are those of a run that was not disturbed."""
+
+import contextlib
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from paligemma_jax.annotate import rows
+from paligemma_jax.shapes_world.samples import scene_sample
+
+ROOT = Path(__file__).resolve().parents[2]
+PICTURES = 300
+BROKEN = 20  # of them
+KILLS = 5
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    folder, rng = tmp_path_factory.mktemp("pictures"), random.Random(0)
+    for i in range(PICTURES):
+        scene_sample(1, i).image.resize((96, 96)).save(folder / f"{i}.png")
+    for i in rng.sample(range(PICTURES), BROKEN):
+        data = (folder / f"{i}.png").read_bytes()
+        (folder / f"{i}.png").write_bytes(data[: rng.randrange(len(data))])  # of length 0 too, perhaps
+    return folder
+
+
+def start(folder: Path, output: Path, **keys: object) -> subprocess.Popen:
+    (output.parent / "prompts.txt").write_text("caption en\ndetect star ; circle\n")
+    settings = {"image": folder, "output_dir": output, "prompts_file": output.parent / "prompts.txt", "platform": "cpu"}
+    settings |= {"shard_size": 64, "batch_size": 8, "max_new_tokens": 40} | keys
+    arguments = [f"--config.{key}={value}" for key, value in settings.items()]
+    environment = os.environ | {"XDG_CACHE_HOME": str(output.parent / "cache")}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    return subprocess.Popen(
+        [sys.executable, ROOT / "main.py", "--config=configs/annotate.py", *arguments],
+        env=environment,
+        text=True,
+        cwd=ROOT,
+        **pipes,
+    )
+
+
+def finish(process: subprocess.Popen) -> None:
+    out, err = process.communicate(timeout=240)
+    expected = f"{PICTURES - BROKEN} of {PICTURES} pictures, {BROKEN} failed"
+    assert process.returncode == 2 and out.startswith(expected), err
+
+
+def found(directory: Path) -> list[rows.Row]:
+    return [row for path in sorted(directory.glob("rows-*")) for row in rows.read(path)]
+
+
+@pytest.fixture(scope="module")
+def undisturbed(folder, tmp_path_factory) -> Path:
+    directory = tmp_path_factory.mktemp("undisturbed") / "out"
+    finish(start(folder, directory))
+    return directory
+
+
+def written(output: Path) -> int:
+    """Bytes of rows, finished or not: what grows while a run works."""
+    total = 0
+    for path in (*output.glob("rows-*"), *output.glob("state/*.journal")):
+        with contextlib.suppress(FileNotFoundError):  # renamed or removed just now
+            total += path.stat().st_size
+    return total
+
+
+def test_killed_at_random_moments(folder, undisturbed, tmp_path):
+    rng, total, kills = random.Random(1), written(undisturbed), 0
+    for moment in sorted(rng.uniform(0.02, 0.9) for _ in range(KILLS)):
+        process = start(folder, tmp_path / "out")
+        while process.poll() is None and written(tmp_path / "out") < moment * total:
+            time.sleep(0.003)
+        if process.poll() is None:
+            process.send_signal(signal.SIGKILL)
+            kills += 1
+        process.communicate()
+        before = found(tmp_path / "out")
+        assert before == found(undisturbed)[: len(before)]
+    assert kills == KILLS
+    finish(start(folder, tmp_path / "out"))
+    for path in undisturbed.glob("rows-*"):
+        assert (tmp_path / "out" / path.name).read_bytes() == path.read_bytes()
+
+
+@pytest.mark.ray
+def test_ray_makes_the_same_rows_and_either_engine_goes_on(folder, undisturbed, tmp_path):
+    process = start(folder, tmp_path / "out")
+    while process.poll() is None and written(tmp_path / "out") < 0.3 * written(undisturbed):
+        time.sleep(0.003)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate()
+    assert process.returncode == 130 and "the same command goes on from here" in err
+    finish(start(folder, tmp_path / "out", engine="ray", workers=1))
+    assert found(tmp_path / "out") == found(undisturbed)
