@@ -3,7 +3,6 @@
 import zipfile
 import zlib
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -25,6 +24,7 @@ from paligemma_jax.errors import CheckpointError, UserError
 from paligemma_jax.loading import find_mask_vae, read_image_settings, read_tokenizer
 
 _SMALL = 1 << 16  # bytes of a tensor that is looked into
+_PIECE = 1 << 20  # bytes that are read at a time
 
 
 class Verification(NamedTuple):
@@ -59,8 +59,8 @@ def verification(source: Source, config: PaliGemmaConfig | None = None) -> Verif
     elif source.base.is_dir():  # what is wrong with the config was said already
         config = attempt(huggingface.read_config, source.base, failures=[])
     if contents is not None and source.base.is_file():
-        attempt(_check_sums, source.base)
-    if odd := _not_finite(contents):
+        attempt(_check_sums, contents.base if isinstance(contents, adapters.Contents) else contents)
+    if odd := attempt(_not_finite, contents):
         notes.append(f"NaN or infinity in {shapes.fold(odd)}: answers will mean nothing")
     tokenizer = attempt(read_tokenizer, source)
     if config is not None:
@@ -75,19 +75,30 @@ def verification(source: Source, config: PaliGemmaConfig | None = None) -> Verif
 
 def _not_finite(contents: Contents | None) -> list[str]:
     """Names of the small tensors, norms and biases, that hold no finite numbers; what spoils one spoils most."""
-    tensors = contents.tensors.values() if isinstance(contents, huggingface.Contents) else ()
-    small = [t for t in tensors if isinstance(t, tensor_files.Tensor) and t.nbytes <= _SMALL]
+    small = [tensor for tensor in _tensors(contents) if tensor.nbytes <= _SMALL]
     return [t.name for t in small if not np.isfinite(tensor_files.read(t, np.dtype(np.float32))).all()]
 
 
-def _check_sums(path: Path) -> None:
+def _tensors(contents: Contents | None) -> list[tensor_files.Tensor]:
+    """The plain tensors of a directory, or of an adapter and of a directory under it."""
+    if isinstance(contents, adapters.Contents):
+        parts = [part for change in contents.changes.values() for part in vars(change).values()]
+        own = [part for part in parts if isinstance(part, tensor_files.Tensor)]
+        return [*_tensors(contents.base), *{tensor.name: tensor for tensor in own}.values()]
+    tensors = contents.tensors.values() if isinstance(contents, huggingface.Contents) else ()
+    return [tensor for tensor in tensors if isinstance(tensor, tensor_files.Tensor)]
+
+
+def _check_sums(contents: big_vision.Contents) -> None:
+    """CheckpointError when an array that is read does not have its checksum; what lies beside it may be damaged."""
     try:
-        with zipfile.ZipFile(path) as archive:
-            bad = archive.testzip()
-    except (zipfile.BadZipFile, zlib.error, EOFError) as error:
-        raise CheckpointError(f"{path} is damaged or truncated ({error})") from None
-    if bad:
-        raise CheckpointError(f"{path} is damaged or truncated ({bad})")
+        with zipfile.ZipFile(contents.path) as archive:
+            for member in contents.members.values():
+                with archive.open(member.name) as stream:
+                    while stream.read(_PIECE):  # the sum is compared at the end
+                        pass
+    except (zipfile.BadZipFile, zlib.error, EOFError, RuntimeError) as error:  # the last: encrypted, or unsupported
+        raise CheckpointError(f"{contents.path} is damaged or truncated ({error})") from None
 
 
 def describe(contents: Contents) -> dict[str, str]:
