@@ -40,6 +40,7 @@ class AdapterConfig:
     alpha_pattern: dict[str, float]
     use_rslora: bool
     use_dora: bool
+    lora_bias: bool  # B has a bias
     ensure_weight_tying: bool
     modules_to_save: tuple[str, ...]
     target_modules: str | frozenset[str]  # a pattern of whole names, "all-linear", or names and suffixes of names
@@ -118,6 +119,7 @@ def read_config(directory: Path) -> AdapterConfig:
         alpha_pattern=value.get("alpha_pattern") or {},
         use_rslora=bool(value.get("use_rslora")),
         use_dora=bool(value.get("use_dora")),
+        lora_bias=bool(value.get("lora_bias")),
         ensure_weight_tying=bool(value.get("ensure_weight_tying")),
         modules_to_save=tuple(saved),
         target_modules=_names(value.get("target_modules")),

@@ -61,7 +61,7 @@ def lacking(low_rank: Mapping[str, str], adapter: AdapterConfig, base: PaliGemma
     is_headless = any(map(_HEADLESS.match, low_rank.values()))
     for names in (names for names in _namings(base) if HEAD in names or is_headless):
         modules = {path: names[path].removesuffix(".weight") for path in kinds if path in names}
-        expected = [path for path, module in modules.items() if _is_targeted(module, len(kinds[path]), adapter)]
+        expected = [path for path, module in modules.items() if is_targeted(module, len(kinds[path]), adapter)]
         absent = [path for path in expected if path not in low_rank and not _is_tied(path, low_rank, adapter)]
         shared = len(expected) - len(absent)
         if expected and (shared > most or (shared == most and len(absent) < len(missing))):
@@ -86,7 +86,7 @@ def _is_tied(path: str, found: Collection[str], adapter: AdapterConfig) -> bool:
     return adapter.ensure_weight_tying and other.get(path) in found
 
 
-def _is_targeted(module: str, num_axes: int, adapter: AdapterConfig) -> bool:
+def is_targeted(module: str, num_axes: int, adapter: AdapterConfig) -> bool:
     """Whether PEFT puts low-rank parts beside a module; its weight has so many axes."""
     targets, excluded, layers = adapter.target_modules, adapter.exclude_modules, adapter.layers_to_transform
     if _matches(excluded, module) or adapter.saves(module):

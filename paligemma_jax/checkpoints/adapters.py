@@ -239,12 +239,16 @@ def _lacking(
     """What adapter_config.json promises and the file has not: low-rank parts of modules, and modules that are saved."""
     low_rank = {path: t.name for path, found in parts.items() for part, t in found.items() if part.startswith("lora_")}
     whole = {path for path, found in parts.items() if "whole" in found}
-    problems = []
-    if absent := adapter_targets.lacking(low_rank, config, base):
-        problems.append(f"it lacks {shapes.fold(absent)}, which target_modules names")
+    problems = [
+        f"it lacks {text}, which target_modules names"
+        for text in _short(adapter_targets.lacking(low_rank, config, base))
+    ]
+    biases = {path.replace("/weight", "/bias") for path in low_rank if config.lora_bias}
+    absent = [path for path in shapes.expected_shapes(base) if path in biases and "bias" not in parts.get(path, {})]
+    problems += [f"lora_bias is True, but it lacks {text}" for text in _short(absent)]
     for module in config.modules_to_save:
-        if absent := adapter_targets.lacking_saved(whole, module, config, base):
-            problems.append(f"it lacks {module}, which modules_to_save names: {shapes.fold(absent)}")
+        absent = adapter_targets.lacking_saved(whole, module, config, base)
+        problems += [f"it lacks {module}, which modules_to_save names: {text}" for text in _short(absent)]
     return problems
 
 

@@ -157,6 +157,12 @@ def test_a_bias_of_b_is_scaled(checkpoint, params, adapter):
     np.testing.assert_allclose(found["vision_tower/layers_2/mlp/fc1/bias"], before + 3 * drawn(20, seed=4), rtol=1e-6)
 
 
+def test_a_bias_of_b_that_is_promised_must_be_there(checkpoint, adapter):
+    checkpoint()
+    message = refusal(adapter(low_rank(FC1, 20, 24), lora_bias=True))
+    assert "lora_bias is True, but it lacks vision_tower/layers_2/mlp/fc1/bias" in message
+
+
 @pytest.mark.parametrize("stored", ["float32", "bfloat16", "float16"])
 @pytest.mark.parametrize("dtype", [None, "bfloat16", "float32"])
 def test_the_sum_is_float32_and_rounded_once(checkpoint, params, adapter, stored, dtype):

@@ -218,6 +218,17 @@ def test_only_arrays_that_are_read_are_tried(make_model, model, verify, tmp_path
     assert all("is damaged" in line for line in lines)
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_numbers_that_are_none_are_a_note_in_an_npz(make_model, model, verify, tmp_path, monkeypatch, dtype):
+    small, scan = make_model("gemma2"), big_vision.scan
+    monkeypatch.setattr(big_vision, "scan", lambda path, config=None: scan(path, small.config))  # no released sizes
+    decoder = small.params["language_model"] | {"norm": {"weight": np.full(32, np.nan, np.float32)}}
+    big_vision.save(tmp_path / "model.npz", small.config, small.params | {"language_model": decoder}, dtype)
+    shutil.copy(model / "tokenizer.model", tmp_path)
+    note = "note: NaN or infinity in llm/final_norm/scale: answers will mean nothing"
+    assert verify(tmp_path / "model.npz")[::2] == (0, [note])
+
+
 @pytest.mark.parametrize("where", ["base", "A", "bias"])
 def test_numbers_that_are_none_are_a_note_in_adapters_and_their_base(model, verify, tmp_path, where):
     adapter, module = tmp_path / "adapter", "base_model.model.model.vision_tower.encoder.layers.0.mlp.fc1."
