@@ -139,6 +139,8 @@ def _check_destination(destination: Path, to_npz: bool, overwrite: bool) -> None
     if destination.exists() and destination.is_dir() == to_npz:
         kind = "a directory" if to_npz else "a file"
         raise CheckpointError(f"{destination} is {kind}: give another DST or another --format")
+    if not to_npz:
+        huggingface.require_no_adapter(destination)
     occupied = destination.is_file() or (destination.is_dir() and any(destination.iterdir()))
     if occupied and not overwrite:
         raise CheckpointError(f"{destination} exists already: pass --overwrite to replace it")

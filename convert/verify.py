@@ -1,9 +1,9 @@
 """What `pj.load` would say of a checkpoint, all of it at once, and what the checkpoint holds."""
 
+import math
 import zipfile
 import zlib
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -21,10 +21,11 @@ from paligemma_jax.checkpoints import (
 )
 from paligemma_jax.checkpoints.mask_vae import load_mask_vae
 from paligemma_jax.config import PaliGemmaConfig, variant_name
-from paligemma_jax.errors import CheckpointError, UserError
+from paligemma_jax.errors import CheckpointError, UserError, one_line
 from paligemma_jax.loading import find_mask_vae, read_image_settings, read_tokenizer
 
 _SMALL = 1 << 16  # bytes of a tensor that is looked into
+_PIECE = 1 << 20  # bytes of an .npz that are read at a time; an array of no more is looked into: all layers of a norm
 
 
 class Verification(NamedTuple):
@@ -58,9 +59,12 @@ def verification(source: Source, config: PaliGemmaConfig | None = None) -> Verif
         config = contents.config
     elif source.base.is_dir():  # what is wrong with the config was said already
         config = attempt(huggingface.read_config, source.base, failures=[])
+    odd: list[str] = []
     if contents is not None and source.base.is_file():
-        attempt(_check_sums, source.base)
-    if odd := _not_finite(contents):
+        base = contents.base if isinstance(contents, adapters.Contents) else contents
+        odd = attempt(_check_arrays, base) or []
+    odd += attempt(_not_finite, contents) or []
+    if odd:
         notes.append(f"NaN or infinity in {shapes.fold(odd)}: answers will mean nothing")
     tokenizer = attempt(read_tokenizer, source)
     if config is not None:
@@ -75,19 +79,40 @@ def verification(source: Source, config: PaliGemmaConfig | None = None) -> Verif
 
 def _not_finite(contents: Contents | None) -> list[str]:
     """Names of the small tensors, norms and biases, that hold no finite numbers; what spoils one spoils most."""
-    tensors = contents.tensors.values() if isinstance(contents, huggingface.Contents) else ()
-    small = [t for t in tensors if isinstance(t, tensor_files.Tensor) and t.nbytes <= _SMALL]
+    small = [tensor for tensor in _tensors(contents) if tensor.nbytes <= _SMALL]
     return [t.name for t in small if not np.isfinite(tensor_files.read(t, np.dtype(np.float32))).all()]
 
 
-def _check_sums(path: Path) -> None:
+def _tensors(contents: Contents | None) -> list[tensor_files.Tensor]:
+    """The plain tensors of a directory, or of an adapter and of a directory under it."""
+    if isinstance(contents, adapters.Contents):
+        parts = [part for change in contents.changes.values() for part in vars(change).values()]
+        own = [part for part in parts if isinstance(part, tensor_files.Tensor)]
+        return [*_tensors(contents.base), *{tensor.name: tensor for tensor in own}.values()]
+    tensors = contents.tensors.values() if isinstance(contents, huggingface.Contents) else ()
+    return [tensor for tensor in tensors if isinstance(tensor, tensor_files.Tensor)]
+
+
+def _check_arrays(contents: big_vision.Contents) -> list[str]:
+    """Names of the arrays of an .npz that are small and hold no finite numbers.
+
+    Raises:
+      CheckpointError: one that is read does not have its checksum; what lies beside them may be damaged.
+    """
+    odd = []
     try:
-        with zipfile.ZipFile(path) as archive:
-            bad = archive.testzip()
-    except (zipfile.BadZipFile, zlib.error, EOFError) as error:
-        raise CheckpointError(f"{path} is damaged or truncated ({error})") from None
-    if bad:
-        raise CheckpointError(f"{path} is damaged or truncated ({bad})")
+        with zipfile.ZipFile(contents.path) as archive:
+            for key, member in contents.members.items():
+                with archive.open(member.name) as stream:
+                    if math.prod(member.shape) * member.stored.itemsize <= _PIECE:
+                        array = np.lib.format.read_array(stream, allow_pickle=False).view(member.stored)
+                        odd += [] if np.isfinite(array.astype(np.float32)).all() else [key]
+                    while stream.read(_PIECE):  # the sum is compared at the end
+                        pass
+    # RuntimeError: encrypted, or packed in a way that is not supported; ValueError: fewer elements than there should be
+    except (zipfile.BadZipFile, zlib.error, EOFError, RuntimeError, ValueError) as error:
+        raise CheckpointError(f"{contents.path} is damaged or truncated ({one_line(error)})") from None
+    return odd
 
 
 def describe(contents: Contents) -> dict[str, str]:

@@ -17,16 +17,17 @@ _MERGE = "merge it in PEFT (merge_and_unload, then save_pretrained) and give the
 # What changes nothing once an adapter is trained: how it was initialized, what was trained, where it came from.
 _IMMATERIAL = {
     *("auto_mapping", "peft_version", "inference_mode", "task_type", "lora_dropout", "bias", "fan_in_fan_out"),
-    *("target_modules", "megatron_core", "loftq_config", "eva_config", "corda_config", "lora_ga_config"),
+    *("megatron_core", "loftq_config", "eva_config", "corda_config", "lora_ga_config"),
     *("runtime_config", "qalora_group_size", "velora_config", "ephemeral_gpu_offload"),
 }
 _HONOURED = {
     *("peft_type", "base_model_name_or_path", "revision", "r", "lora_alpha", "rank_pattern", "alpha_pattern"),
     *("use_rslora", "use_dora", "modules_to_save", "init_lora_weights", "ensure_weight_tying", "lora_bias"),
-    *("exclude_modules", "layers_to_transform", "layers_pattern"),
+    *("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern"),
 }
 # Other ways to initialize change the base too, which a saved adapter does not hold.
 _INITS = (None, True, False, "gaussian", "eva", "orthogonal")
+_MOST = 3e38  # that float32 holds
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,9 +40,13 @@ class AdapterConfig:
     alpha_pattern: dict[str, float]
     use_rslora: bool
     use_dora: bool
+    lora_bias: bool  # B has a bias
     ensure_weight_tying: bool
     modules_to_save: tuple[str, ...]
-    same_in_all_layers: bool  # modules are named by their suffix, and no layer is left out
+    target_modules: str | frozenset[str]  # a pattern of whole names, "all-linear", or names and suffixes of names
+    exclude_modules: str | frozenset[str]
+    layers_to_transform: tuple[int, ...]  # () is all
+    layers_pattern: tuple[str, ...]
     base: str | None  # path or hub id of the base
     revision: str | None
 
@@ -99,7 +104,14 @@ def read_config(directory: Path) -> AdapterConfig:
     )
     for name in ("base_model_name_or_path", "revision"):
         check(isinstance(value.get(name), str | None), name, "a text")
-    chosen = any(value.get(name) not in (None, [], "") for name in ("layers_to_transform", "exclude_modules"))
+    for name in ("target_modules", "exclude_modules", "layers_pattern"):
+        check(_is_text_or_list(value.get(name)), name, "a pattern, or a list of names")
+    for name in ("target_modules", "exclude_modules"):
+        is_right = not isinstance(value.get(name), str) or _is_pattern(value[name], whole=True)
+        check(is_right, name, "a pattern that `re` understands")
+    patterns, layers = _as_tuple(value.get("layers_pattern")), _as_tuple(value.get("layers_to_transform"))
+    check(all(map(_is_pattern, patterns)), "layers_pattern", "patterns that `re` understands")
+    check(all(type(layer) is int for layer in layers), "layers_to_transform", "numbers of layers")
     return AdapterConfig(
         r=value.get("r", 8),
         lora_alpha=value.get("lora_alpha", 8),
@@ -107,32 +119,43 @@ def read_config(directory: Path) -> AdapterConfig:
         alpha_pattern=value.get("alpha_pattern") or {},
         use_rslora=bool(value.get("use_rslora")),
         use_dora=bool(value.get("use_dora")),
+        lora_bias=bool(value.get("lora_bias")),
         ensure_weight_tying=bool(value.get("ensure_weight_tying")),
         modules_to_save=tuple(saved),
-        same_in_all_layers=not chosen and _all_layers(value.get("target_modules")),
+        target_modules=_names(value.get("target_modules")),
+        exclude_modules=_names(value.get("exclude_modules")),
+        layers_to_transform=layers,
+        layers_pattern=patterns,
         base=value.get("base_model_name_or_path") or None,
         revision=value.get("revision") or None,
     )
 
 
-def _all_layers(target_modules: Any) -> bool:
-    """Whether modules are listed by a suffix that names no layer."""
-    if not isinstance(target_modules, list):
-        return False
-    return not any(re.search(r"(^|\.)\d+(\.|$)", str(name)) for name in target_modules)
+def _as_tuple(value: Any) -> tuple[Any, ...]:
+    """A list, or what stands for a list of one."""
+    return tuple(value) if isinstance(value, list) else () if value in (None, "") else (value,)
+
+
+def _names(value: str | list[str] | None) -> str | frozenset[str]:
+    return value if isinstance(value, str) else frozenset(value or ())
+
+
+def _is_text_or_list(value: Any) -> bool:
+    return isinstance(value, str | None) or (isinstance(value, list) and all(isinstance(name, str) for name in value))
 
 
 def _is_number(value: Any) -> bool:
-    return type(value) in (int, float) and abs(value) < float("inf")
+    return type(value) in (int, float) and abs(value) <= _MOST
 
 
 def _is_rank(value: Any) -> bool:
-    return type(value) is int and value > 0
+    return type(value) is int and 0 < value <= _MOST
 
 
-def _is_pattern(text: str) -> bool:
+def _is_pattern(text: str, whole: bool = False) -> bool:
+    """Whether `re` understands a text: as a part of a pattern, or as a whole one, which may begin with flags."""
     try:
-        re.compile(text)
-    except re.error:
+        re.compile(text if whole else f".({text})")
+    except (re.error, OverflowError, RecursionError):
         return False
     return True

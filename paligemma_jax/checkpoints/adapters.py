@@ -17,14 +17,14 @@ from typing import Any
 
 import numpy as np
 
-from paligemma_jax.checkpoints import big_vision, foreign, huggingface, shapes, tensor_files
+from paligemma_jax.checkpoints import adapter_targets, big_vision, foreign, huggingface, shapes, tensor_files
 from paligemma_jax.checkpoints.adapter_config import AdapterConfig, read_config
+from paligemma_jax.checkpoints.adapter_targets import HEAD, TABLE
 from paligemma_jax.checkpoints.arrays import cast_into, empty_aligned
 from paligemma_jax.config import PaliGemmaConfig
 from paligemma_jax.errors import CheckpointError
 
 WEIGHTS, PICKLED = "adapter_model.safetensors", "adapter_model.bin"
-TABLE, HEAD = "language_model/embed_tokens/weight", "language_model/lm_head/weight"
 _LOW_RANK = re.compile(
     r"(?P<module>.+)\.(?P<part>lora_A|lora_B|lora_embedding_A|lora_embedding_B|lora_magnitude_vector)"
     r"(?:\.default)?(?:\.(?P<leaf>weight|bias))?"
@@ -154,7 +154,7 @@ def scan(directory: Path, base: Base) -> Contents:
         except CheckpointError as error:
             odd.append(str(error))
     problems += _short(odd)
-    problems += _lacking(changes, config, base.config)
+    problems += _lacking(parts, config, base.config)
     if not parts and not unknown:
         problems.append("it holds no tensors")
     _require_none(problems, directory, base)
@@ -180,8 +180,7 @@ def _sort(
     tensors: dict[str, tensor_files.Tensor], config: PaliGemmaConfig
 ) -> tuple[dict[str, dict[str, tensor_files.Tensor]], list[str]]:
     """Tensors by the path of the parameter that they change and by their part in it; names that fit none."""
-    untied = dataclasses.replace(config, text=dataclasses.replace(config.text, tied=False))
-    paths = {huggingface.key_of(path, config.version): path for path in shapes.expected_shapes(untied)}
+    paths = {huggingface.key_of(path, config.version): path for path in adapter_targets.all_shapes(config)}
     found: dict[str, dict[str, tensor_files.Tensor]] = {}
     unknown = []
     for key, tensor in tensors.items():
@@ -234,20 +233,22 @@ def _scale(tensor: tensor_files.Tensor, rank: int | None, config: AdapterConfig)
     return config.alpha(module) / (math.sqrt(stated) if config.use_rslora else stated)
 
 
-def _lacking(changes: dict[str, Change], config: AdapterConfig, base: PaliGemmaConfig) -> list[str]:
-    """What adapter_config.json promises and the file has not: layers of a row that others have, whole modules."""
-    problems, expected = [], shapes.expected_shapes(base)
-    if config.same_in_all_layers:
-        low_rank = {path for path, change in changes.items() if change.left is not None}
-        rows = {re.sub(r"layers_\d+", "layers_*", path) for path in low_rank}
-        absent = [path for path in expected if path not in low_rank and re.sub(r"layers_\d+", "layers_*", path) in rows]
-        problems += [f"it lacks {shapes.fold(absent)}"] if absent else []
-    saved = [huggingface.key_of(path, base.version) for path, change in changes.items() if change.whole is not None]
-    known = [huggingface.key_of(path, base.version) for path in (*expected, HEAD)]
+def _lacking(
+    parts: dict[str, dict[str, tensor_files.Tensor]], config: AdapterConfig, base: PaliGemmaConfig
+) -> list[str]:
+    """What adapter_config.json promises and the file has not: low-rank parts of modules, and modules that are saved."""
+    low_rank = {path: t.name for path, found in parts.items() for part, t in found.items() if part.startswith("lora_")}
+    whole = {path for path, found in parts.items() if "whole" in found}
+    problems = [
+        f"it lacks {text}, which target_modules names"
+        for text in _short(adapter_targets.lacking(low_rank, config, base))
+    ]
+    biases = {path.replace("/weight", "/bias") for path in low_rank if config.lora_bias}
+    absent = [path for path in shapes.expected_shapes(base) if path in biases and "bias" not in parts.get(path, {})]
+    problems += [f"lora_bias is True, but it lacks {text}" for text in _short(absent)]
     for module in config.modules_to_save:
-        named = dataclasses.replace(config, modules_to_save=(module,)).saves
-        if any(map(named, known)) and not any(map(named, saved)):
-            problems.append(f"it lacks {module}, which modules_to_save names")
+        absent = adapter_targets.lacking_saved(whole, module, config, base)
+        problems += [f"it lacks {module}, which modules_to_save names: {text}" for text in _short(absent)]
     return problems
 
 
@@ -267,6 +268,9 @@ def _fit(directory: Path, base: Base, changes: dict[str, Change], config: Adapte
     problems += _short(
         [text for path in changes if path in expected for text in _misfits(changes[path], expected[path])]
     )
+    needed = max(base.config.image_token_id, 1 + max(base.config.eos_token_ids))
+    if text.vocab_size < needed:
+        problems.append(f"{changes[TABLE].whole.name} has {text.vocab_size} rows, the tokenizer {needed} ids")
     _require_none(problems, directory, base)
     return Contents(base, directory, fitted, changes)
 

@@ -21,7 +21,16 @@ import numpy as np
 from flax.traverse_util import flatten_dict
 
 from paligemma_jax import files, ops
-from paligemma_jax.checkpoints import companions, config_json, foreign, fusion, quantized, shapes, tensor_files
+from paligemma_jax.checkpoints import (
+    adapter_config,
+    companions,
+    config_json,
+    foreign,
+    fusion,
+    quantized,
+    shapes,
+    tensor_files,
+)
 from paligemma_jax.checkpoints.arrays import ALIGNMENT, dtype_named
 from paligemma_jax.checkpoints.quantized import QuantizedTensor
 from paligemma_jax.config import PaliGemmaConfig
@@ -260,6 +269,13 @@ def read(contents: Contents, dtype: np.dtype | None, progress: bool, emit: Calla
         list(pool.map(read_one, paths))
 
 
+def require_no_adapter(directory: Path) -> None:
+    """CheckpointError when what is written into a directory would be passed by: it is read as an adapter."""
+    if (directory / adapter_config.NAME).is_file():
+        remedy = "give another directory"
+        raise CheckpointError(f"{directory} holds {adapter_config.NAME}, a model in it would not be loaded: {remedy}")
+
+
 def save(
     directory: Path,
     config: PaliGemmaConfig,
@@ -279,8 +295,9 @@ def save(
       max_shard_bytes: weights beyond this go to several files with an index; one tensor is never split.
       processor_from: directories whose tokenizer, processor and mask VQ-VAE are copied along; the first counts most.
     Raises:
-      CheckpointError: the parameters are not those of the geometry.
+      CheckpointError: the parameters are not those of the geometry, or the directory is an adapter's.
     """
+    require_no_adapter(directory)
     target = dtype_named(dtype) if dtype else None
     leaves = {path: ops.unprepare(leaf) for path, leaf in flatten_dict(params, sep="/").items()}
     found = {path: leaf.shape for path, leaf in leaves.items()}

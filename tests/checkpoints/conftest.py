@@ -180,7 +180,10 @@ def understood(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def adapter(tmp_path) -> Callable[..., Path]:
-    """adapter(tensors, **fields): a directory of PEFT's over that of `checkpoint`; by default of all three queries."""
+    """adapter(tensors, **fields): a directory of PEFT's over that of `checkpoint`; by default of all three queries.
+
+    `target_modules` are by default the whole names of those that the tensors have.
+    """
 
     def write(tensors: dict[str, np.ndarray] | None = None, prefix: str = "base_model.model.", **fields) -> Path:
         if tensors is None:
@@ -191,7 +194,9 @@ def adapter(tmp_path) -> Callable[..., Path]:
         directory = tmp_path / "adapter"
         directory.mkdir(exist_ok=True)
         save_file({prefix + name: value for name, value in tensors.items()}, directory / "adapter_model.safetensors")
-        stated = {"peft_type": "LORA", "r": 2, "lora_alpha": 6, "target_modules": ["q_proj"], "bias": "none"}
+        low_rank = (name for name in tensors if ".lora_" in name)
+        targets = sorted({name.removeprefix("base_model.model.").split(".lora_")[0] for name in low_rank})
+        stated = {"peft_type": "LORA", "r": 2, "lora_alpha": 6, "target_modules": targets, "bias": "none"}
         stated |= {"base_model_name_or_path": str(tmp_path / "checkpoint"), "inference_mode": True} | fields
         (directory / "adapter_config.json").write_text(json.dumps(stated))
         return directory

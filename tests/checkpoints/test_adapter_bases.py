@@ -112,3 +112,20 @@ def test_verify_says_what_an_adapter_is(checkpoint, adapter, capsys, understood)
     assert "Hugging Face, layout A, 1 file, and an adapter of 3 parameters" in capsys.readouterr().out
     assert convert(["--verify", str(adapter(r=4, use_dora=True))]) == 1
     assert "use_dora is True" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("options", [[], ["--overwrite"], ["--overwrite", "--quantize", "int8"]])
+def test_nothing_is_written_into_an_adapters_directory(checkpoint, adapter, capsys, options):
+    """It would not be loaded: the directory stays an adapter."""
+    base, directory = checkpoint(), adapter()
+    assert convert([str(base), str(directory), *options]) == 1
+    line = capsys.readouterr().err
+    assert "holds adapter_config.json" in line and "give another directory" in line and line.count("\n") == 1
+    assert {path.name for path in directory.iterdir()} == {"adapter_config.json", "adapter_model.safetensors"}
+
+
+def test_a_model_is_not_saved_into_an_adapters_directory(checkpoint, adapter, config, params):
+    directory = adapter()
+    with pytest.raises(CheckpointError, match=r"holds adapter_config\.json.*give another directory"):
+        checkpoints.save(directory, config, params)
+    assert not (directory / "config.json").exists()

@@ -157,6 +157,12 @@ def test_a_bias_of_b_is_scaled(checkpoint, params, adapter):
     np.testing.assert_allclose(found["vision_tower/layers_2/mlp/fc1/bias"], before + 3 * drawn(20, seed=4), rtol=1e-6)
 
 
+def test_a_bias_of_b_that_is_promised_must_be_there(checkpoint, adapter):
+    checkpoint()
+    message = refusal(adapter(low_rank(FC1, 20, 24), lora_bias=True))
+    assert "lora_bias is True, but it lacks vision_tower/layers_2/mlp/fc1/bias" in message
+
+
 @pytest.mark.parametrize("stored", ["float32", "bfloat16", "float16"])
 @pytest.mark.parametrize("dtype", [None, "bfloat16", "float32"])
 def test_the_sum_is_float32_and_rounded_once(checkpoint, params, adapter, stored, dtype):
@@ -220,6 +226,15 @@ def refusal(path: Path) -> str:
         ({"r": 0}, "r is 0, expected a positive integer"),
         ({"r": 4}, "has rank 2, adapter_config.json says 4"),
         ({"lora_alpha": "8"}, "lora_alpha is '8', expected a number"),
+        ({"lora_alpha": 10**400}, "expected a number"),
+        ({"alpha_pattern": {"q_proj": 10**400}}, "alpha_pattern"),
+        ({"r": 10**400}, "expected a positive integer"),
+        ({"rank_pattern": {"(?i)q_proj": 2}}, "rank_pattern"),
+        ({"target_modules": "("}, "target_modules is '(', expected a pattern that `re` understands"),
+        ({"target_modules": {"q_proj": 1}}, "target_modules"),
+        ({"exclude_modules": [1]}, "exclude_modules is [1], expected a pattern, or a list of names"),
+        ({"layers_to_transform": ["1"]}, "layers_to_transform is ['1'], expected numbers of layers"),
+        ({"layers_pattern": "x{99999999999}"}, "layers_pattern"),
         ({"rank_pattern": {"q_proj": 2.5}}, "rank_pattern"),
         ({"alpha_pattern": [1]}, "alpha_pattern"),
         ({"rank_pattern": {"(": 2}}, "rank_pattern"),
@@ -274,17 +289,24 @@ def test_tensors_that_do_not_fit_are_named(checkpoint, adapter, spoil, named):
     checkpoint()
     tensors = queries()
     spoil(tensors)
-    assert named in refusal(adapter(tensors))
+    assert named in refusal(adapter(tensors, target_modules=r".*language_model.*q_proj"))
+
+
+@pytest.mark.parametrize("rows", [1, 50, 89])
+def test_a_table_with_fewer_rows_than_ids_is_refused(checkpoint, adapter, rows):
+    checkpoint()
+    tables = {"model.language_model.embed_tokens.weight": drawn(rows, 20)}
+    assert f"embed_tokens.weight has {rows} rows, the tokenizer 90 ids" in refusal(adapter(queries() | tables))
 
 
 def test_layers_that_were_left_out_on_purpose_may_lack(checkpoint, params, adapter):
     checkpoint()
-    one = low_rank(Q.format(i=1), 24, 20)
+    one, decoder = low_rank(Q.format(i=1), 24, 20), {"exclude_modules": ".*vision_tower.*"}
     for fields in (
-        {"layers_to_transform": [1]},
-        {"target_modules": r".*layers\.1\..*q_proj"},
-        {"target_modules": ["1.self_attn.q_proj"]},
-        {"exclude_modules": ["x"]},
+        {"target_modules": ["q_proj"], "layers_to_transform": [1]} | decoder,
+        {"target_modules": r".*language_model\.layers\.1\..*q_proj"},
+        {"target_modules": ["1.self_attn.q_proj"]} | decoder,
+        {"target_modules": ["q_proj"], "exclude_modules": r".*(vision_tower|layers\.[02]).*"},
     ):
         assert changed(load(adapter(one, **fields)), params) == {TEXT_Q.format(i=1)}
 

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -181,6 +182,70 @@ def test_the_checksums_of_an_npz_are_tried(make_model, model, verify, tmp_path, 
     npz.write_bytes(data)
     status, _, [line] = verify(npz)
     assert status == 1 and "is damaged" in line and "is damaged" in loads(npz)
+
+
+@pytest.mark.parametrize("harm", ["damaged", "encrypted", "unsupported"])
+@pytest.mark.parametrize("read", [False, True])
+def test_only_arrays_that_are_read_are_tried(make_model, model, verify, tmp_path, monkeypatch, harm, read):
+    geometry, scan = make_model("gemma2").config, big_vision.scan
+    monkeypatch.setattr(big_vision, "scan", lambda path, config=None: scan(path, geometry))  # no released sizes
+    npz = tmp_path / "model.npz"
+    big_vision.save(npz, geometry, make_model("gemma2").params)
+    shutil.copy(model / "tokenizer.model", tmp_path)
+    with zipfile.ZipFile(npz, "a") as archive:
+        archive.writestr("opt/mu.npy", b"marks of Adam")
+    data = bytearray(npz.read_bytes())
+    with zipfile.ZipFile(npz) as archive:
+        member = archive.getinfo("params/img/pos_embedding.npy" if read else "opt/mu.npy")
+    entry = data.rindex(member.filename.encode()) - 46  # in the central directory
+    if harm == "damaged":
+        data[
+            member.header_offset
+            + 30
+            + int.from_bytes(data[member.header_offset + 28 :][:2], "little")
+            + len(member.filename)
+            + member.file_size
+            - 1
+        ] ^= 1
+    elif harm == "encrypted":
+        data[entry + 8] |= 1
+        data[member.header_offset + 6] |= 1
+    else:
+        data[entry + 10] = data[member.header_offset + 8] = 99
+    npz.write_bytes(data)
+    status, _, lines = verify(npz)
+    assert (status, loads(npz) is not None) == (read, read) and len(lines) == read
+    assert all("is damaged" in line for line in lines)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_numbers_that_are_none_are_a_note_in_an_npz(make_model, model, verify, tmp_path, monkeypatch, dtype):
+    small, scan = make_model("gemma2"), big_vision.scan
+    monkeypatch.setattr(big_vision, "scan", lambda path, config=None: scan(path, small.config))  # no released sizes
+    decoder = small.params["language_model"] | {"norm": {"weight": np.full(32, np.nan, np.float32)}}
+    big_vision.save(tmp_path / "model.npz", small.config, small.params | {"language_model": decoder}, dtype)
+    shutil.copy(model / "tokenizer.model", tmp_path)
+    note = "note: NaN or infinity in llm/final_norm/scale: answers will mean nothing"
+    assert verify(tmp_path / "model.npz")[::2] == (0, [note])
+
+
+@pytest.mark.parametrize("where", ["base", "A", "bias"])
+def test_numbers_that_are_none_are_a_note_in_adapters_and_their_base(model, verify, tmp_path, where):
+    adapter, module = tmp_path / "adapter", "base_model.model.model.vision_tower.encoder.layers.0.mlp.fc1."
+    adapter.mkdir()
+    found = load_file(model / WEIGHTS)
+    weight = found["vision_tower.vision_model.encoder.layers.0.mlp.fc1.weight"]
+    parts = {"A": np.zeros((2, weight.shape[1])), "B": np.zeros((weight.shape[0], 2)), "bias": np.zeros(len(weight))}
+    if where == "base":
+        tensors(model / WEIGHTS, lambda t: t.update({NORM: np.full(32, np.nan, np.float32)}))
+    else:
+        parts[where][..., 1] = np.inf
+    names = {"A": f"{module}lora_A.weight", "B": f"{module}lora_B.weight", "bias": f"{module}base_layer.bias"}
+    save_file({names[k]: v.astype(np.float32) for k, v in parts.items()}, adapter / "adapter_model.safetensors")
+    stated = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "base_model_name_or_path": "../model", "bias": "lora_only"}
+    (adapter / "adapter_config.json").write_text(json.dumps(stated))
+    status, _, [line] = verify(adapter)
+    assert status == 0 and line == f"note: NaN or infinity in {names.get(where, NORM)}: answers will mean nothing"
 
 
 @pytest.mark.parametrize("named", [True, False])

@@ -12,6 +12,8 @@ from test_transformers import GEOMETRIES, ROWS, TOLERANCE
 from convert.__main__ import main as convert
 from paligemma_jax import checkpoints
 from paligemma_jax.checkpoints import tensor_files
+from paligemma_jax.checkpoints.adapter_config import read_config
+from paligemma_jax.checkpoints.adapter_targets import is_targeted
 from paligemma_jax.config import PaliGemmaConfig
 
 pytestmark = [pytest.mark.oracle, pytest.mark.filterwarnings("default")]
@@ -161,3 +163,35 @@ def test_a_head_of_its_own_gives_what_transformers_gives(
     same(reference, model, loaded, our_logits, our_greedy, error)
     checkpoints.save(tmp_path / "again", *loaded)
     same(reference, reference.read_model(tmp_path / "again"), loaded, our_logits, our_greedy, error)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"target_modules": ["q_proj", "fc1", "c_attn", "lm_head"]},
+        {"target_modules": ["layers.1.self_attn.q_proj", "proj", "1.mlp.fc2"]},
+        {"target_modules": r".*language_model.*\.(q|v)_proj"},
+        {"target_modules": ["q_proj", "linear"], "layers_to_transform": 1},
+        {"target_modules": ["q_proj", "embed_tokens"], "layers_to_transform": [0, 2], "layers_pattern": "layers"},
+        {"target_modules": ["v_proj"], "layers_to_transform": [0], "layers_pattern": ["h", "layers"]},
+        {"target_modules": ["q_proj", "up_proj"], "exclude_modules": r".*vision_tower.*"},
+        {"target_modules": ["q_proj", "up_proj"], "exclude_modules": ["0.self_attn.q_proj", "mlp"]},
+        {"target_modules": ["q_proj", "linear", "lm_head"], "modules_to_save": ["multi_modal_projector", "lm_head"]},
+        {"target_modules": "all-linear"},
+    ],
+)
+@pytest.mark.parametrize("geometry", ["gemma-groups-of-2"], indirect=True)
+def test_modules_are_targeted_as_peft_targets_them(reference, base, tmp_path, settings):
+    import peft
+
+    plain = reference.read_model(base)
+    kinds = {name: module.weight.ndim for name, module in plain.named_modules() if hasattr(module, "weight")}
+    kinds = {name: num_axes for name, num_axes in kinds.items() if num_axes > 1}
+    model = peft.get_peft_model(plain, peft.LoraConfig(r=2, **settings))
+    model.peft_config["default"].save_pretrained(tmp_path)
+    written = read_config(tmp_path)
+    targeted = {name for name, num_axes in kinds.items() if is_targeted(name, num_axes, written)}
+    assert targeted == set(model.base_model.targeted_module_names)
+    if settings["target_modules"] == "all-linear":  # which PEFT writes out
+        written = dataclasses.replace(written, target_modules="all-linear")
+        assert targeted == {name for name, num_axes in kinds.items() if is_targeted(name, num_axes, written)}
