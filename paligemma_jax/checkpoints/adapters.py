@@ -269,7 +269,7 @@ def _fit(directory: Path, base: Base, changes: dict[str, Change], config: Adapte
         [text for path in changes if path in expected for text in _misfits(changes[path], expected[path])]
     )
     needed = max(base.config.image_token_id, 1 + max(base.config.eos_token_ids))
-    if text.vocab_size < needed:
+    if text.vocab_size < min(rows, needed):
         problems.append(f"{changes[TABLE].whole.name} has {text.vocab_size} rows, the tokenizer {needed} ids")
     _require_none(problems, directory, base)
     return Contents(base, directory, fitted, changes)

@@ -20,6 +20,7 @@ from paligemma_jax.processing.vocabulary import (
     MODEL_FILE,
     SEG_TOKENS,
     Vocabulary,
+    check_sample,
     read_vocabulary,
 )
 
@@ -51,6 +52,7 @@ class Tokenizer:
                 "the identity normalization and no dummy prefix"
             )
         self.newline_id: int = newline[0]
+        check_sample(vocabulary, path)
 
     @classmethod
     def from_dir(cls, directory: str | os.PathLike[str]) -> "Tokenizer":

@@ -223,9 +223,6 @@ class JsonVocabulary:
         self._never = self._controls - {self._file.token_to_id("<unk>")}
         image, self.bos, self.eos = map(self._file.token_to_id, (IMAGE, "<bos>", "<eos>"))
         self.size = max(self._file.get_vocab().values(), default=-1) + 1 if image is None else image
-        if b"".join(map(self.token_bytes, self.encode(_SAMPLE))) != _SAMPLE.encode():
-            problem = "does not give back a text that it encodes, as Gemma's would"
-            raise TokenizerError(f"{path} {problem}: use the tokenizer of the model's checkpoint")
 
     def encode(self, text: str) -> list[int]:
         ids = self._encode(text)
@@ -255,6 +252,13 @@ class JsonVocabulary:
 
     def to_bytes(self) -> bytes:
         return self._file.to_str().encode()
+
+
+def check_sample(vocabulary: Vocabulary, path: Path) -> None:
+    """TokenizerError unless a text comes back as it was, as Gemma's does: a damaged file may know no letters."""
+    if b"".join(map(vocabulary.token_bytes, vocabulary.encode(_SAMPLE))) != _SAMPLE.encode():
+        problem = "does not give back a text that it encodes, as Gemma's would"
+        raise TokenizerError(f"{path} {problem}: use the tokenizer of the model's checkpoint")
 
 
 def read_vocabulary(path: Path) -> Vocabulary:

@@ -267,7 +267,7 @@ def test_the_shipped_model_says_the_same_in_fewer_passes(shipped, sampling, monk
         for speculate in (True, False):
             driven, plain = [], generate.answers
             with monkeypatch.context() as patch:
-                patch.setattr("paligemma_jax.api.answers", lambda *args: driven.extend(plain(*args)) or driven)  # noqa: B023
+                patch.setattr(generate, "answers", lambda *args: driven.extend(plain(*args)) or driven)  # noqa: B023
                 shipped.generate(picture, texts[:rows], 96, sampling, speculate=speculate)
             runs.append(driven)
         assert_same(runs[0][-1], runs[1][-1])
