@@ -28,6 +28,7 @@ from paligemma_jax.engine.generate import (
 )
 from paligemma_jax.engine.runner import Call, Runner
 from paligemma_jax.errors import CheckpointError, SamplingError
+from paligemma_jax.files import expanded
 from paligemma_jax.models import mask_vae as mask_vae_model
 from paligemma_jax.processing.image import ImageSource, load_image
 from paligemma_jax.processing.processor import Batch, Images, Processor, Prompts, Suffixes, image_groups, per_row
@@ -314,7 +315,9 @@ class PaliGemma:
 
     def save(self, directory: str | Path) -> None:
         """Write the model as a Hugging Face directory: config.json, weights, tokenizer, preprocessor, mask VQ-VAE."""
-        directory = Path(directory)
+        if not str(directory).strip():
+            raise CheckpointError("the directory to save to has no name: give one")
+        directory = expanded(directory)
         checkpoints.save(directory, self.config, self.params, processor_from=self._source)
         if not self._source:
             self.processor.tokenizer.save(directory)

@@ -29,6 +29,8 @@ def read_json(path: Path) -> dict[str, Any]:
         value = json.loads(read_text(path))
     except FileNotFoundError:
         raise CheckpointError(f"{path} is missing") from None
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read ({error.strerror}): it must be a file") from None
     except (ValueError, RecursionError) as error:  # UnicodeDecodeError is a ValueError
         raise CheckpointError(f"{path} is not valid JSON ({error})".replace("\n", " ")) from None
     if not isinstance(value, dict):

@@ -279,3 +279,15 @@ def test_load_names_what_is_wrong(model, tmp_path, tokenizer):
     (tmp_path / "tokenizer.model").unlink()
     with pytest.raises(TokenizerError, match=r"tokenizer\.model"):
         pj.load(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["", " ", None, 5])
+def test_a_checkpoint_without_a_name_is_told(name):
+    with pytest.raises(CheckpointError, match="is no name: give a directory"):
+        pj.load(name)
+
+
+@pytest.mark.parametrize("directory", ["", "/dev/null/x", "a\0b"])
+def test_a_directory_that_cannot_be_is_told(model, directory):
+    with pytest.raises(CheckpointError, match=r"has no name|cannot be made"):
+        model.save(directory)

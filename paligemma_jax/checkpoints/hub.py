@@ -81,6 +81,10 @@ def resolve(path_or_hub_id: str | Path) -> Path:
     Raises:
       CheckpointError: no such path, or the hub refuses; the message says what to do.
     """
+    if not isinstance(path_or_hub_id, str | os.PathLike) or not str(path_or_hub_id).strip():
+        raise CheckpointError(
+            f"checkpoint {path_or_hub_id!r:.80} is no name: give a directory, an .npz file or a hub id such as org/name"
+        )
     path = expanded(path_or_hub_id)
     if os.path.exists(path):  # false of impossible names too
         return path

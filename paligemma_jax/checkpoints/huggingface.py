@@ -34,7 +34,7 @@ from paligemma_jax.checkpoints import (
 from paligemma_jax.checkpoints.arrays import ALIGNMENT, dtype_named
 from paligemma_jax.checkpoints.quantized import QuantizedTensor
 from paligemma_jax.config import PaliGemmaConfig
-from paligemma_jax.errors import CheckpointError, printable
+from paligemma_jax.errors import CheckpointError, one_line, printable
 
 SINGLE, INDEX, CONFIG = "model.safetensors", "model.safetensors.index.json", "config.json"
 
@@ -317,7 +317,11 @@ def save(
     shards = _shards(sizes, max_shard_bytes)
     count = len(shards)
     names = [SINGLE] if count == 1 else [f"model-{i:05d}-of-{count:05d}.safetensors" for i in range(1, count + 1)]
-    directory.mkdir(parents=True, exist_ok=True)
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+    except (OSError, ValueError) as error:  # ValueError: a null character
+        problem = getattr(error, "strerror", None) or one_line(error)
+        raise CheckpointError(f"{directory} cannot be made ({problem}): name another directory") from None
     for name, keys in zip(names, shards, strict=True):
         tensor_files.write(directory / name, {key: tensors[key] for key in keys}, target, uncast)
     if count > 1:

@@ -15,6 +15,7 @@ from paligemma_jax.errors import PromptError, TokenizerError
 from paligemma_jax.files import read_json, replacing, write_json
 from paligemma_jax.processing.vocabulary import (
     CONFIG_FILE,
+    IMAGE,
     JSON_FILE,
     LOC_TOKENS,
     MODEL_FILE,
@@ -107,6 +108,9 @@ class Tokenizer:
                 f"the tokenizer has {self.vocab_size} ids, the model expects {config.image_token_id} "
                 f"(its image token comes next): {remedy}"
             )
+
+        if (name := self._vocabulary.content(config.image_token_id)) not in (None, IMAGE):
+            raise TokenizerError(f"id {config.image_token_id} is {name!r:.40}, and the model's image token: {remedy}")
 
     def added_ids(self, config: PaliGemmaConfig) -> tuple[tuple[int, int], ...]:
         """Ranges [first, end) of the ids behind the image token that have a name, as far as the model has rows."""

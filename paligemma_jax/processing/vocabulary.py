@@ -91,8 +91,8 @@ class Vocabulary(Protocol):
     def names(self, id_: int) -> bool:
         """Whether there is a token with this id."""
 
-    def content(self, id_: int) -> str:
-        """The token of an id, control tokens too."""
+    def content(self, id_: int) -> str | None:
+        """The token of an id, control tokens too; None without."""
 
     def to_bytes(self) -> bytes:
         """The file to save."""
@@ -174,8 +174,9 @@ class PieceVocabulary:
     def names(self, id_: int) -> bool:
         return 0 <= id_ < self._model.vocab_size() or id_ in self._contents
 
-    def content(self, id_: int) -> str:
-        return self._contents.get(id_) or self._model.id_to_piece(id_)
+    def content(self, id_: int) -> str | None:
+        is_piece = 0 <= id_ < self._model.vocab_size()
+        return self._contents.get(id_) or (self._model.id_to_piece(id_) if is_piece else None)
 
     def to_bytes(self) -> bytes:
         return self._model.serialized_model_proto()
@@ -247,7 +248,7 @@ class JsonVocabulary:
     def names(self, id_: int) -> bool:
         return id_ >= 0 and self._file.id_to_token(id_) is not None
 
-    def content(self, id_: int) -> str:
+    def content(self, id_: int) -> str | None:
         return self._file.id_to_token(id_)
 
     def to_bytes(self) -> bytes:
@@ -288,6 +289,11 @@ def _added_tokens(directory: Path) -> dict[str, AddedToken]:
                 found |= {token.content: token for token in read(file)}
             except (AttributeError, KeyError, TypeError, ValueError):
                 raise TokenizerError(f"{file} does not list tokens as expected: copy it again") from None
+    names: dict[int, str] = {}
+    for token in found.values():
+        if (other := names.setdefault(token.id_, token.content)) != token.content:
+            problem = f"both {other!r:.40} and {token.content!r:.40} have id {token.id_}"
+            raise TokenizerError(f"{directory}: of the tokens that its JSON files add, {problem}: give each its own")
     return found
 
 

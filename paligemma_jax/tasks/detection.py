@@ -8,7 +8,9 @@ Source: big_vision/configs/proj/paligemma and its refcoco_mask2str.
 
 import bisect
 import dataclasses
+import numbers
 import re
+import sys
 from collections.abc import Iterable, Sequence
 
 import numpy as np
@@ -45,6 +47,10 @@ class Detection:
     expected_box: Box | None = dataclasses.field(default=None, compare=False, repr=False)
 
 
+def _is_positive(value: object) -> bool:
+    return isinstance(value, numbers.Real) and 0 < value <= sys.maxsize
+
+
 def parse(
     text: str, size: tuple[int, int], loc_scale: int = 1023, labels: Sequence[str] = ()
 ) -> tuple[list[Detection], list[str]]:
@@ -70,10 +76,14 @@ def parse(
       The objects in their order, and the text of each dropped one.
 
     Raises:
-      DataError: `loc_scale` is not above 0.
+      DataError: a text that is none, or a `size` or `loc_scale` that no picture has.
     """
-    if not loc_scale > 0:
-        raise DataError(f"loc_scale={loc_scale!r} is not possible: give the location of the far edge, usually 1023")
+    if not isinstance(text, str):
+        raise DataError(f"an answer is a text, not {type(text).__name__}: {text!r:.80}")
+    if not _is_positive(loc_scale):
+        raise DataError(f"loc_scale={loc_scale!r:.80} is not possible: give the location of the far edge, usually 1023")
+    if not isinstance(size, Sequence) or isinstance(size, str) or len(size) != 2 or not all(map(_is_positive, size)):
+        raise DataError(f"size={size!r:.80} is not possible: give (width, height) of the picture in pixels")
     while (text := text.rstrip()).endswith(("<eos>", "<pad>")):
         text = text[:-5]
     items = read(text, labels)

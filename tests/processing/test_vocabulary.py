@@ -239,3 +239,14 @@ def test_what_is_saved_reads_the_same(menu, kind, tmp_path_factory):
     for text in ("<s_menu>a red circle</s_menu>", "<loc0012> x <seg003>", "caption en\n"):
         assert again.encode(text) == tokenizer.encode(text)
         assert again.decode(again.encode(text)) == tokenizer.decode(tokenizer.encode(text))
+
+
+@pytest.mark.parametrize(
+    "added, message", [({"<a>": 1700, "<b>": 1700}, "have id 1700"), ({"<a>": None}, "image token")]
+)
+def test_ids_that_two_tokens_would_have_are_refused(tokenizer_dir, tokenizer, make_model, tmp_path, added, message):
+    (tmp_path / "tokenizer.model").write_bytes((tokenizer_dir / "tokenizer.model").read_bytes())
+    image = tokenizer.vocab_size
+    (tmp_path / "added_tokens.json").write_text(json.dumps({name: id_ or image for name, id_ in added.items()}))
+    with pytest.raises(TokenizerError, match=message):
+        Tokenizer.from_dir(tmp_path).check(make_model("gemma2").config)

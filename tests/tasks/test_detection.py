@@ -310,3 +310,15 @@ def test_what_is_written_around_labels_is_no_part_of_them(text):
     boxes = "<loc0001><loc0002><loc0003><loc0004>", "<loc0101><loc0102><loc0103><loc0104>"
     found, dropped = parse(text.format(*boxes), (1023, 1023))
     assert [item.label for item in found] == ["cat", "dog"] and not dropped
+
+
+@pytest.mark.parametrize("size", [None, (502,), "ab", (0, 5), (5, -1), (float("nan"), 5), (10**400, 1), (5, "5")])
+def test_a_size_that_no_picture_has_is_told(size):
+    with pytest.raises(DataError, match=r"size=.* is not possible: give \(width, height\)"):
+        parse("<loc0001><loc0002><loc0003><loc0004> cat", size)
+
+
+@pytest.mark.parametrize("scale", [float("inf"), "1023", None, True - 1, -5])
+def test_a_scale_that_is_none_is_told(scale):
+    with pytest.raises(DataError, match=r"loc_scale=.* is not possible"):
+        parse("<loc0001><loc0002><loc0003><loc0004> cat", (9, 9), loc_scale=scale)
