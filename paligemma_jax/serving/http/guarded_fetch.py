@@ -1,9 +1,11 @@
 """Pictures from a few named hosts: what they redirect to is checked again, and no address inside a network is asked."""
 
+import contextlib
 import http.client
 import ipaddress
 import socket
 import ssl
+import threading
 import time
 import urllib.parse
 from collections.abc import Callable, Collection, Sequence
@@ -74,6 +76,10 @@ def _ask(
     if not addresses or not all(map(is_allowed, addresses)):
         raise ImageError("the picture's host is not on the public internet: send the picture as a data URI")
     connection = _connect(scheme, host, port, addresses[0], deadline)
+    # A timeout of the socket counts anew for each byte: a server that drips would never be given up.
+    timer = threading.Timer(max(deadline - time.monotonic(), 0.01), _hang_up, (connection.sock,))
+    timer.daemon = True
+    timer.start()
     try:
         path = urllib.parse.urlunsplit(("", "", parts.path or "/", parts.query, ""))
         connection.request("GET", path, headers={"User-Agent": "paligemma-jax", "Accept": "image/*"})
@@ -82,8 +88,12 @@ def _ask(
                 return target
             if response.status != 200:
                 raise ImageError("the picture's URL cannot be fetched: send the picture as a data URI")
-            return _content(response, deadline)
+            content = _content(response)
+        if time.monotonic() > deadline:  # a body of unknown length ends where the line is hung up
+            raise TimeoutError
+        return content
     finally:
+        timer.cancel()
         connection.close()
 
 
@@ -103,14 +113,19 @@ def _connect(scheme: str, host: str, port: int, address: str, deadline: float) -
     return connection
 
 
-def _content(response: http.client.HTTPResponse, deadline: float) -> bytes:
+def _hang_up(sock: socket.socket) -> None:
+    with contextlib.suppress(OSError):  # closed already
+        sock.shutdown(socket.SHUT_RDWR)
+
+
+def _content(response: http.client.HTTPResponse) -> bytes:
     data = bytearray()
-    while chunk := response.read1(2**16):  # the socket's timeout alone never stops a server that drips
+    while chunk := response.read1(2**16):
         data += chunk
         if len(data) > MOST_BYTES:
             raise ImageError(f"the picture behind the URL is larger than {MOST_BYTES // 2**20} MiB: make it smaller")
-        if time.monotonic() > deadline:
-            raise TimeoutError
+    if response.length:  # that are missing
+        raise http.client.IncompleteRead(bytes(data), response.length)
     return bytes(data)
 
 

@@ -1,8 +1,10 @@
 """Pictures that strangers send: what is read, and what each other thing is told; fetching within bounds."""
 
 import base64
+import contextlib
 import http.server
 import io
+import socket
 import struct
 import threading
 import zlib
@@ -237,6 +239,36 @@ def test_the_name_is_resolved_once(web):
 def test_other_hosts_ports_and_users(url):
     with pytest.raises(ImageError, match="data URI"):
         guarded_fetch.fetch(url, ("pictures.example",), lambda host, port: pytest.fail("was resolved"))
+
+
+@pytest.mark.parametrize("sent", [b"HTTP/1.1 200 OK\r\nX: ", b"HTTP/1.1 200 OK\r\n\r\n"], ids=["headers", "body"])
+def test_a_server_that_drips_is_given_up(monkeypatch, sent):
+    monkeypatch.setattr(guarded_fetch, "TIMEOUT_S", 0.3)
+    over = threading.Event()
+
+    def drip(listener):
+        client, _ = listener.accept()
+        with client, contextlib.suppress(OSError):
+            client.sendall(sent)
+            while not over.wait(0.02):
+                client.sendall(b"x")
+
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        threading.Thread(target=drip, args=(listener,), daemon=True).start()
+        host = f"pictures.example:{listener.getsockname()[1]}"
+        try:
+            content = guarded_fetch.fetch(f"http://{host}/", (host,), lambda *_: ("127.0.0.1",), lambda ip: True)
+        except ImageError as error:
+            content = str(error)
+        finally:
+            over.set()
+    assert "cannot be fetched" in content
+
+
+def test_a_body_that_breaks_off_is_no_picture(web, fetch):
+    web.answers = {"/a": (200, {"Content-Length": "100"}, b"abc")}
+    with pytest.raises(ImageError, match="cannot be fetched"):
+        fetch("/a")
 
 
 def test_large_files_are_not_read_to_their_end(web, fetch, monkeypatch):
