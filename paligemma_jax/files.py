@@ -1,6 +1,7 @@
 """Small helpers around files: JSON, replacing a file whole, names that are new, progress on stderr."""
 
 import contextlib
+import errno
 import json
 import os
 import sys
@@ -40,6 +41,8 @@ def read_json(path: Path) -> dict[str, Any]:
 
 def read_text(path: Path) -> str:
     """The text of a UTF-8 file as it is, without a byte order mark; OSError, UnicodeDecodeError."""
+    if path.exists() and not path.is_file():  # a pipe would keep the reader waiting
+        raise OSError(errno.EINVAL, "not a regular file")
     return path.read_bytes().decode("utf-8-sig")
 
 

@@ -1,5 +1,6 @@
 """Replacing a file whole, and progress that speaks only when it has something to say."""
 
+import os
 import re
 import sys
 import time
@@ -8,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from paligemma_jax import files
+from paligemma_jax.errors import CheckpointError
 
 
 @pytest.fixture
@@ -135,3 +137,10 @@ def test_stems_are_new_whatever_the_case_and_soon_found():
     stems = files.Stems()
     assert [stems.new(stem) for stem in ("a", "A", "a_2", "a", "b")] == ["a", "A_2", "a_2_2", "a_3", "b"]
     assert len({stems.new("same") for _ in range(20_000)}) == 20_000
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs pipes with names")
+def test_a_pipe_keeps_nobody_waiting(tmp_path):
+    os.mkfifo(tmp_path / "config.json")
+    with pytest.raises(CheckpointError, match=r"config.json cannot be read \(not a regular file\)"):
+        files.read_json(tmp_path / "config.json")

@@ -152,8 +152,16 @@ def _is_rank(value: Any) -> bool:
     return type(value) is int and 0 < value <= _MOST
 
 
+_NESTED = re.compile(r"(?<!\\)[*+}][^()]*\)+[*+{]|(\.[*+]){3}|(\.[*+][^()]{0,20}){6}")
+
+
 def _is_pattern(text: str, whole: bool = False) -> bool:
-    """Whether `re` understands a text: as a part of a pattern, or as a whole one, which may begin with flags."""
+    """Whether `re` understands a text: as a part of a pattern, or as a whole one, which may begin with flags.
+
+    Repetitions of what repeats itself are refused: to find that one does not match can take for ever.
+    """
+    if _NESTED.search(text):
+        return False
     try:
         re.compile(text if whole else f".({text})")
     except (re.error, OverflowError, RecursionError):

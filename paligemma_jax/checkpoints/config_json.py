@@ -54,6 +54,7 @@ _TOP_DEFAULTS = {"image_token_index": 256000}
 _GEMMA2_ONLY = ("query_pre_attn_scalar", "attn_logit_softcapping", "final_logit_softcapping")
 _BOS, _EOS, _PAD = 2, 1, 0
 _MOST, _MOST_LAYERS = 2**31 - 1, 1000
+_LEAST = 1e-30  # below, float32 makes nothing of a cap or an epsilon
 _LONGEST = 200  # characters of what is wrong with a field
 _TANH_GELUS = ("gelu_pytorch_tanh", "gelu_new", "gelu_fast")  # three names of one function
 _GEMMA_VOCABULARY = 257152  # pieces, <loc0000>..<loc1023>, <seg000>..<seg127>
@@ -97,7 +98,7 @@ class _Section:
 
     def positive(self, name: str) -> float:
         value = self.get(name)
-        if type(value) not in (int, float) or not 0 < value <= sys.float_info.max:
+        if type(value) not in (int, float) or not _LEAST <= value <= sys.float_info.max:
             raise self.error(name, f"must be a positive number, not {value!r:.80}")
         return float(value)
 

@@ -1,12 +1,14 @@
 """Which modules an adapter must have: those that PEFT targets, by the names that transformers had."""
 
+import json
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from paligemma_jax import checkpoints
-from paligemma_jax.errors import CheckpointError
+from paligemma_jax.checkpoints.adapter_config import read_config
+from paligemma_jax.errors import CheckpointError, ConfigError
 
 Q = "model.language_model.layers.{i}.self_attn.q_proj"
 
@@ -105,3 +107,24 @@ def test_all_of_a_saved_module_must_be_there(checkpoint, adapter):
     linear = {"model.multi_modal_projector.linear.weight": np.ones((20, 24), np.float32)}
     message = refusal(adapter(pairs(*QUERIES) | linear, modules_to_save=["multi_modal_projector"]))
     assert "modules_to_save names: multi_modal_projector/linear/bias" in message
+
+
+@pytest.mark.parametrize(
+    "pattern, is_taken",
+    [
+        ("(.*.*.*)*x", False),
+        ("(a+)+", False),
+        (r"((q|k)*)*_proj", False),
+        (r".*language_model.*\.(q|v)_proj", True),
+        (r"(?:.*?(?:language|text).*?(?:self_attn|attention|mlp|ffn).*?(?:q_proj|k_proj|v_proj|o_proj).*?)", True),
+        (r".*layers\.(1[0-9]|2[0-9])\..*proj", True),
+    ],
+)
+def test_patterns_that_could_take_for_ever_are_refused(tmp_path, pattern, is_taken):
+    config = {"peft_type": "LORA", "target_modules": pattern}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config))
+    if is_taken:
+        assert read_config(tmp_path).target_modules == pattern
+    else:
+        with pytest.raises(ConfigError, match="target_modules"):
+            read_config(tmp_path)

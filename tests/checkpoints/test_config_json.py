@@ -250,6 +250,7 @@ BAD_GEMMA_2 = (
     ("text_config.layer_types", ["sliding_attention", "full_attention"]),
     ("text_config.sliding_window", 0),
     ("text_config.attn_logit_softcapping", 0.0),
+    ("text_config.final_logit_softcapping", 1e-300),
     ("text_config.query_pre_attn_scalar", 0),
 )
 
