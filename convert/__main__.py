@@ -26,7 +26,7 @@ from paligemma_jax.checkpoints import (
     scan,
 )
 from paligemma_jax.config import PaliGemmaConfig, variant_name
-from paligemma_jax.errors import CheckpointError, ConfigError, UserError, error_line
+from paligemma_jax.errors import MOST_CHARACTERS, CheckpointError, ConfigError, UserError, error_line, shortened
 from paligemma_jax.processing.tokenizer import TOKENIZER_FILES, Tokenizer
 
 _EXAMPLES = """examples:
@@ -186,7 +186,8 @@ def verify(source: Source, config_path: Path | None = None) -> int:
             print(f"{label:<11} {value}")
     for kind, lines in (("note", report.notes), ("error", report.problems)):
         for line in lines:
-            print(f"{kind}: {line}", file=sys.stderr)
+            for part in line.split("; ") if len(line) > MOST_CHARACTERS - 10 else [line]:
+                print(shortened(f"{kind}: {part}"), file=sys.stderr)
     return 1 if report.problems else 0
 
 
