@@ -2,6 +2,7 @@
 
 import copy
 import json
+import os
 import random
 import shutil
 import signal
@@ -158,10 +159,11 @@ def damaged_copy(source: Path, directory: Path, seed: int) -> str:
     """A copy of a checkpoint with one file damaged, and sometimes another one gone; says which."""
     rng = random.Random(seed)
     shutil.rmtree(directory, ignore_errors=True)
-    shutil.copytree(source, directory)
+    shutil.copytree(source, directory, copy_function=os.link)
     present = [name for name in FILES if (directory / name).exists()]
     name = rng.choice(present)
     data = (directory / name).read_bytes()
+    (directory / name).unlink()  # what it is a link to stays as it is
     (directory / name).write_bytes(mutated(data, name in JSON_FILES, rng))
     gone = rng.choice(present) if rng.random() < 0.2 else None
     if gone:
