@@ -27,6 +27,8 @@ def expanded(path: str | os.PathLike[str]) -> Path:
 def read_json(path: Path) -> dict[str, Any]:
     """Read a JSON object; CheckpointError when the file is missing or holds something else."""
     try:
+        if path.exists() and not path.is_file():  # a pipe would keep the reader waiting
+            raise OSError(errno.EINVAL, "not a regular file")
         value = json.loads(read_text(path))
     except FileNotFoundError:
         raise CheckpointError(f"{path} is missing") from None
@@ -41,8 +43,6 @@ def read_json(path: Path) -> dict[str, Any]:
 
 def read_text(path: Path) -> str:
     """The text of a UTF-8 file as it is, without a byte order mark; OSError, UnicodeDecodeError."""
-    if path.exists() and not path.is_file():  # a pipe would keep the reader waiting
-        raise OSError(errno.EINVAL, "not a regular file")
     return path.read_bytes().decode("utf-8-sig")
 
 
