@@ -186,7 +186,7 @@ def verify(source: Source, config_path: Path | None = None) -> int:
             print(f"{label:<11} {value}")
     for kind, lines in (("note", report.notes), ("error", report.problems)):
         for line in lines:
-            for part in line.split("; ") if len(line) > MOST_CHARACTERS - 10 else [line]:
+            for part in line.split("; ") if kind == "error" and len(line) > MOST_CHARACTERS - 10 else [line]:
                 print(shortened(f"{kind}: {part}"), file=sys.stderr)
     return 1 if report.problems else 0
 
