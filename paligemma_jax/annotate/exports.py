@@ -4,6 +4,7 @@ Rows are read again for each file, and none is kept: memory grows with the names
 """
 
 import contextlib
+import html
 import json
 import os
 from collections.abc import Callable, Iterable, Iterator
@@ -144,7 +145,7 @@ def _labelstudio(directory: Path, rows: Rows, classes: list[str], pictures: str)
     tasks, config = directory / "labelstudio_tasks.json", directory / "labelstudio_config.xml"
     with _json(tasks) as file:
         _array(file, (_task(name, size, found) for name, size, found in _pictures(rows)))
-    labels = "".join(f'    <Label value="{_escaped(name)}"/>\n' for name in classes)
+    labels = "".join(f'    <Label value="{html.escape(name)}"/>\n' for name in classes)
     write_text(
         config,
         '<View>\n  <Image name="image" value="$image"/>\n  <RectangleLabels name="label" toName="image">\n'
@@ -196,9 +197,3 @@ def _object(file: TextIO, pairs: Iterable[tuple[str, Any]]) -> None:
         entry = f"{json.dumps(key, ensure_ascii=False)}: {json.dumps(value, ensure_ascii=False)}"
         file.write(f"{',' if i else ''}\n{entry}")
     file.write("}")
-
-
-def _escaped(text: str) -> str:
-    for character, entity in (("&", "&amp;"), ("<", "&lt;"), (">", "&gt;"), ('"', "&quot;")):
-        text = text.replace(character, entity)
-    return text

@@ -18,6 +18,7 @@ from typing import Any, BinaryIO
 from paligemma_jax.errors import ConfigError, ImageError, one_line
 from paligemma_jax.files import expanded
 from paligemma_jax.processing import fetch
+from paligemma_jax.processing.image import opened
 
 MAX_BYTES = 2**29  # of an encoded picture; what is larger is no picture, and would fill the memory
 
@@ -160,16 +161,9 @@ def csv_records(file: BinaryIO, name: str) -> Iterator[tuple[int, list[str]]]:
 
 def _from_file(path: Path, offset: int = 0, size: int = -1) -> bytes:
     """Some bytes of a file, all by default."""
-    try:
-        with expanded(path).open("rb") as file:
-            file.seek(offset)
-            data = file.read(min(size, MAX_BYTES + 1) if size >= 0 else MAX_BYTES + 1)
-    except FileNotFoundError:
-        raise ImageError(f"{path} does not exist: give the path of a picture") from None
-    except IsADirectoryError:
-        raise ImageError(f"{path} is a folder: give a picture") from None
-    except (OSError, ValueError) as error:  # ValueError: a null character in the name
-        raise ImageError(f"{str(path)!r} cannot be opened: {one_line(error)}") from None
+    with opened(expanded(path)) as file:
+        file.seek(offset)
+        data = file.read(min(size, MAX_BYTES + 1) if size >= 0 else MAX_BYTES + 1)
     if len(data) > MAX_BYTES:
         raise ImageError(f"{path} has more than {MAX_BYTES // 2**20} MiB: make it smaller")
     return data

@@ -75,7 +75,7 @@ def write_eos(directory: Path, config: PaliGemmaConfig) -> None:
         return
     value = files.read_json(path) if path.is_file() else {}
     eos = ids if len(ids) > 1 else ids[0]
-    if value.get("eos_token_id", eos if value else None) != eos:
+    if value.get("eos_token_id") != eos:
         files.write_json(path, value | {"eos_token_id": eos})
 
 

@@ -1,10 +1,12 @@
 """Pictures from wherever they come to RGB, and RGB to pixels as a checkpoint wants them."""
 
+import contextlib
 import dataclasses
 import functools
 import io
 import json
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO, Literal, Protocol, get_args
 
@@ -74,9 +76,16 @@ def load_image(source: ImageSource) -> Image.Image:
 
 
 def _from_path(path: Path) -> Image.Image:
+    with opened(path) as file:
+        return decode(file, str(path))
+
+
+@contextlib.contextmanager
+def opened(path: Path) -> Iterator[BinaryIO]:
+    """The file of a picture, opened for reading; ImageError when it cannot be opened or read."""
     try:
         with path.open("rb") as file:
-            return decode(file, str(path))
+            yield file
     except FileNotFoundError:
         raise ImageError(f"{path} does not exist: give the path of a picture") from None
     except IsADirectoryError:

@@ -128,12 +128,9 @@ def class_prompts(
     if task not in TASKS or not TASKS[task].has_objects:
         raise PromptError(f"task={task!r} is not possible: give detect or segment")
     is_text = all(isinstance(name, str) for name in names)
-    prompt = read_prompt(f"{task} {' ; '.join(map(plain, names))}") if is_text else None
-    if (
-        not prompt
-        or not prompt.labels
-        or not all(map(is_label, prompt.labels if isinstance(classes, str) else map(plain, names)))
-    ):
+    names = list(map(plain, names)) if is_text else []
+    prompt = read_prompt(f"{task} {' ; '.join(names)}")
+    if not prompt.labels or not all(map(is_label, prompt.labels if isinstance(classes, str) else names)):
         raise PromptError(f"classes={classes!r} is not possible: give names, as in 'cat ; dog' or ['cat', 'dog']")
     return prompt.parts(form, split_classes)
 

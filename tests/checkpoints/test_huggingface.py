@@ -13,7 +13,7 @@ from flax.traverse_util import flatten_dict
 from safetensors.numpy import load_file
 
 from paligemma_jax import checkpoints
-from paligemma_jax.checkpoints import config_json, huggingface
+from paligemma_jax.checkpoints import companions, config_json, huggingface
 from paligemma_jax.errors import CheckpointError, ConfigError
 
 HEAD = "lm_head.weight"
@@ -388,3 +388,13 @@ def test_what_ends_an_answer_is_that_of_the_model_that_is_saved(tmp_path, config
         huggingface.save(tmp_path, saved, params, processor_from=sources)
         assert huggingface.scan(tmp_path).config == saved
         assert json.loads((tmp_path / "generation_config.json").read_text())["max_length"] == 20
+
+
+@pytest.mark.parametrize("before", [None, {}, {"max_length": 20}, {"eos_token_id": 7}])
+def test_a_file_that_says_nothing_of_the_end_says_it_afterwards(tmp_path, config, before):
+    """Beside an .npz nothing else does."""
+    if before is not None:
+        (tmp_path / "generation_config.json").write_text(json.dumps(before))
+    ended = dataclasses.replace(config, eos_token_id=5, more_eos_ids=(6,))
+    companions.write_eos(tmp_path, ended)
+    assert companions.with_generation(config, tmp_path) == ended

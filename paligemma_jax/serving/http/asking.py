@@ -9,7 +9,7 @@ from PIL import Image
 
 import paligemma_jax as pj
 from paligemma_jax.serving.events import Finished
-from paligemma_jax.serving.http.bodies import Body
+from paligemma_jax.serving.http.bodies import Body, to_json
 from paligemma_jax.serving.http.errors import ApiError
 from paligemma_jax.serving.http.formats import Form
 from paligemma_jax.serving.http.service import Service, Wanted, request_of
@@ -51,12 +51,25 @@ class Asked:
     wanted: list[Wanted]
     form: Form | None
 
-    async def text(self, service: Service, event: Finished) -> str | dict[str, Any]:
-        """The answer's text, or the JSON value to be written as one."""
+    async def text(self, service: Service, event: Finished) -> str:
+        """The answer's text, in the form that is asked for."""
         if self.form is None:
             return event.output.text
         size = self.loaded[0].size
-        return self.form.write(await service.objects(event, size, self.prompt.labels), size)
+        return to_json(self.form.write(await service.objects(event, size, self.prompt.labels), size))
+
+
+def content_of(messages: Sequence[Any], field: str) -> Any:
+    """What the only message says, which is the user's; ApiError for others. `field` is where they stand."""
+    if not messages:
+        raise ApiError(400, f"{field} is empty: send a message of role user, with a picture and a text", field)
+    for number, message in enumerate(messages):
+        if message.role != "user":
+            text = f"messages of role {message.role!r:.40} are not supported: the model knows one of role user only"
+            raise ApiError(400, text, f"{field}[{number}].role")
+    if len(messages) > 1:
+        raise ApiError(400, "several messages are not supported: the model knows no conversations", f"{field}[1]")
+    return messages[0].content
 
 
 def prompt_of(texts: Sequence[str], param: str) -> Prompt:

@@ -9,8 +9,8 @@ import pydantic
 from fastapi import APIRouter, Request, Response
 
 from paligemma_jax.serving.events import Finished
-from paligemma_jax.serving.http.asking import Asked, Asking, ImageUrl, check_tokens, prompt_of, wanted_of
-from paligemma_jax.serving.http.bodies import Body, Json, read, takes, to_json
+from paligemma_jax.serving.http.asking import Asked, Asking, ImageUrl, check_tokens, content_of, prompt_of, wanted_of
+from paligemma_jax.serving.http.bodies import Body, Json, read, takes
 from paligemma_jax.serving.http.errors import ApiError
 from paligemma_jax.serving.http.formats import ObjectFormat, SchemaFormat, TextFormat, form_of
 from paligemma_jax.serving.http.service import Answer, Service, cancel
@@ -117,19 +117,12 @@ async def _asked(service: Service, body: ChatRequest) -> Asked:
 
 def _parts(messages: Sequence[Message]) -> tuple[list[str], list[tuple[str, str]]]:
     """The texts of the only message, and the pictures with where they stand."""
-    if not messages:
-        raise ApiError(400, "there is no message: send one of role user, with a picture and a text", "messages")
-    for number, message in enumerate(messages):
-        if message.role != "user":
-            text = f"messages of role {message.role!r:.40} are not supported: the model knows one of role user only"
-            raise ApiError(400, text, f"messages[{number}].role")
-    if len(messages) > 1:
-        raise ApiError(400, "several messages are not supported: the model knows no conversations", "messages[1]")
-    if isinstance(messages[0].content, str):
-        return [messages[0].content], []
+    content = content_of(messages, "messages")
+    if isinstance(content, str):
+        return [content], []
     texts: list[str] = []
     urls: list[tuple[str, str]] = []
-    for number, part in enumerate(messages[0].content):
+    for number, part in enumerate(content):
         if isinstance(part, TextPart):
             texts.append(part.text)
         else:
@@ -152,7 +145,7 @@ class _Completion:
     async def whole(self, ends: Sequence[Finished]) -> dict[str, Any]:
         choices = []
         for index, end in enumerate(ends):
-            message = {"role": "assistant", "content": await self._text(end), "refusal": None}
+            message = {"role": "assistant", "content": await self._asked.text(self._service, end), "refusal": None}
             tokens, scores = end.output.tokens, end.output.logprobs
             logprobs = self._logprobs(tokens, scores) if self._body.logprobs else None
             finished = {"finish_reason": FINISHED[end.reason], "logprobs": logprobs}
@@ -168,7 +161,7 @@ class _Completion:
             if isinstance(event, Finished):
                 ends.append(event)
                 if self._asked.form is not None:
-                    yield self._chunk(index, {"content": await self._text(event)})
+                    yield self._chunk(index, {"content": await self._asked.text(self._service, event)})
                 yield self._chunk(index, {}, finish_reason=FINISHED[event.reason])
             elif self._asked.form is None and (event.text or (self._body.logprobs and len(event.tokens))):
                 logprobs = self._logprobs(event.tokens, event.logprobs) if self._body.logprobs else None
@@ -185,10 +178,6 @@ class _Completion:
         choice = {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": finish_reason}
         usage = {"usage": None} if self._with_usage else {}
         return data(self._common | {"object": "chat.completion.chunk", "choices": [choice]} | usage)
-
-    async def _text(self, end: Finished) -> str:
-        text = await self._asked.text(self._service, end)
-        return text if isinstance(text, str) else to_json(text)
 
     def _logprobs(self, tokens: Sequence[int], scores: Sequence[float]) -> dict[str, Any]:
         """Each token but <eos> with its text and log-probability."""

@@ -9,8 +9,8 @@ import pydantic
 from fastapi import APIRouter, Request, Response
 
 from paligemma_jax.serving.events import Finished
-from paligemma_jax.serving.http.asking import Asked, Asking, check_tokens, prompt_of, wanted_of
-from paligemma_jax.serving.http.bodies import Body, Json, read, takes, to_json
+from paligemma_jax.serving.http.asking import Asked, Asking, check_tokens, content_of, prompt_of, wanted_of
+from paligemma_jax.serving.http.bodies import Body, Json, read, takes
 from paligemma_jax.serving.http.errors import ApiError
 from paligemma_jax.serving.http.formats import FlatSchemaFormat, ObjectFormat, TextFormat, form_of
 from paligemma_jax.serving.http.service import Answer, Service, cancel
@@ -69,7 +69,7 @@ def routes(service: Service) -> APIRouter:
             answers = await service.submit(request, asked.wanted)
             return EventStream(response.stream(answers), lambda: cancel(answers))
         [end] = await service.results(request, asked.wanted)
-        return Json(response.whole(end, await response.text(end)))
+        return Json(response.whole(end, await asked.text(service, end)))
 
     return router
 
@@ -90,15 +90,7 @@ async def _asked(service: Service, body: ResponsesRequest) -> Asked:
 
 def _parts(items: Sequence[Item]) -> tuple[list[str], list[tuple[str, str]]]:
     """The texts of the only item, and the pictures with where they stand."""
-    if not items:
-        raise ApiError(400, "the input is empty: send a message of role user, with a picture and a text", "input")
-    for number, item in enumerate(items):
-        if item.role != "user":
-            text = f"input of role {item.role!r:.40} is not supported: the model knows one message of role user only"
-            raise ApiError(400, text, f"input[{number}].role")
-    if len(items) > 1:
-        raise ApiError(400, "several messages are not supported: the model knows no conversations", "input[1]")
-    content = items[0].content
+    content = content_of(items, "input")
     parts = [InputText(type="input_text", text=content)] if isinstance(content, str) else content
     texts = [part.text for part in parts if isinstance(part, InputText)]
     urls = [
@@ -116,10 +108,6 @@ class _Response:
         self._service, self._body, self._asked = service, body, asked
         self._id, self._item = f"resp_{uuid.uuid4().hex}", f"msg_{uuid.uuid4().hex}"
         self._created = time.time()
-
-    async def text(self, end: Finished) -> str:
-        text = await self._asked.text(self._service, end)
-        return text if isinstance(text, str) else to_json(text)
 
     def whole(self, end: Finished | None, text: str = "") -> dict[str, Any]:
         """The response; before its end an empty one in progress."""
@@ -163,7 +151,8 @@ class _Response:
                 if news.text and self._asked.form is None:
                     yield event("response.output_text.delta", **place, delta=news.text, logprobs=[])
                 continue
-            text, status = await self.text(news), "incomplete" if news.reason == "length" else "completed"
+            text = await self._asked.text(self._service, news)
+            status = "incomplete" if news.reason == "length" else "completed"
             if self._asked.form is not None:
                 yield event("response.output_text.delta", **place, delta=text, logprobs=[])
             yield event("response.output_text.done", **place, text=text, logprobs=[])
