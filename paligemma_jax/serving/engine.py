@@ -71,17 +71,22 @@ class Engine:
 
     @property
     def ready(self) -> bool:
-        """Whether all programs are compiled."""
+        """Whether requests are answered."""
         return self._ready.is_set() and self._failure is None
 
-    def start(self) -> None:
-        """Compile all programs and answer requests, in a thread of its own; those submitted before wait for it."""
+    def start(self, early: bool = False) -> None:
+        """Compile programs and answer requests, in a thread of its own; those submitted before wait for it.
+
+        Args:
+          early: be ready with the programs of a usual request. The others are compiled meanwhile, and the first
+            requests that need one of them wait for it.
+        """
         if self._thread is None:
-            self._thread = threading.Thread(target=self._run, name="paligemma-engine", daemon=True)
+            self._thread = threading.Thread(target=self._run, args=(early,), name="paligemma-engine", daemon=True)
             self._thread.start()
 
     def wait_ready(self, timeout: float | None = None) -> None:
-        """Wait until all programs are compiled; EngineFailed when they cannot be, or it takes longer."""
+        """Wait until programs are compiled; EngineFailed when they cannot be, or it takes longer."""
         if not self._ready.wait(timeout):
             raise EngineFailed(f"the engine was not ready after {timeout} s: give it more time to compile")
         if self._failure is not None:
@@ -158,11 +163,13 @@ class Engine:
                 self._cancelled.add(id_)
                 self._wake.notify_all()
 
-    def _run(self) -> None:
+    def _run(self, early: bool) -> None:
         """The thread."""
         jax.monitoring.register_event_duration_secs_listener(self._count_compile)
         try:
-            self._programs.warm(lambda: self._closing == math.inf)
+            self._programs.warm(self._is_open, only_first=early)
+            if early:
+                threading.Thread(target=self._compile_rest, name="paligemma-compiler", daemon=True).start()
             self._ready.set()
             while self._turn():
                 pass
@@ -175,6 +182,15 @@ class Engine:
             self._state = None
             self._images.clear()
             jax.monitoring.unregister_event_duration_listener(self._count_compile)
+
+    def _is_open(self) -> bool:
+        return self._closing == math.inf
+
+    def _compile_rest(self) -> None:
+        try:
+            self._programs.warm(self._is_open)
+        except Exception:  # whoever needs the program is told
+            _log.exception("a program could not be compiled")
 
     def _count_compile(self, event: str, duration_secs: float, **_: Any) -> None:
         if _COMPILE_EVENT in event and threading.current_thread() is self._thread and self._ready.is_set():

@@ -11,8 +11,9 @@ tokens, W tokens of a row that are shown, M tokens of an answer, D decoder width
 import dataclasses
 import functools
 import os
+import threading
 from collections.abc import Callable, Hashable, Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import jax
@@ -95,7 +96,8 @@ class Programs:
         whole = StepConfig(config, loc_start, True, ("top_k", "top_p", "min_p"), constrained=True, delayed=True)
         plain = StepConfig(config, loc_start)
         self._plain, self._objects, self._whole = plain, dataclasses.replace(plain, constrained=True), whole
-        self._compiled: dict[Hashable, jax.stages.Compiled] = {}
+        self._lock = threading.Lock()
+        self._compiled: dict[Hashable, Future[jax.stages.Compiled]] = {}  # or being compiled
 
     def __len__(self) -> int:
         return len(self._compiled)
@@ -114,10 +116,15 @@ class Programs:
         most = steps.most_at_once(self.config.vision.num_tokens)
         return split(count, [size for size in _BATCHES if size <= most])
 
-    def warm(self, is_wanted: Callable[[], bool] = lambda: True) -> None:
-        """Compile all programs, as long as they are wanted; with this, serving compiles nothing."""
+    def warm(self, is_wanted: Callable[[], bool] = lambda: True, only_first: bool = False) -> None:
+        """Compile all programs, as long as they are wanted; with this, serving compiles nothing.
+
+        Args:
+          only_first: those that a usual request needs when it is alone.
+        """
+        keys = self._first() if only_first else dict.fromkeys([*self._first(), *self._all()])
         with ThreadPoolExecutor(min(_COMPILERS, os.cpu_count() or 1)) as pool:
-            for _ in pool.map(lambda key: is_wanted() and self._get(*key), list(self._all())):
+            for _ in pool.map(lambda key: is_wanted() and self._get(*key), keys):
                 pass
         for count in _BATCHES:
             jax.block_until_ready(row_keys([0] * count, range(count)))
@@ -180,8 +187,15 @@ class Programs:
         """Of decode, the cheapest first."""
         return (self._plain, self._objects, self._whole) if size == self.usual else (self._plain, self._whole)
 
+    def _first(self) -> list[tuple[Hashable, ...]]:
+        """What `_get` takes, for the programs of a usual request alone."""
+        size, lengths = self.usual, self._lengths[self.usual, 1]
+        decodes = [("decode", size, config) for config in (self._plain, self._objects)]
+        prefills = [("prefill", size, 1, 1, length) for length in lengths]
+        return [*decodes, ("join", size, 1), *prefills, ("blank", size), ("embed", 1)]
+
     def _all(self) -> Iterable[tuple[Hashable, ...]]:
-        """What `_get` takes, for each program that serving needs; those for the first request come first."""
+        """What `_get` takes, for each program that serving needs."""
         for size in (self.usual, self.largest):
             yield "blank", size
             yield from (("decode", size, config) for config in self._steps(size))
@@ -197,9 +211,16 @@ class Programs:
         yield from (("resize", *pair) for pair in ((self.usual, self.largest), (self.largest, self.usual)))
 
     def _get(self, name: str, *key: Any) -> jax.stages.Compiled:
-        if (name, *key) not in self._compiled:
-            self._compiled[name, *key] = getattr(self, f"_compile_{name}")(*key)
-        return self._compiled[name, *key]
+        with self._lock:
+            program = self._compiled.get((name, *key))
+            if is_new := program is None:
+                program = self._compiled[name, *key] = Future()
+        if is_new:
+            try:
+                program.set_result(getattr(self, f"_compile_{name}")(*key))
+            except BaseException as error:
+                program.set_exception(error)
+        return program.result()
 
     def _compile(self, function: Any, *args: Any, **static: Any) -> jax.stages.Compiled:
         return ops.compiled(self._target, function, *args, **static)

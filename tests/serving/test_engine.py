@@ -1,6 +1,7 @@
 """The engine: each answer is the one that `generate` gives alone, whatever else runs, fails, ends or is taken back."""
 
 import dataclasses
+import functools
 import threading
 
 import jax
@@ -272,6 +273,34 @@ def test_a_program_that_is_compiled_while_serving_is_counted(small_engine, reque
     assert small_engine.stats().compiles_while_serving == 1
 
 
+def test_an_early_engine_answers_usual_requests_first_and_all_of_them(model, engine, requests, expected, monkeypatch):
+    early, done = Engine(model, SETTINGS), engine._programs
+    go_on, names = threading.Event(), []
+
+    def compiled(name, *key):
+        names.append(name)
+        if (name, *key) not in early._programs._first():
+            assert go_on.wait(60)
+        return done._get(name, *key)
+
+    monkeypatch.setattr(early, "_programs", programs.Programs(model, SETTINGS))
+    early._programs.__dict__.update({k: v for k, v in done.__dict__.items() if k not in ("_lock", "_compiled")})
+    for name in {name for name, *_ in done._all()}:
+        monkeypatch.setattr(early._programs, f"_compile_{name}", functools.partial(compiled, name))
+    early.start(early=True)
+    early.wait_ready(60)
+    answers = [early.submit(requests[i]) for i in (0, 1)]
+    assert "resize" not in names  # the last of the rest
+    assert_same(answers[0].result(), expected[0])
+    answers.append(early.submit(requests[8]))  # outgrows the usual state
+    go_on.set()
+    for i, answer in zip((0, 1, 8), answers, strict=True):
+        assert_same(answer.result(), expected[i])
+    early.close()
+    assert len(names) == len(set(done._all()))
+    assert early.stats().compiles_while_serving == 0
+
+
 def test_closing_finishes_what_runs_in_time_and_refuses_what_is_new(small_engine, requests, expected):
     small_engine.start()
     answers = [small_engine.submit(requests[i]) for i in (0, 1, 6)]
@@ -305,7 +334,7 @@ def test_an_engine_that_never_started_can_be_closed(small_engine, requests):
 def test_programs_that_cannot_be_compiled_are_an_error_for_all(model, requests, monkeypatch):
     engine = Engine(model, SETTINGS)
 
-    def warm(is_wanted):
+    def warm(is_wanted, only_first):
         raise MemoryError("no room")
 
     monkeypatch.setattr(engine._programs, "warm", warm)
