@@ -40,7 +40,7 @@ _FILES = ("stream", "export", "output_dir", "save_embeddings", "load_embeddings"
 UNUSED = {  # by run, keys of its config that change nothing in it
     "generate": _EVALUATION,
     "chat": (*_EVALUATION, "prompt", "stream", "batch_size", "video_fps", "embeddings"),
-    "inspect": (*_EVALUATION, *_SELECTION, "video_fps", "embeddings", "batch_size", "mask_vae"),
+    "inspect": (*_EVALUATION, "min_score", "nms", "video_fps", "embeddings", "batch_size"),
     "swap": (*_EVALUATION, *_SELECTION, "video_fps", "mask_vae"),
     "evaluate": (
         *("image", "prompt", "prompts_file", "prompt_form", "split_classes", "video_fps", "batch_size"),
