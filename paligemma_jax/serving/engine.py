@@ -6,6 +6,7 @@ request is the one that `PaliGemma.generate` gives it alone.
 """
 
 import collections
+import dataclasses
 import itertools
 import logging
 import math
@@ -21,14 +22,16 @@ import numpy as np
 import paligemma_jax as pj
 from paligemma_jax.engine.state import DecodeState
 from paligemma_jax.errors import Cancelled, Closed, EngineFailed, Expired, SamplingError, UserError, one_line
+from paligemma_jax.processing.request import integer
 from paligemma_jax.serving import scheduler
 from paligemma_jax.serving.answer import Answer
 from paligemma_jax.serving.events import Finished, Stats
 from paligemma_jax.serving.job import Job, Tokens, check_stop, lay_out
 from paligemma_jax.serving.pictures import SoftTokenCache
-from paligemma_jax.serving.programs import Programs, Shown, Size
+from paligemma_jax.serving.programs import Programs, Size
 from paligemma_jax.serving.scheduler import Entry
 from paligemma_jax.serving.settings import EngineSettings
+from paligemma_jax.serving.shown import MOST_TOP, Shown
 
 _COMPILE_EVENT = "backend_compile"
 _log = logging.getLogger(__name__)
@@ -99,6 +102,7 @@ class Engine:
         client: str = "",
         timeout_s: float | None = None,
         stop: str | Sequence[str] = (),
+        top_logprobs: int = 0,
     ) -> Answer:
         """Ask for an answer.
 
@@ -107,13 +111,14 @@ class Engine:
           client: clients take turns.
           timeout_s: seconds after which the request ends, waiting or running, by Expired.
           stop: strings that end the answer, and are no part of its text.
+          top_logprobs: how many of the most likely tokens to tell in the place of each token.
 
         Raises:
           PromptError, ImageError, SamplingError: a request that cannot be answered.
           Busy: as many wait as may.
           Closed: the engine is closing.
         """
-        stop = check_stop(stop)
+        stop, num_top = check_stop(stop), integer("top_logprobs", top_logprobs, 0, MOST_TOP)
         if timeout_s is not None and not timeout_s > 0:
             raise SamplingError(f"timeout_s={timeout_s!r} is not possible: give seconds above 0")
         submitted = self._clock()
@@ -126,7 +131,7 @@ class Engine:
             answer = Answer(lambda: self._cancel(id_))
             deadline = math.inf if timeout_s is None else submitted + timeout_s
             self._schedule = scheduler.submit(self._schedule, Entry(id_, client, deadline))
-            self._jobs[id_] = Job(self.model, id_, laid, answer, stop, submitted)
+            self._jobs[id_] = Job(self.model, id_, laid, answer, stop, submitted, num_top)
             self._wake.notify_all()
         return answer
 
@@ -250,8 +255,9 @@ class Engine:
         running = {id_: slot for id_, slot in self._schedule.running.items() if id_ in self._jobs}
         shown = None
         if running:
-            needs = frozenset().union(*(self._jobs[id_].laid.needs for id_ in running))
-            self._state, shown = self._programs.decode(self._state, self._size, needs)
+            jobs = [self._jobs[id_] for id_ in running]
+            needs, with_top = frozenset().union(*(job.laid.needs for job in jobs)), any(job.num_top for job in jobs)
+            self._state, shown = self._programs.decode(self._state, self._size, needs, with_top)
         self._say()
         for jobs, first in firsts:
             self._read(first, list(enumerate(jobs)))
@@ -293,6 +299,7 @@ class Engine:
                 [[soft_tokens[key] for key, _ in each.images] for each in laid],
                 [each.options for each in laid],
                 [each.table for each in laid],
+                any(job.num_top for job in jobs),
             )
             self._counts["prompt_tokens"] += sum(len(each.prompt) for each in laid)
             self._counts["padded_tokens"] += len(group) * bucket(group[0])[1]
@@ -331,15 +338,17 @@ class Engine:
 
     def _read(self, shown: Shown, rows: list[tuple[int, Job]]) -> None:
         """Wait for what a program shows, and note the new tokens of some of its rows; those that are done are free."""
-        shown = jax.device_get(shown)
+        with_top = any(job.num_top for _, job in rows)
+        shown = jax.device_get(shown if with_top else dataclasses.replace(shown, top=None))
         now, over = self._clock(), set()
         width = shown.tokens.shape[1]
         for row, job in rows:
             step, done = int(shown.status[0, row]), bool(shown.status[1, row])
             new = slice(width - (step - job.said), width)
             arrays = (shown.tokens, shown.scores.logprobs, shown.scores.near, shown.scores.expected)
+            top = shown.top_of(row, step - job.said) if job.num_top else None
             job.said = step
-            self._unsaid.append((job, Tokens(*(array[row, new] for array in arrays), done, now)))
+            self._unsaid.append((job, Tokens(*(array[row, new] for array in arrays), done, now, top)))
             if done:
                 over.add(job.id)
         self._free(over)

@@ -14,6 +14,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 import paligemma_jax as pj
@@ -263,6 +264,62 @@ def test_openais_client(server, uri):
         client.chat.completions.create(model="other", messages=[{"role": "user", "content": "x"}])
     with pytest.raises(openai.AuthenticationError):
         openai.OpenAI(base_url=f"http://127.0.0.1:{server}/v1", api_key="x", max_retries=0).models.list()
+
+
+@pytest.mark.slow
+def test_top_logprobs_are_those_of_the_models_logits(server, uri):
+    """In both APIs, streamed and not, alone and in a crowd that asks for none; greedy and sampled."""
+    import openai
+
+    client = openai.OpenAI(base_url=f"http://127.0.0.1:{server}/v1", api_key="secret", max_retries=0)
+    content = [{"type": "image_url", "image_url": {"url": uri}}, {"type": "text", "text": "caption en"}]
+    asked = {"model": "tiny", "messages": [{"role": "user", "content": content}], "logprobs": True}
+    sampled = {"temperature": 1.5, "seed": 5}
+
+    def chat(**fields):
+        return client.chat.completions.create(**asked, **fields)
+
+    def scores(items):
+        return [(i.token, bytes(i.bytes), [(t.token, bytes(t.bytes)) for t in i.top_logprobs]) for i in items]
+
+    def numbers(items):
+        return np.array([[i.logprob, *(t.logprob for t in i.top_logprobs)] for i in items])
+
+    with ThreadPoolExecutor(8) as pool:
+        crowd = [pool.submit(chat, **sampled, n=2) for _ in range(4)]
+        wanted = [pool.submit(chat, **fields, top_logprobs=20) for fields in ({}, sampled)]
+        greedy, drawn = (each.result().choices[0].logprobs.content for each in wanted)
+        assert all(not item.top_logprobs for each in crowd for item in each.result().choices[0].logprobs.content)
+    alone = chat(top_logprobs=20).choices[0].logprobs.content
+    assert scores(alone) == scores(greedy)
+    np.testing.assert_allclose(numbers(alone), numbers(greedy), rtol=1e-4, atol=1e-4)
+    model = pj.load(ROOT / "assets" / "tiny", "float32")
+    tokenizer = model.processor.tokenizer
+    for items in (greedy, drawn):
+        text = b"".join(bytes(item.bytes) for item in items).decode()
+        logits = model.logits(str(PICTURE), "caption en", text)[0].astype(np.float64)
+        logprobs = logits - np.logaddexp.reduce(logits, axis=-1, keepdims=True)
+        said = tokenizer.encode(text)
+        assert [tokenizer.token_bytes(id_) for id_ in said] == [bytes(item.bytes) for item in items]
+        for item, id_, right in zip(items, said, logprobs, strict=False):  # <eos> is no item
+            assert item.logprob == pytest.approx(right[id_], abs=1e-3)
+            ranked = -np.sort(-right)[:20]
+            np.testing.assert_allclose([top.logprob for top in item.top_logprobs], ranked, rtol=1e-3, atol=1e-3)
+            assert item.logprob in [top.logprob for top in item.top_logprobs] or item.logprob < ranked[-1]
+    chunks = [c.choices[0].logprobs for c in chat(stream=True, top_logprobs=3) if c.choices[0].logprobs]
+    streamed = [item for each in chunks for item in each.content]
+    whole = chat(top_logprobs=3).choices[0].logprobs.content
+    assert scores(streamed) == scores(whole) and all(len(item.top_logprobs) == 3 for item in whole)
+    parts = [{"type": "input_text", "text": "caption en"}, {"type": "input_image", "image_url": uri}]
+    body = {"model": "tiny", "input": [{"role": "user", "content": parts}], "top_logprobs": 3}
+    body["include"] = ["message.output_text.logprobs"]
+    assert scores(client.responses.create(**body).output[0].content[0].logprobs) == scores(whole)
+    with client.responses.stream(**body) as stream:
+        deltas = [item for event in stream if event.type == "response.output_text.delta" for item in event.logprobs]
+    assert [item.token for item in deltas] == [item.token for item in whole]
+    assert all(len(item.top_logprobs) == 3 for item in deltas)
+    status, content = ask(server, "GET", "/metrics", headers={"Authorization": "Bearer secret"})
+    assert status == 200 and b"\npaligemma_compiles_while_serving_total 0.0" in content
 
 
 @pytest.mark.slow

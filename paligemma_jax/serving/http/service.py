@@ -41,17 +41,24 @@ class Engine(Protocol):
     ready: bool
 
     def submit(
-        self, request: pj.Request, *, client: str = "", timeout_s: float | None = None, stop: Sequence[str] = ()
+        self,
+        request: pj.Request,
+        *,
+        client: str = "",
+        timeout_s: float | None = None,
+        stop: Sequence[str] = (),
+        top_logprobs: int = 0,
     ) -> Answer: ...
     def stats(self) -> Stats: ...
 
 
 @dataclasses.dataclass(frozen=True)
 class Wanted:
-    """One answer: the request, and the texts that end it."""
+    """One answer: the request, the texts that end it, and how many of the most likely tokens to tell with each."""
 
     request: pj.Request
     stop: tuple[str, ...] = ()
+    top_logprobs: int = 0
 
 
 class Service:
@@ -116,7 +123,11 @@ class Service:
         try:
             for item in wanted:
                 submit = functools.partial(
-                    self.engine.submit, client=client, timeout_s=self.settings.request_timeout_s, stop=item.stop
+                    self.engine.submit,
+                    client=client,
+                    timeout_s=self.settings.request_timeout_s,
+                    stop=item.stop,
+                    top_logprobs=item.top_logprobs,
                 )
                 async with self._decoders:
                     answers.append(await _in_thread(submit, item.request))
