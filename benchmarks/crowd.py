@@ -29,9 +29,14 @@ def compare_distributions(
     for each, (said, logits) in zip(laid, crowd, strict=True):
         [(same, reference)] = _logits(model, alone, [each])
         if np.array_equal(said, same):
-            p, q = (_log_softmax(x.astype(np.float64)) for x in (reference, logits))
-            divergences.append(float(np.sum(np.exp(p) * (p - q))))
+            divergences.append(divergence(reference, logits))
     return divergences
+
+
+def divergence(reference: np.ndarray, logits: np.ndarray) -> float:
+    """KL divergence of the distribution that some logits [V] stand for from that of a reference."""
+    p, q = (_log_softmax(x.astype(np.float64)) for x in (reference, logits))
+    return float(np.sum(np.exp(p) * (p - q)))
 
 
 def _log_softmax(logits: np.ndarray) -> np.ndarray:
