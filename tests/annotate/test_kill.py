@@ -54,7 +54,7 @@ def start(folder: Path, output: Path, **keys: object) -> subprocess.Popen:
 
 def finish(process: subprocess.Popen) -> None:
     out, err = process.communicate(timeout=240 + PICTURES)
-    expected = f"{PICTURES - BROKEN} of {PICTURES} pictures, {BROKEN} failed"
+    expected = f"{PICTURES - BROKEN:,} of {PICTURES:,} pictures, {BROKEN} failed"
     assert process.returncode == 2 and out.startswith(expected), err
 
 
