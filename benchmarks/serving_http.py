@@ -76,8 +76,7 @@ class HttpLoad(serving.Load):
 
 
 def asked_of(request: pj.Request, output: pj.Output, number: int) -> Asked:
-    """A request as a chat completion; of the streams three in four have log-probabilities, and every fourth the most
-    likely tokens too."""
+    """A request as a chat completion; three of four streams have log-probabilities, one the most likely tokens too."""
     file = io.BytesIO()
     request.images[0].save(file, "png")
     url = f"data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}"
@@ -198,6 +197,7 @@ async def run_clients(
             except Exception as error:
                 load.lost += 1
                 load.errors.append(f"{type(error).__name__}: {error}")
+                await asyncio.sleep(0.1)
                 continue
             load.answers += 1
             load.tokens += said[1]
@@ -270,6 +270,8 @@ def measure(model: pj.PaliGemma, args: argparse.Namespace) -> dict[str, Any]:
             rates["served"].append(load.answers / took)
             memory += seen
             whole.add(load)
+            if process.poll() is not None:
+                raise UserError(f"the server ended under load: {whole.errors[-1:]}")
         told = counts(port)
     for error in dict.fromkeys(whole.errors):
         note(error)
