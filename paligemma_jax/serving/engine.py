@@ -340,18 +340,10 @@ class Engine:
         """Wait for what a program shows, and note the new tokens of some of its rows; those that are done are free."""
         with_top = any(job.num_top for _, job in rows)
         shown = jax.device_get(shown if with_top else dataclasses.replace(shown, top=None))
-        now, over = self._clock(), set()
-        width = shown.tokens.shape[1]
-        for row, job in rows:
-            step, done = int(shown.status[0, row]), bool(shown.status[1, row])
-            new = slice(width - (step - job.said), width)
-            arrays = (shown.tokens, shown.scores.logprobs, shown.scores.near, shown.scores.expected)
-            top = shown.top_of(row, step - job.said) if job.num_top else None
-            job.said = step
-            self._unsaid.append((job, Tokens(*(array[row, new] for array in arrays), done, now, top)))
-            if done:
-                over.add(job.id)
-        self._free(over)
+        now = self._clock()
+        new = [(job, job.read(shown, row, now)) for row, job in rows]
+        self._unsaid += new
+        self._free({job.id for job, tokens in new if tokens.done})
 
     def _say(self) -> None:
         """Tell clients of all tokens that they do not know of yet."""

@@ -19,7 +19,7 @@ from paligemma_jax.serving.events import Event, Finished, Piece
 from paligemma_jax.serving.pictures import digest
 from paligemma_jax.serving.programs import Programs, needs_of, table_fits
 from paligemma_jax.serving.settings import EngineSettings
-from paligemma_jax.serving.shown import TopLogprobs
+from paligemma_jax.serving.shown import Shown, TopLogprobs
 from paligemma_jax.serving.text import StoppingText
 from paligemma_jax.tasks.output import Output, Timing
 from paligemma_jax.tasks.prompts import Prompt
@@ -144,6 +144,15 @@ class Job:
     def num_positions(self) -> int:
         """Positions that are in use."""
         return len(self.laid.prompt) + self.said
+
+    def read(self, shown: Shown, row: int, now: float) -> Tokens:
+        """What a program shows of the job's row that was not read before."""
+        step, done = int(shown.status[0, row]), bool(shown.status[1, row])
+        count, self.said = step - self.said, step
+        new = slice(shown.tokens.shape[1] - count, None)
+        arrays = (shown.tokens, shown.scores.logprobs, shown.scores.near, shown.scores.expected)
+        top = shown.top_of(row, count) if self.num_top else None
+        return Tokens(*(array[row, new] for array in arrays), done, now, top)
 
     def grow(self, new: Tokens) -> Iterator[Event]:
         """What the client hears of new tokens; NumericsError when they were chosen without reason."""
