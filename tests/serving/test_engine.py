@@ -10,72 +10,12 @@ import pytest
 
 import paligemma_jax as pj
 from paligemma_jax import errors
-from paligemma_jax.engine import steps
 from paligemma_jax.processing.image import load_image
 from paligemma_jax.serving import programs
 from paligemma_jax.serving.engine import Engine, EngineSettings
 from paligemma_jax.serving.events import Finished, Piece
 from paligemma_jax.serving.pictures import digest
-
-HOT = {"temperature": 1.5, "seed": 3}
-REQUESTS = [  # prompt, number of images, options
-    ("caption en", 1, {"max_new_tokens": 14}),
-    ("detect a red circle", 1, {"constrain": True, "max_new_tokens": 24}),
-    ("answer en how many", 1, {"sampling": pj.Sampling(**HOT), "max_new_tokens": 9}),
-    ("segment a ; two blue squares", 1, {"constrain": True, "sampling": pj.Sampling(**HOT), "max_new_tokens": 32}),
-    ("caption en", 2, {"sampling": pj.Sampling(**HOT, top_k=7), "max_new_tokens": 12, "min_new_tokens": 12}),
-    ("detect red", 1, {"max_new_tokens": 1}),
-    ("segment the circle", 1, {"sampling": pj.Sampling(**HOT, top_p=0.6), "max_new_tokens": 11}),
-    ("what color", 2, {"sampling": pj.Sampling(temperature=0.7, min_p=0.2), "max_new_tokens": 20}),
-    ("caption en", 1, {"max_new_tokens": 40, "min_new_tokens": 40}),  # outgrows the usual state
-    ("detect " + " ; ".join("abcdefghi"), 1, {"constrain": True, "max_new_tokens": 20}),  # a large grammar
-    ("detect a red circle", 1, {"constrain": True, "max_new_tokens": 24, "speculate": True}),
-]
-SETTINGS = EngineSettings(num_slots=2, max_waiting=20, max_new_tokens=40, max_prompt_tokens=32, max_images=2)
-
-
-@pytest.fixture(scope="module")
-def model(make_model) -> pj.PaliGemma:
-    return make_model("gemma2")
-
-
-@pytest.fixture(scope="module")
-def requests() -> list[pj.Request]:
-    images = np.random.default_rng(0).integers(0, 256, (4, 20, 30, 3), np.uint8)
-    return [
-        pj.Request.of([images[(i + k) % 4] for k in range(count)], prompt, **options)
-        for i, (prompt, count, options) in enumerate(REQUESTS)
-    ]
-
-
-@pytest.fixture(scope="module")
-def expected(model, requests) -> list[pj.Output]:
-    """Tokens do not depend on the batch: tests/engine/test_slots.py."""
-    plain = [dataclasses.replace(r, options=dataclasses.replace(r.options, speculate=None)) for r in requests]
-    return model.answer(plain)
-
-
-@pytest.fixture(scope="module")
-def engine(model):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(programs, "_SHORT_ANSWER", 16)
-        patch.setattr(programs, "_SHORT_TEXTS", (32,))
-        engine = Engine(model, SETTINGS)
-    engine.start()
-    engine.wait_ready(120)
-    yield engine
-    engine.close()
-    assert engine.stats().compiles_while_serving == 0
-
-
-def assert_same(finished: Finished, expected: pj.Output) -> None:
-    output = finished.output
-    assert output.tokens.tolist() == expected.tokens.tolist()
-    assert (output.text, output.finish_reason) == (expected.text, expected.finish_reason)
-    for name in ("logprobs", "near", "expected"):
-        np.testing.assert_allclose(getattr(output, name), getattr(expected, name), rtol=1e-3, atol=1e-4)
-    assert finished.reason == output.finish_reason and output.timing.new_tokens == len(output.tokens)
-    assert 0 <= finished.queue_s <= finished.first_token_s <= finished.total_s
+from tests.serving.conftest import SETTINGS, assert_same
 
 
 def test_each_answer_is_that_of_generate_alone(engine, requests, expected):
@@ -101,50 +41,6 @@ def test_pieces_are_the_answer(engine, requests, expected):
     assert "".join(piece.text for piece in pieces) == last.output.text == expected[1].text
     np.testing.assert_array_equal(np.concatenate([piece.tokens for piece in pieces]), last.output.tokens)
     np.testing.assert_array_equal(np.concatenate([piece.logprobs for piece in pieces]), last.output.logprobs)
-
-
-def test_the_most_likely_tokens_are_those_of_the_model(engine, model, requests, expected):
-    """Whoever else is there: in the place of each token, those with the largest logits after the ones before it."""
-    counts = {
-        0: 1,
-        3: 20,
-        4: 7,
-        6: 3,
-        8: 5,
-    }  # greedy, sampled, constrained, two images, one that grows
-    answers = {i: engine.submit(requests[i], top_logprobs=count) for i, count in counts.items()}
-    others = [engine.submit(requests[i]) for i in (1, 2, 5)]
-    for i, answer in answers.items():
-        *pieces, last = answer
-        assert_same(last, expected[i])
-        tokens, top = last.output.tokens, last.top
-        logits = logits_of(model, requests[i], tokens)
-        logprobs = logits - np.logaddexp.reduce(logits, axis=-1, keepdims=True)
-        assert top.ids.shape == top.logprobs.shape == (len(tokens), counts[i])
-        assert all(len(set(ids)) == counts[i] for ids in top.ids.tolist())
-        assert (np.diff(top.logprobs, axis=-1) <= 0).all()
-        for right in (np.take_along_axis(logprobs, top.ids, -1), -np.sort(-logprobs, axis=-1)[:, : counts[i]]):
-            np.testing.assert_allclose(top.logprobs, right, rtol=1e-3, atol=1e-4)
-        said = top.ids == tokens[:, None]  # the same number stands in both places
-        np.testing.assert_allclose(top.logprobs[said], last.output.logprobs[said.any(axis=1)], rtol=1e-5, atol=1e-6)
-        for name in ("ids", "logprobs"):
-            heard = np.concatenate([getattr(piece.top, name) for piece in pieces])
-            np.testing.assert_array_equal(heard, getattr(top, name))
-    for answer in others:
-        *pieces, last = answer
-        assert last.top is None and all(piece.top is None for piece in pieces)
-
-
-def logits_of(model: pj.PaliGemma, request: pj.Request, tokens: np.ndarray) -> np.ndarray:
-    """Logits f64 [n, V] from which each of some tokens was chosen, in one pass over all of them."""
-    batch = model.processor.layout([list(range(len(request.images)))], [request.prompt])
-    ids = np.concatenate([batch.tokens[0, : batch.length[0]], tokens])[None]
-    slots = np.concatenate([batch.image_slots[0, : batch.length[0]], np.full(len(tokens), -1, np.int32)])[None]
-    soft_tokens = np.asarray(model.embed_image(list(request.images)))
-    whole = steps.Inputs(soft_tokens, ids, slots, batch.prefix_length, np.array([ids.shape[1]], np.int32))
-    positions = batch.prefix_length[:, None] - 1 + np.arange(len(tokens))[None]
-    hidden, _ = steps.apply(model.params, model.config, "prefill", *whole.arrays, positions)
-    return np.asarray(steps.apply(model.params, model.config, "logits", hidden[0]), np.float64)
 
 
 def test_an_image_is_embedded_once(engine, requests):
