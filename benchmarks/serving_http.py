@@ -227,8 +227,9 @@ def growth(memory: Sequence[float]) -> float:
 
 def arguments_of(args: argparse.Namespace) -> list[str]:
     """What starts the server of a load test."""
+    path = Path(args.checkpoint)
     keys = {
-        "checkpoint": Path(args.checkpoint).resolve(),
+        "checkpoint": path.resolve() if path.exists() else args.checkpoint,  # it may be a hub id
         "dtype": args.dtype,
         "quantization": args.quantization or "none",
         "num_slots": args.slots,
