@@ -32,6 +32,7 @@ SIDEWAYS = {
     "processing": {"tasks"},
     "loading": {"api"},
     "paligemma_jax": {"api", "loading"},
+    "serving": {"inspection"},
     "shapes_world": {"training", "evaluation", "inspection"},
 }
 RANK = {name: rank for rank, names in enumerate(ORDER) for name in names}

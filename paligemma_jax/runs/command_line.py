@@ -30,6 +30,7 @@ RUNS = {  # config.run: module in paligemma_jax/runs, and what it does
     "inspect": "draw what an answer is based on: attention, similarity, logit lens (needs configs/inspect.py)",
     "swap": "answer about a picture with another one's embeddings (needs configs/swap.py)",
     "serve": "answer requests over HTTP (needs configs/serve.py)",
+    "ui": "show a web page in which a model is asked (needs configs/ui.py)",
     "make_tiny": "build the shipped model from a seed (needs configs/make_tiny.py)",
 }
 

@@ -18,13 +18,10 @@ from paligemma_jax.runs.questions import Question, together
 from paligemma_jax.runs.sources import Source, plain
 from paligemma_jax.tasks import export
 from paligemma_jax.tasks.classes import UNNAMED
-from paligemma_jax.tasks.confidence import words_logprob
 from paligemma_jax.tasks.draw import draw
-from paligemma_jax.tasks.prompts import TASK_WORDS, Prompt, advice, read_prompt
+from paligemma_jax.tasks.prompts import TASK_WORDS, Prompt, read_prompt
+from paligemma_jax.tasks.remarks import remarks
 from paligemma_jax.tasks.select import Selection, select
-
-_DOUBT = -0.7  # mean log-probability of a token of an answer's words: about one half (benchmarks/results/doubt.md)
-_OBJECT_TOKENS = 8  # of an object without mask, with a short label and what goes before it
 
 
 def warn_about_free_prompts(config: ConfigDict, prompts: list[str]) -> None:
@@ -144,24 +141,10 @@ class Results:
         self, output: pj.Output, prompt: Prompt, found: list[pj.Detection], dropped: list[str], is_part: bool
     ) -> Iterator[str]:
         """What a user should know about an answer."""
-        which = f"{prompt.text}: " if is_part else ""
-        names, task = " ; ".join(prompt.labels), prompt.task
-        if output.finish_reason == "length":
-            yield f"{which}cut off after {len(output.tokens)} tokens, max_new_tokens allows no more"
-        if dropped:
-            yield f"{which}incomplete objects in the answer, left out: {len(dropped)}"
-        room = self._config.max_new_tokens - len(output.tokens)
-        if self._config.constrain and names and room < _OBJECT_TOKENS + task.num_codes:
-            yield f"{which}max_new_tokens={self._config.max_new_tokens} left no room for another object"
-        if task is not None and task.has_objects and not names:
-            yield f"{which}no class is named: say what to look for, as in {task.name} cat ; dog"
-        elif not output.text.strip():
-            yield which + (f"no boxes: no {names} was found" if names else "the answer is empty")
-        logprob = words_logprob(output, self._model.processor.tokenizer)
-        if logprob is not None and logprob < _DOUBT:
-            yield f"{which}the model doubts this answer: its words have a mean log-probability of {logprob:.2f}"
-        if (better := advice(prompt)) and not (found or dropped if read_prompt(better).labels else output.text.strip()):
-            yield f'{which}models know lower-case words, names with " ; " between them: try "{better}"'
+        limits = self._config.max_new_tokens, self._config.constrain
+        tokenizer = self._model.processor.tokenizer
+        about = f"{prompt.text}: " if is_part else ""
+        yield from (about + remark for remark in remarks(output, prompt, found, dropped, *limits, tokenizer))
 
 
 def _describe(item: pj.Detection) -> str:

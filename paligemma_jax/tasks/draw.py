@@ -16,7 +16,7 @@ Color = tuple[int, int, int]
 Font = ImageFont.FreeTypeFont
 Rect = tuple[int, int, int, int]  # x0, y0, x1, y1 in whole pixels, x1 and y1 excluded
 
-_MASK_OPACITY = 0.4
+MASK_OPACITY = 0.4
 _HUES = 18
 _WIDE_FONTS = ("Arial Unicode.ttf", "DejaVuSans.ttf", "NotoSans-Regular.ttf", "arial.ttf")
 _MIN_FONT = 8.0  # pixels; smaller letters cannot be read
@@ -24,7 +24,7 @@ _MAX_LETTERS = 40  # of a label; longer ones would cover the picture
 _MAX_SHARE = 1 / 8  # of the picture's area that a label may cover
 
 
-def draw(image: Image.Image, detections: Sequence[Detection]) -> Image.Image:
+def draw(image: Image.Image, detections: Sequence[Detection], opacity: float = MASK_OPACITY) -> Image.Image:
     """Draws objects on a copy of a picture.
 
     Large boxes and masks come first, so that small ones lie on them. Line and letter sizes follow the picture's. A long
@@ -33,6 +33,7 @@ def draw(image: Image.Image, detections: Sequence[Detection]) -> Image.Image:
     Args:
       image: any mode; it is turned upright as its EXIF data says, as it was when it was looked at.
       detections: boxes in pixels of the upright picture; masks, where present, of its size.
+      opacity: of masks, 0 (their outline alone) to 1.
 
     Returns:
       A new RGB picture of the same size, upright.
@@ -43,7 +44,7 @@ def draw(image: Image.Image, detections: Sequence[Detection]) -> Image.Image:
     canvas = np.array(image)
     masks = [(item.mask, label_color(item.label)) for item in detections if item.mask is not None]
     for mask, color in sorted(masks, key=lambda pair: -pair[0].sum()):
-        _paint_mask(canvas, mask, color, line)
+        _paint_mask(canvas, mask, color, line, opacity)
     picture = Image.fromarray(canvas)
     pen = ImageDraw.Draw(picture)
     for item in sorted(detections, key=lambda item: -_area(item.box)):
@@ -161,7 +162,7 @@ def _outline_box(pen: ImageDraw.ImageDraw, box: Box, size: tuple[int, int], colo
     pen.rectangle((x0, y0, x1, y1), outline=color, width=line)
 
 
-def _paint_mask(canvas: np.ndarray, mask: np.ndarray, color: Color, line: int) -> None:
+def _paint_mask(canvas: np.ndarray, mask: np.ndarray, color: Color, line: int, opacity: float) -> None:
     """Tints the masked pixels of `canvas` [H, W, 3] in place and outlines them, `line` pixels inwards."""
     rows, columns = np.nonzero(mask.any(1))[0], np.nonzero(mask.any(0))[0]
     if not len(rows):
@@ -172,7 +173,7 @@ def _paint_mask(canvas: np.ndarray, mask: np.ndarray, color: Color, line: int) -
     for _ in range(line):
         core[1:-1, 1:-1] &= core[:-2, 1:-1] & core[2:, 1:-1] & core[1:-1, :-2] & core[1:-1, 2:]
     view = canvas[window]
-    view[inside] = np.round((1 - _MASK_OPACITY) * view[inside] + _MASK_OPACITY * np.array(color)).astype(np.uint8)
+    view[inside] = np.round((1 - opacity) * view[inside] + opacity * np.array(color)).astype(np.uint8)
     view[inside & ~core[1:-1, 1:-1]] = color
 
 

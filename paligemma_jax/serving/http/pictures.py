@@ -1,21 +1,17 @@
 """Pictures of requests: out of data URIs and, where that is allowed, of URLs; checked before they are decoded."""
 
-import functools
-import io
 from collections.abc import Callable
 
 from PIL import Image
 
-from paligemma_jax.errors import DamagedImageError, ImageError
+from paligemma_jax.errors import ImageError
 from paligemma_jax.processing import fetch
-from paligemma_jax.processing.decode import decode, has_heif
 from paligemma_jax.serving.http import guarded_fetch
 from paligemma_jax.serving.http.errors import ApiError
 from paligemma_jax.serving.http.settings import HttpSettings
+from paligemma_jax.serving.uploads import read_upload
 
-_KINDS = ("JPEG", "MPO", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "HEIF")  # of PIL's, for what strangers send
 _FETCHED = ("http://", "https://")
-_LEAST_SIDE = 2  # pixels
 _WHOLE = 'send it as "data:image/png;base64,..."'
 
 
@@ -39,15 +35,9 @@ def content(
 def decoded(file: bytes, param: str, settings: HttpSettings) -> Image.Image:
     """The upright RGB picture in a file; errors as of `content`, without what a decoder says."""
     try:
-        picture = decode(io.BytesIO(file), "the picture", settings.max_pixels, _kinds())
-    except DamagedImageError:
-        raise _refused("the picture is damaged or truncated: encode it again", param) from None
+        return read_upload(file, settings.max_pixels)
     except ImageError as error:
         raise _refused(str(error), param) from None
-    if min(picture.size) < _LEAST_SIDE:
-        size = f"{picture.width} x {picture.height}"
-        raise _refused(f"the picture is {size}: send one of at least {_LEAST_SIDE} x {_LEAST_SIDE} pixels", param)
-    return picture
 
 
 def is_fetched(url: str) -> bool:
@@ -66,14 +56,6 @@ def _content(url: str, settings: HttpSettings, fetch_url: Callable[..., bytes]) 
     if not settings.image_hosts:
         raise ImageError(f"this server fetches no pictures: {_WHOLE}")
     return fetch_url(url, settings.image_hosts)
-
-
-@functools.cache
-def _kinds() -> tuple[str, ...]:
-    """Those that this installation reads."""
-    Image.init()
-    has_heif()
-    return tuple(kind for kind in _KINDS if kind in Image.OPEN)
 
 
 def _refused(message: str, param: str) -> ApiError:

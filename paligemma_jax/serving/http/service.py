@@ -22,6 +22,7 @@ from paligemma_jax.serving.http import pictures, warming
 from paligemma_jax.serving.http.errors import ApiError
 from paligemma_jax.serving.http.metrics import Metrics
 from paligemma_jax.serving.http.settings import HttpSettings
+from paligemma_jax.serving.listening import listen
 from paligemma_jax.tasks.prompts import read_prompt
 
 _DECODERS = 4  # pictures and masks that are decoded at once: each may take 200 MB
@@ -153,22 +154,8 @@ class Service:
 
     async def events(self, answers: Sequence[Answer]) -> AsyncIterator[tuple[int, Event]]:
         """What happens to answers, each event with the number of its answer; raises what goes wrong with one."""
-        loop = asyncio.get_running_loop()
-        queue: asyncio.Queue[tuple[int, Event | BaseException]] = asyncio.Queue()
-
-        def tell(index: int, event: Event | BaseException) -> None:  # in the engine's thread
-            with contextlib.suppress(RuntimeError):  # the loop is closed: nobody listens any more
-                loop.call_soon_threadsafe(queue.put_nowait, (index, event))
-
-        for index, answer in enumerate(answers):
-            answer.on_event(functools.partial(tell, index))
-        left = len(answers)
-        while left:
-            index, event = await queue.get()
-            if isinstance(event, BaseException):
-                raise event
+        async for index, event in listen(answers):
             if isinstance(event, Finished):
-                left -= 1
                 self.metrics.finished(event)
             yield index, event
 

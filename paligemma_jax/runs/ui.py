@@ -1,0 +1,104 @@
+"""config.run=ui: a web page."""
+
+import contextlib
+import importlib.util
+import os
+import socket
+import tempfile
+import threading
+from collections.abc import Callable
+from typing import Any
+
+from ml_collections import ConfigDict
+
+import paligemma_jax as pj
+from paligemma_jax.errors import ConfigError
+from paligemma_jax.runs import model as models
+from paligemma_jax.runs import settings
+from paligemma_jax.runs.notes import note
+from paligemma_jax.serving.engine import EngineSettings
+from paligemma_jax.serving.http import warming
+from paligemma_jax.serving.http.settings import is_loopback
+from paligemma_jax.serving.web.backend import Backend
+from paligemma_jax.serving.web.local import Local
+from paligemma_jax.serving.web.remote import Remote
+from paligemma_jax.serving.web.snippets import Source
+
+_MOST_CONNECTIONS = 1000
+
+
+def run(config: ConfigDict) -> int:
+    """Serve the page until SIGTERM or Ctrl-C: it is there while the model is loaded."""
+    if importlib.util.find_spec("gradio") is None:
+        raise ConfigError('run=ui needs gradio: pip install -e ".[ui]"')
+    engine_settings = EngineSettings(
+        num_slots=config.num_slots,
+        max_waiting=config.max_waiting,
+        max_new_tokens=config.max_new_tokens,
+        max_prompt_tokens=config.max_prompt_tokens,
+        max_images=1,
+        cache_bytes=config.cache_bytes,
+        num_steps=config.num_steps or None,
+    )
+    with contextlib.closing(_listen(config.host, config.port)) as sock, tempfile.TemporaryDirectory() as directory:
+        os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
+        os.environ["GRADIO_TEMP_DIR"] = directory  # uploads, gone with this process
+        backend = _backend(config, engine_settings)
+        try:
+            _serve(config, sock, backend)
+        finally:
+            backend.close()
+    return 0
+
+
+def _serve(config: ConfigDict, sock: socket.socket, backend: Backend) -> None:
+    host, port = sock.getsockname()[:2]
+    note(f"the page is at http://{f'[{host}]' if ':' in host else host}:{port}")
+    from paligemma_jax.serving.web import page, server, simple  # seconds, while the model is loaded
+
+    make = simple.make if config.simple else page.make
+    blocks = make(backend, config.image, config.max_new_tokens)
+    if config.share:
+        note(f"and, for whoever knows it, at {server.share(port)}")
+    server.serve(server.make_app(blocks, config.image, is_loopback(config.host) and not config.share), sock)
+
+
+def _backend(config: ConfigDict, engine_settings: EngineSettings) -> Backend:
+    """Who answers, in the making."""
+    loc_scale = settings.loc_scale(config)
+    if config.server:
+        return Remote(config.server, config.api_key, loc_scale)
+    models.check_weights(config)
+    names = ("dtype", "quantization", "adapter", "resample", "mask_vae")
+    source = Source(config.checkpoint, **{name: config[name] for name in names}, loc_scale=loc_scale)
+
+    def load(chosen: Source) -> pj.PaliGemma:
+        values = {"checkpoint": chosen.checkpoint, **{name: getattr(chosen, name) for name in names}}
+        return models.load(ConfigDict(config.to_dict() | values), batch_size=engine_settings.num_slots)
+
+    can_load = is_loopback(config.host) and not config.share
+    backend = Local(load, engine_settings, can_load, lambda model: _in_background(warming.warm_up, model))
+    backend.load(source)
+    return backend
+
+
+def _in_background(function: Callable[..., Any], *arguments: Any) -> None:
+    threading.Thread(target=function, args=arguments, daemon=True).start()
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    """A socket that is bound; ConfigError when the address is taken or not this machine's."""
+    if not 0 <= port <= 65535:
+        raise ConfigError(f"port={port} is not possible: give a number from 0 to 65535")
+    sock = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET, socket.SOCK_STREAM)
+    try:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        sock.bind((host.strip("[]"), port))
+        sock.listen(_MOST_CONNECTIONS)
+    except OSError as error:
+        sock.close()
+        remedy = "give another host or port"
+        raise ConfigError(
+            f"host={host} with port={port} is not possible: {error.strerror or error}; {remedy}"
+        ) from None
+    return sock

@@ -1,0 +1,1 @@
+"""The web page: a model asked from a browser."""
