@@ -17,6 +17,7 @@ def get_config() -> ConfigDict:
     config.loc_scale = 1023  # location token of the far edge: 1023, or 1024 for models that were trained so
     config.image = base.shipped("examples/shapes.png")  # picture of the examples
 
+    config.seed = 0  # that the page begins with
     config.simple = False  # a page with a picture, a prompt and the answer alone
     config.server = ""  # address of a running server (configs/serve.py) that answers; no model is loaded here then
     config.api_key = ""  # of that server

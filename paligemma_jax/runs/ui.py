@@ -57,7 +57,7 @@ def _serve(config: ConfigDict, sock: socket.socket, backend: Backend) -> None:
     from paligemma_jax.serving.web import page, server, simple  # seconds, while the model is loaded
 
     make = simple.make if config.simple else page.make
-    blocks = make(backend, config.image, config.max_new_tokens)
+    blocks = make(backend, config.image, config.max_new_tokens, config.seed)
     if config.share:
         note(f"and, for whoever knows it, at {server.share(port)}")
     server.serve(server.make_app(blocks, config.image, is_loopback(config.host) and not config.share), sock)

@@ -56,7 +56,7 @@ _MAPS, _SWAP = (
     "runs/test_inspect.py::test_only_what_is_asked_for",
     "runs/test_embedded.py::test_four_runs_and_their_variations",
 )
-_SERVE = "runs/test_serve.py"
+_SERVE, _UI = "runs/test_serve.py", "runs/test_ui.py"
 _RUN = "runs/test_annotate_run.py"
 _RAY = "annotate/test_kill.py::test_ray_makes_the_same_rows_and_either_engine_goes_on"
 _SAME = f"{_RUN}::test_what_is_loaded_is_what_the_config_says"
@@ -119,6 +119,20 @@ COVERED = {
         "port": f"{_SERVE}::test_what_cannot_be_is_one_line",
         "resample": f"{_SERVE}::test_resample_is_that_of_the_model",
     },
+    "ui": COMMON
+    | dict.fromkeys(
+        ("checkpoint", "adapter", "dtype", "quantization", "mask_vae", "num_slots"),
+        f"{_UI}::test_what_is_loaded_and_for_how_many",
+    )
+    | dict.fromkeys(("resample", "loc_scale"), f"{_UI}::test_the_source_is_told_to_the_calls")
+    | dict.fromkeys(
+        ("max_waiting", "max_new_tokens", "max_prompt_tokens", "cache_bytes", "num_steps"),
+        f"{_UI}::test_what_the_engine_is_told",
+    )
+    | dict.fromkeys(("server", "api_key"), f"{_UI}::test_a_server_is_asked_instead")
+    | dict.fromkeys(("host", "share"), f"{_UI}::test_models_are_chosen_only_where_nobody_else_comes")
+    | dict.fromkeys(("simple", "image", "seed"), f"{_UI}::test_which_page_is_made")
+    | {"port": f"{_UI}::test_what_cannot_be_is_one_line"},
     "finetune": COMMON
     | dict.fromkeys(
         ("learning_rate", "warmup_fraction", "weight_decay", "b2", "clip_norm"),
@@ -134,7 +148,7 @@ COVERED = {
 def test_every_key_has_a_test_that_knows_it(name, main, monkeypatch):
     """The test exists, and names the key."""
     seen = []
-    for run in ("annotate", "generate", "inspect", "swap", "train", "serve"):
+    for run in ("annotate", "generate", "inspect", "swap", "train", "serve", "ui"):
         monkeypatch.setattr(f"paligemma_jax.runs.{run}.run", lambda config: seen.append(set(config)) or 0)
     assert main(f"--config=configs/{name}.py", "--config.compilation_cache=false")[0] == 0
     assert seen == [set(COVERED[name])]

@@ -10,8 +10,10 @@ from paligemma_jax.serving.web.answering import Visits
 from paligemma_jax.serving.web.backend import Backend
 from paligemma_jax.serving.web.inside import inside_tab
 from paligemma_jax.serving.web.models import model_tab
-from paligemma_jax.serving.web.questions import LANGUAGES, TASKS
+from paligemma_jax.serving.web.questions import LANGUAGES, TASKS, Question
+from paligemma_jax.serving.web.snippets import Source
 
+_NO_CALLS = '<p class="pj-empty">Ask something: the calls that give the same answer appear here.</p>'
 _EXAMPLES = {  # what stands on a button: task, question, things, prompt
     "Describe it": ("caption", "", ""),
     "Count the stars": ("question", "how many stars are there?", ""),
@@ -20,19 +22,18 @@ _EXAMPLES = {  # what stands on a button: task, question, things, prompt
 }
 
 
-def make(backend: Backend, example: str, most_tokens: int) -> gr.Blocks:
+def make(backend: Backend, example: str, most_tokens: int, seed: int = 0) -> gr.Blocks:
     """The page; arguments as of `simple.make`."""
     visits = Visits()
     with gr.Blocks(title="PaliGemma", analytics_enabled=False, delete_cache=parts.DELETE_CACHE) as page:
-        gr.HTML('<div id="header"><h1>PaliGemma</h1><p>Ask a picture: text, boxes and masks</p></div>')
-        status = gr.HTML(parts.status_markup(backend.status()), elem_id="status")
+        status = parts.header("Ask a picture: text, boxes and masks", backend)
         with gr.Row(equal_height=False):
             with gr.Column(scale=5, min_width=300):
                 picture = parts.picture_input()
                 with gr.Row(elem_id="examples"):
                     examples = [gr.Button(name, size="sm", elem_classes="example") for name in _EXAMPLES]
                 with gr.Accordion("Settings", open=False, elem_id="settings"):
-                    settings = parts.settings_inputs(most_tokens)
+                    settings = parts.settings_inputs(most_tokens, seed)
             with gr.Column(scale=6, min_width=300):
                 task, fields = _task_inputs()
                 with gr.Row():
@@ -40,18 +41,18 @@ def make(backend: Backend, example: str, most_tokens: int) -> gr.Blocks:
                     stop = gr.Button("Stop", variant="stop", elem_id="stop", interactive=False, scale=1, min_width=90)
                 outputs = parts.answer_outputs()
                 with gr.Row(elem_id="downloads"):
-                    names = ("JSON", "COCO", "Picture with boxes")
+                    names = ("JSON", "COCO", "PNG")
                     downloads = tuple(
                         gr.DownloadButton(name, size="sm", visible=False, elem_id=f"download_{key}")
                         for name, key in zip(names, ("json", "coco", "png"), strict=True)
                     )
         last, visit = gr.State(None, time_to_live=parts.KEPT_S), gr.State((), time_to_live=parts.KEPT_S)
         with gr.Tabs(elem_id="more"):
-            with gr.Tab("From a program", elem_id="tab_calls"):
+            with gr.Tab("Code", elem_id="tab_calls"):
                 calls = _calls()
             with gr.Tab("Look inside", elem_id="tab_inside"):
                 inside_tab(last)
-            with gr.Tab("This visit", elem_id="tab_history"):
+            with gr.Tab("History", elem_id="tab_history"):
                 past = gr.HTML(history.history_markup(()), elem_id="history")
             with gr.Tab("Model", elem_id="tab_model"):
                 model_tab(backend)
@@ -109,24 +110,23 @@ def _task_inputs() -> tuple[gr.Radio, list[Any]]:
     return task, list(fields.values())
 
 
-def _calls() -> list[gr.Code]:
-    gr.HTML(
-        '<p class="pj-empty">Ask something: the calls that give the same answer appear here.</p>', elem_id="no_calls"
-    )
-    kinds = (("Command line", "shell"), ("Python", "python"), ("curl", "shell"))
+def _calls() -> list[Any]:
+    """The place for a remark, and for each call."""
     return [
-        gr.Code(language=language, label=label, elem_id=f"call_{label.split()[0].lower()}", visible=False,
-                interactive=False, show_line_numbers=False, wrap_lines=True, lines=1, buttons=["copy"])
-        for label, language in kinds
+        gr.HTML(_NO_CALLS, elem_id="no_calls"),
+        *(
+            gr.Textbox(label=name, elem_id=f"call_{key}", elem_classes="call", visible=False, interactive=False,
+                       max_lines=20, buttons=["copy"])
+            for key, name in (("command", "Command line"), ("python", "Python"), ("curl", "curl"))
+        ),
     ]  # fmt: skip
 
 
-def _snippets(calls: Sequence[gr.Code], source: Any, question: Any) -> dict[Any, Any]:
-    functions = (snippets.command, snippets.python, snippets.curl)
-    return {
-        place: gr.update(value=make(source, question), visible=True)
-        for place, make in zip(calls, functions, strict=True)
-    }
+def _snippets(calls: Sequence[Any], source: Source, question: Question) -> dict[Any, Any]:
+    remark, *places = calls
+    texts = (make(source, question) for make in (snippets.command, snippets.python, snippets.curl))
+    shown = (gr.update(value=text, visible=True) for text in texts)
+    return {remark: gr.update(visible=False)} | dict(zip(places, shown, strict=True))
 
 
 def _wire_example(

@@ -10,7 +10,7 @@ from PIL import Image
 
 from paligemma_jax.processing.request import GenerateOptions
 from paligemma_jax.serving.web.answering import Shown
-from paligemma_jax.serving.web.backend import Served, Status
+from paligemma_jax.serving.web.backend import Backend, Served, Status
 from paligemma_jax.serving.web.markup import answer_markup, escape, notes_markup, numbers_markup
 from paligemma_jax.serving.web.questions import Question
 from paligemma_jax.tasks.draw import MASK_OPACITY, draw
@@ -52,12 +52,20 @@ class Last:
     served: "weakref.ref[Served]"
 
 
+def header(subtitle: str, backend: Backend) -> gr.HTML:
+    """The title, and beside it the place for the line about the model, which is returned."""
+    with gr.Row(elem_id="top"):
+        gr.HTML(f'<div id="header"><h1>PaliGemma</h1><p>{escape(subtitle)}</p></div>')
+        return gr.HTML(status_markup(backend.status()), elem_id="status")
+
+
 def picture_input() -> gr.Image:
     """A picture by upload, camera or paste; its file is handed on as it came, to be checked by the project's rules."""
     picture = gr.Image(
         type="filepath",
         sources=["upload", "webcam", "clipboard"],
         label="Picture",
+        show_label=False,
         height=320,
         elem_id="picture",
         buttons=[],
@@ -67,7 +75,7 @@ def picture_input() -> gr.Image:
     return picture
 
 
-def settings_inputs(most_tokens: int) -> list[Any]:
+def settings_inputs(most_tokens: int, seed: int) -> list[Any]:
     """The fields of `questions.options_of`, in its order."""
     plain = GenerateOptions()
     usual = min(plain.max_new_tokens, most_tokens)
@@ -82,7 +90,7 @@ def settings_inputs(most_tokens: int) -> list[Any]:
                   info="Draw among this many of the likeliest tokens; 0 means all."),
         gr.Slider(0, 1, 0, step=0.01, label="Min-p", elem_id="min_p",
                   info="Draw among tokens at least this much as probable as the likeliest; 0 means all."),
-        gr.Number(0, precision=0, minimum=0, label="Seed", elem_id="seed",
+        gr.Number(seed, precision=0, minimum=0, label="Seed", elem_id="seed",
                   info="The same seed gives the same answer. It matters when the temperature is above 0."),
         gr.Checkbox(False, label="Only objects", elem_id="constrain",
                     info="Answers to Detect and Segment can be nothing but objects of the names asked for."),
@@ -93,7 +101,12 @@ def answer_outputs() -> Outputs:
     """The answer, and below it the picture with its objects, when there are any."""
     answer = gr.HTML(EMPTY, elem_id="answer")
     picture = gr.Image(
-        label="What was found", elem_id="drawn", interactive=False, visible=False, buttons=["fullscreen"]
+        label="What was found",
+        show_label=False,
+        elem_id="drawn",
+        interactive=False,
+        visible=False,
+        buttons=["fullscreen"],
     )
     opacity = gr.Slider(0, 1, MASK_OPACITY, step=0.05, label="Opacity of masks", elem_id="opacity", visible=False)
     table = gr.HTML(elem_id="objects")

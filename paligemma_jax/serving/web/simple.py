@@ -10,17 +10,17 @@ from paligemma_jax.serving.web.answering import Visits
 from paligemma_jax.serving.web.backend import Backend
 
 
-def make(backend: Backend, example: str, most_tokens: int) -> gr.Blocks:
+def make(backend: Backend, example: str, most_tokens: int, seed: int = 0) -> gr.Blocks:
     """The page.
 
     Args:
       example: path of the example picture.
       most_tokens: of an answer.
+      seed: that the field of that name holds at first.
     """
     visits = Visits()
     with gr.Blocks(title="PaliGemma", analytics_enabled=False, delete_cache=parts.DELETE_CACHE) as page:
-        gr.HTML('<div id="header"><h1>PaliGemma</h1><p>Ask a picture</p></div>')
-        status = gr.HTML(parts.status_markup(backend.status()), elem_id="status")
+        status = parts.header("Ask a picture", backend)
         with gr.Row(equal_height=False):
             with gr.Column(min_width=300):
                 picture = parts.picture_input()
@@ -37,7 +37,7 @@ def make(backend: Backend, example: str, most_tokens: int) -> gr.Blocks:
                     stop = gr.Button("Stop", variant="stop", elem_id="stop", interactive=False, scale=1, min_width=90)
                 outputs = parts.answer_outputs()
                 with gr.Accordion("Settings", open=False, elem_id="settings"):
-                    settings = parts.settings_inputs(most_tokens)
+                    settings = parts.settings_inputs(most_tokens, seed)
         last = gr.State(None, time_to_live=parts.KEPT_S)
 
         async def answer(
