@@ -14,7 +14,7 @@ from paligemma_jax.runs.notes import note
 from paligemma_jax.serving.engine import Engine, EngineSettings
 
 _NEEDED = ("fastapi", "uvicorn", "prometheus_client")
-_HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+(?<!\.npz)(@[\w./-]+)?")
+HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+(?<!\.npz)(@[\w./-]+)?")
 
 
 def run(config: ConfigDict) -> int:
@@ -71,7 +71,7 @@ def run(config: ConfigDict) -> int:
 
 def _name_of(checkpoint: str) -> str:
     """What clients call a model that has no other name: its hub id, or the last part of its path."""
-    is_hub_id = _HUB_ID.fullmatch(checkpoint) and not Path(checkpoint).exists()
+    is_hub_id = HUB_ID.fullmatch(checkpoint) and not Path(checkpoint).exists()
     return checkpoint if is_hub_id else Path(checkpoint).name
 
 

@@ -6,16 +6,17 @@ import os
 import socket
 import tempfile
 import threading
-from collections.abc import Callable
-from typing import Any
 
 from ml_collections import ConfigDict
 
 import paligemma_jax as pj
+from paligemma_jax import checkpoints
 from paligemma_jax.errors import ConfigError
+from paligemma_jax.files import expanded
 from paligemma_jax.runs import model as models
 from paligemma_jax.runs import settings
 from paligemma_jax.runs.notes import note
+from paligemma_jax.runs.serve import HUB_ID
 from paligemma_jax.serving.engine import EngineSettings
 from paligemma_jax.serving.http import warming
 from paligemma_jax.serving.http.settings import is_loopback
@@ -69,6 +70,7 @@ def _backend(config: ConfigDict, engine_settings: EngineSettings) -> Backend:
     if config.server:
         return Remote(config.server, config.api_key, loc_scale)
     models.check_weights(config)
+    _check_files(config.checkpoint)
     names = ("dtype", "quantization", "adapter", "resample", "mask_vae")
     source = Source(config.checkpoint, **{name: config[name] for name in names}, loc_scale=loc_scale)
 
@@ -77,13 +79,22 @@ def _backend(config: ConfigDict, engine_settings: EngineSettings) -> Backend:
         return models.load(ConfigDict(config.to_dict() | values), batch_size=engine_settings.num_slots)
 
     can_load = is_loopback(config.host) and not config.share
-    backend = Local(load, engine_settings, can_load, lambda model: _in_background(warming.warm_up, model))
+    backend = Local(load, engine_settings, can_load, _warm_masks, lambda line: note(f"error: {line}"))
     backend.load(source)
     return backend
 
 
-def _in_background(function: Callable[..., Any], *arguments: Any) -> None:
-    threading.Thread(target=function, args=arguments, daemon=True).start()
+def _check_files(checkpoint: str) -> None:
+    """CheckpointError now, before the page is there, for a path of this machine that cannot be a model."""
+    if (path := expanded(checkpoint)).exists():
+        checkpoints.scan(checkpoints.locate(path))
+    elif not HUB_ID.fullmatch(checkpoint):
+        checkpoints.locate(checkpoint)
+
+
+def _warm_masks(model: pj.PaliGemma) -> None:
+    """Compile what the engine does not, while it answers already."""
+    threading.Thread(target=warming.warm_up, args=(model,), daemon=True).start()
 
 
 def _listen(host: str, port: int) -> socket.socket:

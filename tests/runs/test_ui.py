@@ -27,7 +27,7 @@ class FakeEngine:
     def __init__(self, model, settings):
         self.model, self.settings = model, settings
 
-    def start(self):
+    def start(self, early=False):
         pass
 
     def wait_ready(self):
@@ -47,11 +47,12 @@ def told(main, monkeypatch, loaded_with):
             backend._thread.join(10)
         seen.update(config=config, backend=backend, address=sock.getsockname(), status=backend.status())
 
-    def local(load, settings, can_load, after):
+    def local(load, settings, *rest):
         seen["engine"] = settings
-        return Local(load, settings, can_load, after)
+        return Local(load, settings, *rest)
 
     monkeypatch.setattr(ui, "_serve", serve)
+    monkeypatch.setattr(ui, "_check_files", lambda checkpoint: None)
     monkeypatch.setattr(ui, "Local", local)
 
     def run(**keys):
@@ -156,6 +157,12 @@ def test_which_page_is_made(monkeypatch, told):
 def test_what_cannot_be_is_one_line(told, keys, says):
     status, err, _ = told(**keys)
     assert status == 1 and says in err and err.count("\n") == 1
+
+
+@pytest.mark.parametrize("path", ["nowhere", "./no/where", "."])
+def test_a_path_that_is_no_model_ends_the_run(main, path):
+    status, _, err = main("--config=configs/ui.py", "--config.port=0", f"--config.checkpoint={path}")
+    assert status == 1 and err.startswith("error: ") and err.count("\n") == 1
 
 
 def test_a_port_that_is_taken_is_said(told):

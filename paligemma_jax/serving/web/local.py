@@ -49,6 +49,7 @@ class Local:
       settings: of its engine.
       can_load: whether visitors may choose another one.
       after: called with each model that is ready, such as to compile what the engine does not.
+      tell: called with a line when a model could not be loaded.
     """
 
     def __init__(
@@ -57,9 +58,10 @@ class Local:
         settings: EngineSettings,
         can_load: bool = True,
         after: Callable[[pj.PaliGemma], None] = lambda model: None,
+        tell: Callable[[str], None] = lambda line: None,
     ):
         self.can_load = can_load
-        self._load, self._settings, self._after = load, settings, after
+        self._load, self._settings, self._after, self._tell = load, settings, after, tell
         self._lock = threading.Lock()  # guards what follows
         self._served: OnEngine | None = None
         self._coming: Source | None = None
@@ -111,18 +113,13 @@ class Local:
         engine, error = None, ""
         try:
             engine = Engine(self._load(source), self._settings)
-            engine.start()
-            with self._lock:
-                if is_first := self._served is None:
-                    self._served = OnEngine(engine, source)
-            engine.wait_ready()
-            self._after(engine.model)
+            engine.start(early=True)
+            coming = OnEngine(engine, source)
             with self._lock:
                 before = self._served
-                if not self._closed:
-                    self._served = OnEngine(engine, source)
-            if not is_first and not self._closed:
-                before.engine.close(_DRAIN_S)
+                self._served = before or coming
+            engine.wait_ready()
+            self._after(engine.model)
         except UserError as known:
             error = str(known)
         except Exception as unknown:
@@ -130,9 +127,12 @@ class Local:
             error = f"{source.checkpoint} could not be loaded: {one_line(unknown)}"
         with self._lock:
             self._coming, self._error = None, shortened(" ".join(error.split()))
-            if engine is not None and self._served is not None and self._served.engine is engine and error:
+            served, ends = self._served, [] if engine is None else [engine]
+            if not error and not self._closed:
+                self._served, ends = coming, [] if before is None else [before.engine]
+            elif served is not None and served.engine is engine:
                 self._served = None
-            is_orphan = engine is not None and (self._served is None or self._served.engine is not engine)
-            is_orphan = is_orphan or (engine is not None and self._closed)
-        if is_orphan:
-            engine.close()
+        if self._error:
+            self._tell(self._error)
+        for unused in ends:
+            unused.close(_DRAIN_S if unused is not engine else 0.0)

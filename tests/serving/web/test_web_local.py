@@ -29,7 +29,7 @@ class FakeEngine:
         self.model, self.ready, self.closed = model, False, None
         self.made.append(self)
 
-    def start(self):
+    def start(self, early=False):
         pass
 
     def wait_ready(self):
