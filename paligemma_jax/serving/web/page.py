@@ -83,7 +83,7 @@ def make(backend: Backend, example: str, most_tokens: int, seed: int = 0) -> gr.
             event(**asked)
         for button, values in zip(examples, _EXAMPLES.values(), strict=True):
             _wire_example(button, example, values, [picture, task, *fields], asked)
-        outputs.opacity.release(asking.redraw, [last, outputs.opacity], outputs.picture, **parts.HIDDEN)
+        outputs.opacity.change(asking.redraw, [last, outputs.opacity], outputs.picture, **parts.HIDDEN)
         asking.wire_stop(stop, visits)
         asking.wire_status(status, backend)
         asking.wire_end(page, visits)

@@ -56,7 +56,7 @@ def make(backend: Backend, example: str, most_tokens: int, seed: int = 0) -> gr.
         for event in (ask.click, prompt.submit):
             event(answer, inputs, [*outputs.all(), stop, last], **parts.HIDDEN)
         show.click(lambda: example, None, picture, queue=False, **parts.HIDDEN)
-        outputs.opacity.release(asking.redraw, [last, outputs.opacity], outputs.picture, **parts.HIDDEN)
+        outputs.opacity.change(asking.redraw, [last, outputs.opacity], outputs.picture, **parts.HIDDEN)
         asking.wire_stop(stop, visits)
         asking.wire_status(status, backend)
         asking.wire_end(page, visits)
