@@ -14,7 +14,7 @@ import paligemma_jax as pj
 from paligemma_jax.errors import Cancelled, EngineFailed, UserError, shortened
 from paligemma_jax.serving.answer import Answer
 from paligemma_jax.serving.events import Finished
-from paligemma_jax.serving.listening import listen
+from paligemma_jax.serving.listening import listen_by_turns
 from paligemma_jax.serving.web.backend import Backend, Served
 from paligemma_jax.serving.web.questions import Question
 from paligemma_jax.tasks.detection import parse
@@ -22,6 +22,7 @@ from paligemma_jax.tasks.remarks import remarks
 
 SIDE = 1280  # longest, in pixels, of pictures that are shown
 _log = logging.getLogger(__name__)
+_TURN_S = 0.04  # between two looks at what is new of an answer: 25 a second are seen as a flow
 _LOOK_S = 0.1  # between two looks whether there is a model
 
 
@@ -122,11 +123,11 @@ async def answer(
             raise Cancelled("stopped")
         asked = await anyio.to_thread.run_sync(served.ask, question, visitor)
         visits.attach(visitor, number, asked)
-        async for _, event in listen([asked]):
-            if isinstance(event, Finished):
-                shown = await anyio.to_thread.run_sync(_whole, shown, event, served, question)
-            elif event.text:
-                shown = _longer(shown, event.text, served, question)
+        async for events in listen_by_turns(asked, _TURN_S):
+            if isinstance(events[-1], Finished):
+                shown = await anyio.to_thread.run_sync(_whole, shown, events[-1], served, question)
+            elif piece := "".join(event.text for event in events):
+                shown = _longer(shown, piece, served, question)
             else:
                 continue
             yield shown, served

@@ -38,8 +38,11 @@ class Served:
     model = tokenizer = None
     source = Source("assets/tiny")
 
-    def __init__(self, pieces: Sequence[str] = (), error: Exception | None = None, end: bool = True):
-        self._pieces, self._error, self._end = pieces, error, end
+    def __init__(
+        self, pieces: Sequence[str] = (), error: Exception | None = None, end: bool = True, by_turns: bool = False
+    ):
+        self._pieces, self._error, self._end, self._by_turns = pieces, error, end, by_turns
+        self._later: list[object] = []
         self.asked: list[tuple[Question, str]] = []
         self.cancelled = 0
         self.answers: list[Answer] = []
@@ -51,13 +54,23 @@ class Served:
         self.asked.append((question, client))
         answer = Answer(cancel)
         self.answers.append(answer)
-        for piece in self._pieces:
-            answer.put(Piece(piece, np.zeros(1, np.int32), np.zeros(1, np.float32)))
+        events = [Piece(piece, np.zeros(1, np.int32), np.zeros(1, np.float32)) for piece in self._pieces]
         if self._error is not None:
-            answer.put(self._error)
+            events.append(self._error)
         elif self._end:
-            answer.put(finished("".join(self._pieces), count=max(1, len(self._pieces))))
+            events.append(finished("".join(self._pieces), count=max(1, len(self._pieces))))
+        self._later = events
+        for _ in range(1 if self._by_turns else len(events)):
+            self.go_on()
         return answer
+
+    def go_on(self) -> None:
+        """Say the next thing; pieces without text are said with it."""
+        while self.answers and self._later:
+            event = self._later.pop(0)
+            self.answers[-1].put(event)
+            if not isinstance(event, Piece) or event.text:
+                return
 
     def objects(self, output, size, labels):
         found, dropped = pj.parse(output.text, size, labels=labels)

@@ -32,8 +32,8 @@ def collect(backend, asked, visits=None, visitor="me", on=lambda shown: None):
 
 
 def test_an_answer_grows(backend):
-    served = Served(["a ", "", "red ", "circle"])
-    seen = collect(backend(served), question())
+    served = Served(["a ", "", "red ", "circle"], by_turns=True)
+    seen = collect(backend(served), question(), on=lambda shown: served.go_on())
     assert [shown.text for shown in seen] == ["", "a ", "a red ", "a red circle", "a red circle"]
     assert [shown.ended for shown in seen] == [False] * 4 + [True]
     assert seen[0].waiting and not seen[1].waiting
@@ -41,10 +41,16 @@ def test_an_answer_grows(backend):
 
 
 def test_objects_come_as_soon_as_they_are_complete(backend):
-    seen = collect(backend(Served([STAR[:20], STAR[20:] + SEGS, " star", " ; "])), question("segment star"))
+    served = Served([STAR[:20], STAR[20:] + SEGS, " star", " ; "], by_turns=True)
+    seen = collect(backend(served), question("segment star"), on=lambda shown: served.go_on())
     assert [len(shown.objects) for shown in seen] == [0, 0, 1, 1, 1, 1]
     assert seen[-1].objects[0].score == 0.5 and seen[-1].objects[0].mask.shape == (20, 40)
     assert seen[-2].objects[0].score is None
+
+
+def test_who_looks_late_sees_all_at_once(backend):
+    seen = collect(backend(Served(["a "] * 1000)), question())
+    assert [len(shown.text) for shown in seen] == [0, 2000]
 
 
 def test_large_pictures_are_shown_smaller(backend):
