@@ -47,17 +47,23 @@ def running(*settings: str) -> Iterator[SimpleNamespace]:
                 process.kill()
 
 
+@contextlib.contextmanager
+def chromium() -> Iterator[object]:
+    """A browser of the machine, as playwright drives it."""
+    from playwright.sync_api import sync_playwright
+
+    path = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+    assert path, "chromium is needed: apt-get install chromium"
+    with sync_playwright() as driver:
+        browser = driver.chromium.launch(executable_path=path, args=list(_SWITCHES))
+        yield browser
+        browser.close()
+
+
 @pytest.fixture(scope="session")
 def browser() -> Iterator[object]:
-    playwright = pytest.importorskip("playwright.sync_api")
-    path = next(
-        (found for name in ("chromium", "chromium-browser", "google-chrome") if (found := shutil.which(name))), None
-    )
-    assert path, "the browser tests need chromium: apt-get install chromium"
-    with playwright.sync_playwright() as driver:
-        chromium = driver.chromium.launch(executable_path=path, args=list(_SWITCHES))
-        yield chromium
-        chromium.close()
+    with chromium() as found:
+        yield found
 
 
 @pytest.fixture(scope="session")

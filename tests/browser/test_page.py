@@ -110,7 +110,7 @@ def test_each_task_with_an_uploaded_picture(full, visit):
     choose(page, "Read text")
     page.locator("#things").wait_for(state="hidden")
     ask(page)
-    choose(page, "Free prompt")
+    choose(page, "Prompt")
     page.locator("#prompt textarea, #prompt input").first.fill("detect star")
     assert "star" in ask(page)
 
@@ -259,7 +259,7 @@ def test_two_visitors_at_once(full, visit):
     one.locator("#answer .pj-notes", has_text="stopped").wait_for()
     for page, asked, other in ((one, "caption en", "detect star"), (two, "detect star", "caption en")):
         page.get_by_role("tab", name="History").click()
-        page.locator("#history li").wait_for()
+        page.locator("#history .pj-history > li").wait_for()
         assert asked in page.locator("#history").inner_text() and other not in page.locator("#history").inner_text()
 
 

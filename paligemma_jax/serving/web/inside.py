@@ -23,9 +23,10 @@ def inside_tab(last: gr.State) -> None:
     remark = gr.HTML(elem_id="inside_remark")
     gallery = gr.Gallery(
         label="Maps",
+        show_label=False,
         elem_id="maps",
         visible=False,
-        columns=3,
+        columns=2,
         object_fit="contain",
         height="auto",
         buttons=["fullscreen"],

@@ -34,7 +34,7 @@ TASKS = {
     "detect": PageTask("Detect", ("things",)),
     "segment": PageTask("Segment", ("things",)),
     "ocr": PageTask("Read text"),
-    "free": PageTask("Free prompt", ("prompt",)),
+    "free": PageTask("Prompt", ("prompt",)),
 }
 
 

@@ -24,7 +24,10 @@ def make(backend: Backend, example: str, most_tokens: int, seed: int = 0) -> gr.
         with gr.Row(equal_height=False):
             with gr.Column(min_width=300):
                 picture = parts.picture_input()
-                show = gr.Button("Example picture", size="sm", elem_id="example")
+                with gr.Row(elem_id="examples"):
+                    show = gr.Button("Example picture", size="sm", elem_id="example")
+                with gr.Accordion("Settings", open=False, elem_id="settings"):
+                    settings = parts.settings_inputs(most_tokens, seed)
             with gr.Column(min_width=300):
                 prompt = gr.Textbox(
                     "caption en",
@@ -36,8 +39,6 @@ def make(backend: Backend, example: str, most_tokens: int, seed: int = 0) -> gr.
                     ask = gr.Button("Answer", variant="primary", elem_id="ask", scale=3, min_width=120)
                     stop = gr.Button("Stop", variant="stop", elem_id="stop", interactive=False, scale=1, min_width=90)
                 outputs = parts.answer_outputs()
-                with gr.Accordion("Settings", open=False, elem_id="settings"):
-                    settings = parts.settings_inputs(most_tokens, seed)
         last = gr.State(None, time_to_live=parts.KEPT_S)
 
         async def answer(
