@@ -5,7 +5,6 @@ import importlib.util
 import os
 import socket
 import tempfile
-import threading
 
 from ml_collections import ConfigDict
 
@@ -48,7 +47,9 @@ def run(config: ConfigDict) -> int:
         try:
             _serve(config, sock, backend)
         finally:
-            backend.close()
+            has_ended = backend.close()
+    if not has_ended:  # Python would crash as it ends, in a thread that reads or compiles a model
+        os._exit(0)
     return 0
 
 
@@ -79,7 +80,7 @@ def _backend(config: ConfigDict, engine_settings: EngineSettings) -> Backend:
         return models.load(ConfigDict(config.to_dict() | values), batch_size=engine_settings.num_slots)
 
     can_load = is_loopback(config.host) and not config.share
-    backend = Local(load, engine_settings, can_load, _warm_masks, lambda line: note(f"error: {line}"))
+    backend = Local(load, engine_settings, can_load, warming.warm_up, lambda line: note(f"error: {line}"))
     backend.load(source)
     return backend
 
@@ -90,11 +91,6 @@ def _check_files(checkpoint: str) -> None:
         checkpoints.scan(checkpoints.locate(path))
     elif not HUB_ID.fullmatch(checkpoint):
         checkpoints.locate(checkpoint)
-
-
-def _warm_masks(model: pj.PaliGemma) -> None:
-    """Compile what the engine does not, while it answers already."""
-    threading.Thread(target=warming.warm_up, args=(model,), daemon=True).start()
 
 
 def _listen(host: str, port: int) -> socket.socket:

@@ -64,6 +64,7 @@ class Engine:
         self._ids = itertools.count()
         self._ready = threading.Event()
         self._thread: threading.Thread | None = None
+        self._compiler: threading.Thread | None = None
         # Of the thread alone; others may read numbers.
         self._size: Size = self._programs.usual
         self._state: DecodeState | None = None
@@ -154,6 +155,8 @@ class Engine:
             self._fail_all(Cancelled("the server has ended: ask again later"), "cancelled")
         elif self._thread is not threading.current_thread():
             self._thread.join()
+            if self._compiler is not None:  # a process that ends while XLA compiles crashes
+                self._compiler.join()
 
     def _check_open(self) -> None:
         if self._closing < math.inf:
@@ -174,7 +177,8 @@ class Engine:
         try:
             self._programs.warm(self._is_open, only_first=early)
             if early:
-                threading.Thread(target=self._compile_rest, name="paligemma-compiler", daemon=True).start()
+                self._compiler = threading.Thread(target=self._compile_rest, name="paligemma-compiler", daemon=True)
+                self._compiler.start()
             self._ready.set()
             while self._turn():
                 pass

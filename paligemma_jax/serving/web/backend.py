@@ -68,4 +68,5 @@ class Backend(Protocol):
           ConfigError: one is being loaded, or models cannot be chosen here.
         """
 
-    def close(self) -> None: ...
+    def close(self) -> bool:
+        """End; whether nothing runs any more, as a model that is being read or compiled may."""

@@ -16,6 +16,7 @@ from paligemma_jax.serving.web.questions import Question
 from paligemma_jax.serving.web.snippets import Source
 
 _DRAIN_S = 60.0  # for the answers of a model whose place is taken
+_END_S = 5.0  # for a model that is being loaded when the page ends
 _log = logging.getLogger(__name__)
 
 
@@ -101,12 +102,15 @@ class Local:
             self._thread = threading.Thread(target=self._run, args=(source,), name="model-loader", daemon=True)
             self._thread.start()
 
-    def close(self) -> None:
+    def close(self) -> bool:
         with self._lock:
             self._closed = True
             served = self._served
         if served is not None:
             served.engine.close()
+        if self._thread is not None:
+            self._thread.join(_END_S)
+        return self._thread is None or not self._thread.is_alive()
 
     def _run(self, source: Source) -> None:
         """The thread that loads: the first model takes requests while it is made ready, a later one when it is."""
@@ -119,7 +123,6 @@ class Local:
                 before = self._served
                 self._served = before or coming
             engine.wait_ready()
-            self._after(engine.model)
         except UserError as known:
             error = str(known)
         except Exception as unknown:
@@ -136,3 +139,5 @@ class Local:
             self._tell(self._error)
         for unused in ends:
             unused.close(_DRAIN_S if unused is not engine else 0.0)
+        if not error and not self._closed:
+            self._after(engine.model)

@@ -58,8 +58,9 @@ class Remote:
     def load(self, source: Source) -> None:
         raise ConfigError("the model is that of the server: start the page without one to choose models")
 
-    def close(self) -> None:
+    def close(self) -> bool:
         self._closed.set()
+        return True
 
     def ask(self, question: Question, client: str) -> Answer:
         """See `backend.Served.ask`; the server takes all visitors of the page for one client."""

@@ -45,6 +45,7 @@ class FakeEngine:
 @pytest.fixture
 def engines(monkeypatch):
     monkeypatch.setattr(local, "Engine", FakeEngine)
+    monkeypatch.setattr(local, "_END_S", 0.05)
     monkeypatch.setattr(FakeEngine, "gate", threading.Event())
     monkeypatch.setattr(FakeEngine, "made", [])
     monkeypatch.setattr(FakeEngine, "failing", ("bad engine",))
@@ -142,7 +143,7 @@ def test_a_model_that_comes_after_the_end_is_closed(engines):
     backend.close()
     engines.gate.set()
     backend._thread.join()
-    assert engines.made[0].closed is not None
+    assert engines.made[0].closed is not None and backend.close()
     with pytest.raises(Closed):
         backend.load(Source("two"))
 
