@@ -103,7 +103,7 @@ def test_what_the_engine_is_told(told):
 def test_a_server_is_asked_instead(told):
     """server, api_key and loc_scale."""
     backend = told(server="http://127.0.0.1:9/", api_key="secret", loc_scale=1024)[2]["backend"]
-    assert backend.source == Source("", server="http://127.0.0.1:9", loc_scale=1024)
+    assert backend.source == Source("", server="http://127.0.0.1:9", loc_scale=1024, needs_key=True)
     assert backend._key == "secret" and backend.model is None and not backend.can_load
 
 

@@ -44,7 +44,7 @@ class Remote:
         if not address.startswith(("http://", "https://")):
             raise ConfigError(f"server={address!r} is not possible: give an address, as http://127.0.0.1:8000")
         self._address, self._key = address.rstrip("/"), key
-        self.source = Source("", server=self._address, loc_scale=loc_scale)
+        self.source = Source("", server=self._address, loc_scale=loc_scale, needs_key=bool(key))
         self._status = Status("loading", self._address)
         self._closed = threading.Event()
         threading.Thread(target=self._watch, name="server-watcher", daemon=True).start()

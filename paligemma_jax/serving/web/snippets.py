@@ -23,6 +23,7 @@ class Source:
     dtype: of weights and activations.
     quantization, adapter, resample, mask_vae, loc_scale: as keys of the command line; "" and defaults are left out.
     server: address of a running one; "" when the model is in this process.
+    needs_key: the server wants a key, which calls take from PALIGEMMA_API_KEY.
     """
 
     checkpoint: str
@@ -33,6 +34,7 @@ class Source:
     mask_vae: str = ""
     loc_scale: int = 1023
     server: str = ""
+    needs_key: bool = False
 
 
 _PLAIN = Source("")
@@ -55,11 +57,13 @@ def python(source: Source, question: Question) -> str:
     options, sampling = question.options, question.options.sampling
     if source.server:
         body = {key: value for key, value in _body(question, "").items() if key != "messages"}
+        key = ', os.environ["PALIGEMMA_API_KEY"]' if source.needs_key else ""
         return "\n".join(
             [
                 "from client import Client  # docs/deploy/client.py of this project, which needs nothing else",
+                *(["import os"] if source.needs_key else []),
                 "",
-                f"client = Client({source.server!r})",
+                f"client = Client({source.server!r}{key})",
                 f"print(client.ask({question.prompt.text!r}, {question.name!r}{_keywords(body)}))",
             ]
         )
@@ -94,7 +98,8 @@ def curl(source: Source, question: Question) -> str:
     body = body.replace('"PICTURE"', f'"data:{kind};base64,%s"', 1)
     picture = f"\"$(base64 < {shlex.quote(question.name)} | tr -d '\\n')\""
     lines.append(f"printf {shlex.quote(body)} {picture} |")
-    lines.append(f'    curl -fsS {address}/v1/chat/completions -H "content-type: application/json" -d @-')
+    key = ' -H "authorization: Bearer $PALIGEMMA_API_KEY"' if source.needs_key else ""
+    lines.append(f'    curl -fsS {address}/v1/chat/completions -H "content-type: application/json"{key} -d @-')
     return "\n".join(lines)
 
 

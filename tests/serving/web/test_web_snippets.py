@@ -80,3 +80,7 @@ def test_a_server_is_asked_by_its_address():
     assert "http://127.0.0.1:9/v1/chat/completions" in snippets.curl(source, question())
     assert "Client('http://127.0.0.1:9')" in snippets.python(source, question())
     assert snippets.command(source, question()).startswith("# ")
+    assert "API_KEY" not in snippets.curl(source, question()) + snippets.python(source, question())
+    keyed = Source("", server="http://127.0.0.1:9", needs_key=True)
+    assert '-H "authorization: Bearer $PALIGEMMA_API_KEY" -d @-' in snippets.curl(keyed, question())
+    assert ast.parse(snippets.python(keyed, question())) and "API_KEY" in snippets.python(keyed, question())
