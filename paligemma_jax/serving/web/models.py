@@ -15,7 +15,7 @@ _REMOTE = "This page asks a server: its model is the one that answers."
 _FIXED = "Models cannot be chosen here, because other machines can reach this page."
 
 
-def model_tab(backend: Backend, first: Source | None = None) -> None:
+def model_tab(backend: Backend) -> None:
     """The contents of the tab."""
     if not backend.can_load:
         gr.HTML(f'<p class="pj-empty">{_REMOTE if backend.status().name.startswith("http") else _FIXED}</p>')
