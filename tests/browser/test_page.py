@@ -40,6 +40,9 @@ def settings(page, **values):
 def answer(page):
     """Wait for the end of an answer; its words."""
     page.locator("#answer .pj-numbers:not(.old)").wait_for(timeout=ANSWER_MS)
+    if page.locator("#more").count():  # files and calls come behind the answer: its event has ended with them
+        page.locator("#download_json").wait_for(timeout=ANSWER_MS)
+        page.wait_for_timeout(200)
     return " ".join(page.locator("#answer .pj-answer").all_inner_texts()).strip()
 
 
