@@ -37,36 +37,27 @@ def settings(page, **values):
         field.press("Tab")
 
 
-def answer(page):
-    """Wait for the end of an answer; its words."""
-    page.locator("#answer .pj-numbers:not(.old)").wait_for(timeout=ANSWER_MS)
-    if page.locator("#more").count():  # files and calls come behind the answer: its event has ended with them
-        page.locator("#download_json").wait_for(timeout=ANSWER_MS)
-        page.wait_for_timeout(200)
+def answer(page, before=""):
+    """Wait for the end of an answer, another one than that with the number `before`; its words."""
+    page.locator(f"#answer [data-answer]:not([data-answer='{before}']) .pj-numbers").wait_for(timeout=ANSWER_MS)
     return " ".join(page.locator("#answer .pj-answer").all_inner_texts()).strip()
 
 
-def forget(page):
-    """Mark what is shown as that of an earlier answer."""
-    page.evaluate("document.querySelectorAll('#answer *, #objects *').forEach(e => e.classList.add('old'))")
-
-
 def ask(page):
-    forget(page)
+    before = page.evaluate("document.querySelector('#answer [data-answer]')?.dataset.answer ?? ''")
     page.locator("#ask").click()
-    return answer(page)
+    return answer(page, before)
 
 
 def table(page):
     """Wait for the objects of the answer; their lines."""
-    page.locator("#objects table:not(.old)").wait_for()
+    page.locator("#objects table").wait_for()
     return page.locator("#objects tbody tr").all_inner_texts()
 
 
 def error(page):
-    forget(page)
     page.locator("#ask").click()
-    page.locator("#answer .pj-error:not(.old)").wait_for()
+    page.locator("#answer .pj-error").wait_for()
     return page.locator("#answer .pj-error").inner_text()
 
 

@@ -30,6 +30,7 @@ _LOOK_S = 0.1  # between two looks whether there is a model
 class Shown:
     """An answer so far.
 
+    number: of the answer, in this process.
     text: as the model wrote it.
     objects: those that are complete, in pixels of `picture`.
     dropped: texts of incomplete ones.
@@ -41,6 +42,7 @@ class Shown:
     """
 
     picture: Image.Image
+    number: int = 0
     text: str = ""
     objects: tuple[pj.Detection, ...] = ()
     dropped: tuple[str, ...] = ()
@@ -113,8 +115,8 @@ async def answer(
     backend: Backend, visits: Visits, visitor: str, question: Question
 ) -> AsyncIterator[tuple[Shown, Served | None]]:
     """Ask a question; the answer so far again and again until it ended, and who answers. Errors are part of it."""
-    shown, served = Shown(shown_size(question.picture), waiting=True), None
     number = visits.begin(visitor)
+    shown, served = Shown(shown_size(question.picture), number, waiting=True), None
     try:
         yield shown, served
         while (served := backend.served()) is None and visits.wanted(visitor, number):

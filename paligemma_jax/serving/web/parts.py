@@ -124,7 +124,7 @@ def shown_answer(shown: Shown) -> str:
             body += notes_markup([shown.error], "error")
         if shown.finished is not None:
             body += numbers_markup(shown.finished)
-        return body + notes_markup(shown.notes)
+        return f'<div data-answer="{shown.number}">{body}{notes_markup(shown.notes)}</div>'
     if shown.waiting:
         return '<p class="pj-empty pj-answer pj-growing">Waiting for the model</p>'
     return f'<div class="pj-answer pj-growing">{body}</div>'
