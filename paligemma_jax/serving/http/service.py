@@ -1,7 +1,6 @@
 """What all routes share: the engine and its model, the settings, and an answer as asyncio sees it."""
 
 import asyncio
-import contextlib
 import dataclasses
 import functools
 import threading
