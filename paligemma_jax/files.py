@@ -92,18 +92,23 @@ def replacing(path: Path) -> Iterator[Path]:
 class Stems:
     """File names without suffix of which no two are the same, whatever the case."""
 
-    def __init__(self) -> None:
+    def __init__(self, is_taken: Callable[[str], bool] = lambda stem: False):
         self._taken: set[str] = set()
         self._counts: dict[str, int] = {}
+        self._is_taken = is_taken  # by something else
+
+    def take(self, stem: str) -> None:
+        """Say that a stem is in use."""
+        self._taken.add(stem.casefold())
 
     def new(self, stem: str) -> str:
         """The stem itself, or with the first number that makes it new."""
         unique, count = stem, self._counts.get(stem.casefold(), 1)
-        while unique.casefold() in self._taken:
+        while unique.casefold() in self._taken or self._is_taken(unique):
             count += 1
             unique = f"{stem}_{count}"
         self._counts[stem.casefold()] = count
-        self._taken.add(unique.casefold())
+        self.take(unique)
         return unique
 
 

@@ -7,7 +7,7 @@ import contextlib
 import html
 import json
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import groupby
 from pathlib import Path
 from typing import Any, TextIO
@@ -22,11 +22,17 @@ from paligemma_jax.tasks.overlap import clip_box
 from paligemma_jax.tasks.prompts import Prompt
 
 Rows = Callable[[], Iterator[Row]]
+Tell = Callable[[str], None]
 EXPORTS = ("coco", "yolo", "fiftyone", "labelstudio")
 
 
 def export(
-    kinds: Iterable[str], directory: Path, rows: Rows, prompts: Iterable[Prompt], pictures: str = ""
+    kinds: Iterable[str],
+    directory: Path,
+    rows: Rows,
+    prompts: Iterable[Prompt],
+    pictures: str = "",
+    tell: Tell = lambda line: None,
 ) -> list[Path]:
     """Write the files of each kind, of pictures that were answered; returns what was written.
 
@@ -35,6 +41,7 @@ def export(
       rows: gives all rows from the first; those of a picture come one after the other.
       prompts: of the run: classes are numbered as they name them, then as they turn up.
       pictures: folder that relative names of pictures start from.
+      tell: called with a line about each picture whose file is not called as it is.
 
     Raises:
       ConfigError: there are masks, and pycocotools is not installed.
@@ -42,7 +49,7 @@ def export(
     if not (kinds := list(kinds)):
         return []
     classes = _classes(rows, prompts)
-    return [path for kind in kinds for path in _WRITERS[kind](directory, rows, classes, pictures)]
+    return [path for kind in kinds for path in _WRITERS[kind](directory, rows, classes, pictures, tell)]
 
 
 def _classes(rows: Rows, prompts: Iterable[Prompt]) -> list[str]:
@@ -60,6 +67,11 @@ def _pictures(rows: Rows) -> Iterator[tuple[str, tuple[int, int], list[Row]]]:
         yield found[0]["image"], (found[0]["width"], found[0]["height"]), found
 
 
+def _stem(name: str, found: Sequence[Row]) -> str:
+    """What files that belong to a picture are called: frames of a video bring a name of their own."""
+    return found[0].get("stem") or Path(name).stem
+
+
 def _objects(found: Iterable[Row]) -> Iterator[tuple[Detection, Any]]:
     """The objects of a picture, each with its mask in COCO's form, or None."""
     for row in found:
@@ -68,7 +80,7 @@ def _objects(found: Iterable[Row]) -> Iterator[tuple[Detection, Any]]:
             yield Detection(box["label"] or UNNAMED, corners, box["score"]), mask
 
 
-def _coco(directory: Path, rows: Rows, classes: list[str], pictures: str) -> list[Path]:
+def _coco(directory: Path, rows: Rows, classes: list[str], pictures: str, tell: Tell) -> list[Path]:
     results, dataset = directory / "coco_results.json", directory / "coco_dataset.json"
 
     def annotations() -> Iterator[coco.Record]:
@@ -97,17 +109,20 @@ def _coco(directory: Path, rows: Rows, classes: list[str], pictures: str) -> lis
     return [results, dataset]
 
 
-def _yolo(directory: Path, rows: Rows, classes: list[str], pictures: str) -> list[Path]:
+def _yolo(directory: Path, rows: Rows, classes: list[str], pictures: str, tell: Tell) -> list[Path]:
     labels, stems = directory / "labels", Stems()
     labels.mkdir(parents=True, exist_ok=True)
     for name, size, found in _pictures(rows):
         text = yolo.to_yolo([item for item, _ in _objects(found)], size, classes)
-        write_text(labels / f"{stems.new(Path(name).stem)}.txt", text)
+        stem = stems.new(usual := _stem(name, found))
+        if stem != usual:
+            tell(f"note: another picture is called {usual} too: the labels of {name} are in {stem}.txt")
+        write_text(labels / f"{stem}.txt", text)
     write_text(directory / "classes.txt", yolo.class_file(classes))
     return [directory / "classes.txt", labels]
 
 
-def _fiftyone(directory: Path, rows: Rows, classes: list[str], pictures: str) -> list[Path]:
+def _fiftyone(directory: Path, rows: Rows, classes: list[str], pictures: str, tell: Tell) -> list[Path]:
     """A FiftyOneImageDetectionDataset: boxes as shares of the sides, and where the pictures are."""
     folder = directory / "fiftyone"
     folder.mkdir(parents=True, exist_ok=True)
@@ -115,7 +130,7 @@ def _fiftyone(directory: Path, rows: Rows, classes: list[str], pictures: str) ->
 
     def named() -> Iterator[tuple[str, tuple[str, tuple[int, int], list[Row]]]]:
         stems = Stems()
-        return ((stems.new(Path(picture[0]).stem), picture) for picture in _pictures(rows))
+        return ((stems.new(_stem(picture[0], picture[2])), picture) for picture in _pictures(rows))
 
     with _json(labels) as file:
         file.write(f'{{"classes": {json.dumps(classes)}, "labels": ')
@@ -145,7 +160,7 @@ def _relative(found: Iterable[Row], size: tuple[int, int], classes: list[str]) -
     return objects
 
 
-def _labelstudio(directory: Path, rows: Rows, classes: list[str], pictures: str) -> list[Path]:
+def _labelstudio(directory: Path, rows: Rows, classes: list[str], pictures: str, tell: Tell) -> list[Path]:
     """Tasks with predictions, to import, and a labelling config that they fit: boxes, and texts of other answers."""
     tasks, config = directory / "labelstudio_tasks.json", directory / "labelstudio_config.xml"
     with _json(tasks) as file:

@@ -90,7 +90,7 @@ class Store:
         self._directory, self._state = directory, directory / "state"
         self._layout = layout
         self._state.mkdir(parents=True, exist_ok=True)
-        self._lock = _locked(self._state / "lock", directory)
+        self._lock = locked(self._state / "lock", directory)
         try:
             self._begin(dict(fingerprint) | dataclasses.asdict(layout), overwrite)
             for path in (*directory.glob(".rows-*.tmp"), *self._state.glob(".*.tmp")):
@@ -291,7 +291,7 @@ def _flush(path: Path) -> None:
         os.close(handle)
 
 
-def _locked(path: Path, directory: Path) -> int | None:
+def locked(path: Path, directory: Path) -> int | None:
     """An open file that no other process can lock; None where the system has no such locks."""
     try:
         import fcntl

@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 import paligemma_jax as pj
 from paligemma_jax.annotate import cluster, fingerprint, inputs, local, rows, sources
-from paligemma_jax.annotate.exports import EXPORTS, export
+from paligemma_jax.annotate.exports import export
 from paligemma_jax.annotate.store import Group, Layout, Store
 from paligemma_jax.annotate.worker import Annotator, Job
 from paligemma_jax.errors import ConfigError
@@ -44,7 +44,7 @@ def run(config: ConfigDict) -> int:
     else:
         settings.refuse(config, ("workers",), "it is for engine=ray")
     settings.choice(config)
-    kinds = settings.exports(config, EXPORTS)
+    kinds = settings.exports(config)
     prompts = _prompts(config)
     job = Job(prompts, settings.generate_options(config), config.min_score, config.nms, settings.loc_scale(config))
     models.check_weights(config)

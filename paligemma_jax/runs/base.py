@@ -54,6 +54,8 @@ def get_config() -> ConfigDict:
     config.nms = 0.0  # IoU above which the lower scored of two boxes of a label is left out; 0: only of equal boxes
     config.export = ""  # coco, yolo or both with a comma: files of all objects, in `output_dir`
     config.output_dir = ""  # folder for pictures with boxes and masks drawn on them, and for the masks
+    config.resume = False  # go on with the run that `output_dir` holds, skipping what is done
+    config.overwrite = False  # remove the results of the run that `output_dir` holds, and begin anew
     config.save_embeddings = ""  # .npy file for the pictures' embeddings
     config.load_embeddings = ""  # .npy file of embeddings to use instead of the pictures' own
     config.embeddings = "projected"  # which: projected (soft tokens), or features (before the projector)

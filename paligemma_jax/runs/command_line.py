@@ -37,12 +37,13 @@ RUNS = {  # config.run: module in paligemma_jax/runs, and what it does
 _EVALUATION = ("measure", "data", "num_scenes", "scenes_seed", "output")
 _SELECTION = ("min_score", "nms", "loc_scale")
 _SAMPLING = ("temperature", "top_k", "top_p", "min_p", "seed", "max_new_tokens", "speculate")
-_FILES = ("stream", "export", "output_dir", "save_embeddings", "load_embeddings", "embeddings")
+_GOING_ON = ("resume", "overwrite")
+_FILES = (*_GOING_ON, "stream", "export", "output_dir", "save_embeddings", "load_embeddings", "embeddings")
 UNUSED = {  # by run, keys of its config that change nothing in it
     "generate": _EVALUATION,
-    "chat": (*_EVALUATION, "prompt", "stream", "batch_size", "video_fps", "embeddings"),
-    "inspect": (*_EVALUATION, "min_score", "nms", "video_fps", "embeddings", "batch_size"),
-    "swap": (*_EVALUATION, *_SELECTION, "video_fps", "mask_vae"),
+    "chat": (*_EVALUATION, "prompt", "stream", "batch_size", "video_fps", "embeddings", *_GOING_ON),
+    "inspect": (*_EVALUATION, "min_score", "nms", "video_fps", "embeddings", "batch_size", *_GOING_ON),
+    "swap": (*_EVALUATION, *_SELECTION, "video_fps", "mask_vae", *_GOING_ON),
     "evaluate": (
         *("image", "prompt", "prompts_file", "prompt_form", "split_classes", "video_fps", "batch_size"),
         *(*_SELECTION, *_SAMPLING, *_FILES),

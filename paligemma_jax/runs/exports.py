@@ -1,86 +1,60 @@
-"""Files of all objects of a run, for other tools: COCO's and YOLO's."""
+"""Files of all objects of a run, for other tools, made of its records."""
 
-import dataclasses
-import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from paligemma_jax.files import Stems, write_text
+import numpy as np
+from PIL import Image
+
+from paligemma_jax.annotate.exports import export
+from paligemma_jax.annotate.rows import OK, Row
+from paligemma_jax.runs.folder import Folder, Record
 from paligemma_jax.runs.notes import note
-from paligemma_jax.runs.sources import Source
-from paligemma_jax.tasks import coco, yolo
-from paligemma_jax.tasks.classes import UNNAMED
-from paligemma_jax.tasks.detection import Detection
-from paligemma_jax.tasks.prompts import read_prompt
+from paligemma_jax.tasks import coco
+from paligemma_jax.tasks.prompts import Prompt
 
 
-class Exports:
-    """Collects the objects of a run; `close` writes what is about all pictures.
+def write(kinds: Iterable[str], folder: Folder, prompts: Iterable[Prompt]) -> None:
+    """Write the files of each kind, of `annotate.exports.EXPORTS`, and say which.
 
     Classes are numbered as the prompts name them, then as they turn up. Several prompts about a picture add up.
-
-    Args:
-      kinds: of coco and yolo.
-      directory: where the files go.
-      prompts: those of the run.
     """
 
-    def __init__(self, kinds: Iterable[str], directory: Path, prompts: Iterable[str]):
-        self._kinds = list(kinds)
-        self._directory = directory
-        self._classes = list(dict.fromkeys(name for prompt in prompts for name in read_prompt(prompt).labels))
-        self._images: list[coco.Record] = []
-        self._annotations: list[coco.Record] = []
-        self._current: tuple[str, float] | None = None  # the picture whose objects come
-        self._labels = ""  # its YOLO text so far
-        self._label_file = directory
-        self._stems = Stems()
-        if "yolo" in self._kinds:
-            (directory / "labels").mkdir(parents=True, exist_ok=True)  # a bad place is known before the work
+    def rows() -> Iterator[Row]:
+        return (_row(folder.path, record) for record in folder.records() if "error" not in record)
 
-    def add(self, source: Source, objects: list[Detection]) -> None:
-        """Objects of a picture; those of the same picture come one after the other."""
-        objects = [dataclasses.replace(item, label=item.label or UNNAMED) for item in objects]
-        new = dict.fromkeys(item.label for item in objects)
-        self._classes += [label for label in new if label not in self._classes]
-        if self._current != (source.name, source.time):
-            self._current = source.name, source.time
-            self._images.append(coco.image(len(self._images) + 1, source.name, source.image.size))
-            self._labels = ""
-            self._label_file = self._new_label_file(source)
-        if "coco" in self._kinds:
-            self._annotations += coco.annotate(objects, len(self._images), source.image.size, self._classes)
-        if "yolo" in self._kinds:
-            self._labels += yolo.to_yolo(objects, source.image.size, self._classes)
-            write_text(self._label_file, self._labels)
-
-    def close(self) -> None:
-        """Write the files about all pictures, and say which."""
-        pictures = f"{len(self._images)} picture{'s' * (len(self._images) != 1)}"
-        if "coco" in self._kinds:
-            results, dataset = (self._directory / f"coco_{form}.json" for form in ("results", "dataset"))
-            _write_json(results, coco.to_results(self._annotations))
-            _write_json(dataset, coco.to_dataset(self._images, self._annotations, self._classes))
-            note(f"wrote {results} and {dataset}, of {pictures}")
-        if "yolo" in self._kinds:
-            file = self._directory / "classes.txt"
-            write_text(file, yolo.class_file(self._classes))
-            note(f"wrote {file} and {self._directory / 'labels'}, of {pictures}")
-
-    def _new_label_file(self, source: Source) -> Path:
-        """Named as the picture, where trainers look for it, with a number where another picture has that name."""
-        stem = self._stems.new(source.stem)
-        if stem != source.stem and "yolo" in self._kinds:
-            note(f"note: another picture is called {source.stem} too: the labels of {source.name} are in {stem}.txt")
-        return self._directory / "labels" / f"{stem}.txt"
+    if written := export(kinds, folder.path, rows, prompts, tell=note):
+        folder.own(written)
+        count = folder.done - folder.failed
+        note(f"wrote {', '.join(map(str, written))}, of {count:,} picture{'s' * (count != 1)}")
 
 
-def _write_json(path: Path, value: Any) -> None:
-    write_text(path, json.dumps(value, ensure_ascii=False) + "\n")
+def _row(directory: Path, record: Record) -> Row:
+    """A record as a row of `run=annotate`."""
+    width, height = record["size"]
+    boxes, masks = [], iter(record["masks"])
+    coming, found = next(masks, None), []
+    for box, exact in zip(record["boxes"], record["exact_boxes"], strict=True):
+        # Objects with a mask are listed again, in the same order.
+        has_mask = coming is not None and box == {key: coming[key] for key in box}
+        found.append(_mask(directory, coming) if has_mask else None)
+        coming = next(masks, None) if has_mask else coming
+        corners = dict(zip(("x0", "y0", "x1", "y1"), exact, strict=True))
+        boxes.append({"label": box["label"], "score": box["score"]} | corners)
+    return {
+        **{"image": record["image"], "width": width, "height": height, "stem": record["stem"], "status": OK},
+        **{"text": record["text"], "model": record["model"]},
+        **{"boxes": boxes, "masks": found if any(found) else []},
+    }
 
 
-def check(kinds: Iterable[str], prompts: Iterable[str]) -> None:
+def _mask(directory: Path, entry: dict[str, Any]) -> coco.Record:
+    with Image.open(directory / Path(entry["file"]).name) as file:
+        return coco.encode_mask(np.asarray(file) > 0)
+
+
+def check(kinds: Iterable[str], prompts: Iterable[Prompt]) -> None:
     """Raise a ConfigError, before the model is loaded, when masks are asked for that could not be written."""
-    if "coco" in kinds and any((task := read_prompt(prompt).task) and task.num_codes for prompt in prompts):
+    if "coco" in kinds and any(prompt.task and prompt.task.num_codes for prompt in prompts):
         coco.require()

@@ -26,15 +26,17 @@ class Films:
         self._video: str | None = None
         self._open: dict[str, tuple[Path, video.Writer]] = {}  # by prompt, of the video whose frames come
 
-    def add(self, source: Source, prompt: str, drawn: Image.Image) -> None:
-        """The next frame of a video; the films of another one are finished."""
+    def add(self, source: Source, prompt: str, drawn: Image.Image) -> Path:
+        """The next frame of a video; the films of another one are finished. Returns the file that it will be in."""
         if source.video != self._video:
             self.close()
             self._video = source.video
         if prompt not in self._open:
             path = self._directory / f"{self._stems.new(plain(Path(source.video or '').stem))}_drawn.mp4"
             self._open[prompt] = path, video.Writer(path, self._per_second)
-        self._open[prompt][1].add(source.time, drawn)
+        path, writer = self._open[prompt]
+        writer.add(source.time, drawn)
+        return path
 
     def close(self) -> None:
         """Finish what is open."""

@@ -9,10 +9,11 @@ from pathlib import Path
 from ml_collections import ConfigDict
 
 import paligemma_jax as pj
-from paligemma_jax.errors import CheckpointError
+from paligemma_jax.errors import CheckpointError, ImageError, error_line
 from paligemma_jax.files import Stems, expanded, replacing
-from paligemma_jax.runs.exports import Exports
+from paligemma_jax.processing.fetch import label
 from paligemma_jax.runs.films import Films
+from paligemma_jax.runs.folder import Folder, refuse_used
 from paligemma_jax.runs.notes import note
 from paligemma_jax.runs.questions import Question, together
 from paligemma_jax.runs.sources import Source, plain
@@ -22,6 +23,8 @@ from paligemma_jax.tasks.draw import draw
 from paligemma_jax.tasks.prompts import TASK_WORDS, Prompt, read_prompt
 from paligemma_jax.tasks.remarks import remarks
 from paligemma_jax.tasks.select import Selection, select
+
+_DRAWN = "_drawn"  # the end of the name of a drawn picture
 
 
 def warn_about_free_prompts(config: ConfigDict, prompts: list[str]) -> None:
@@ -39,19 +42,27 @@ class Results:
       model: what made the answers.
       config: format, output_dir, loc_scale, mask_vae, min_score, nms and video_fps are used.
       several: there is more than one answer, so that each says what it is about.
-      exports: take the objects too.
+      folder: `output_dir` where it keeps records; without one, nothing that is there already is replaced.
     """
 
-    def __init__(self, model: pj.PaliGemma, config: ConfigDict, several: bool = False, exports: Exports | None = None):
+    def __init__(self, model: pj.PaliGemma, config: ConfigDict, several: bool = False, folder: Folder | None = None):
         self._model = model
         self._config = config
         self._several = several
-        self._exports = exports
+        self._folder = folder
         self._directory = expanded(config.output_dir) if config.output_dir else None
-        self._stems = Stems()
-        if self._directory:
-            self._directory.mkdir(parents=True, exist_ok=True)  # a bad place is known before the work
-            self._films = Films(self._directory, self._stems, config.video_fps)
+        if self._directory is None:
+            return
+        if folder is None:
+            refuse_used(self._directory)
+            self._directory.mkdir(parents=True, exist_ok=True)
+            self._stems = Stems(lambda stem: (self._directory / f"{stem}{_DRAWN}.png").exists())
+        else:
+            self._stems = Stems()
+            for name in (name for record in folder.records() for name in record.get("files", ())):
+                if (stem := Path(name).stem).endswith(_DRAWN):
+                    self._stems.take(stem.removesuffix(_DRAWN))
+        self._films = Films(self._directory, self._stems, config.video_fps)
 
     def head(self, name: str, prompt: str) -> None:
         """Say whose answer comes next, if the output would not tell."""
@@ -76,27 +87,39 @@ class Results:
         if not (as_json or streamed):
             print(answer.text, flush=True)
         start = time.perf_counter()
-        files = self._draw(source, question.prompt, objects)
+        drawn, files = self._draw(source, question.prompt, objects)
         draw_s = time.perf_counter() - start
-        if self._exports:
-            self._exports.add(source, objects)
+        texts = list(itertools.chain.from_iterable(dropped))
+        record = export.record(source.name, question.prompt, answer, objects, texts, files, self._model.load_s)
         if as_json:
-            texts = list(itertools.chain.from_iterable(dropped))
-            record = export.record(source.name, question.prompt, answer, objects, texts, files, self._model.load_s)
             record["timing"] |= {"masks_ms": 1e3 * masks_s, "draw_ms": 1e3 * draw_s}
             print(json.dumps(record, ensure_ascii=False), flush=True)
+        if self._folder:
+            kept = {key: value for key, value in record.items() if key != "timing"}  # the same in every run
+            self._folder.add(
+                kept
+                | {"size": source.image.size, "stem": source.stem, "model": self._config.checkpoint}
+                | {"exact_boxes": [item.box for item in objects], "files": [file.name for file in (*drawn, *files)]}
+            )
         for item in () if as_json else objects:
             note(f"  {about}{_describe(item)}")
         oddities = (self._oddities(*pair, *read, len(outputs) > 1) for pair, read in zip(answered, parsed, strict=True))
         for oddity in itertools.chain(self._left_out(chosen), *oddities):
             note(f"note: {about}{oddity}")
 
+    def fail(self, name: str, error: ImageError) -> None:
+        """Say that a picture cannot be answered about."""
+        note(error_line(error))
+        record = {"image": label(name), "error": str(error)}
+        if self._config.format == "json":
+            print(json.dumps(record, ensure_ascii=False), flush=True)
+        if self._folder:
+            self._folder.add(record)
+
     def close(self) -> None:
-        """Write what is known at the end only."""
+        """Finish the video whose frames came last."""
         if self._directory:
             self._films.close()
-        if self._exports:
-            self._exports.close()
 
     def _objects(
         self, output: pj.Output, prompt: Prompt, size: tuple[int, int], about: str
@@ -111,22 +134,21 @@ class Results:
             note(f"note: {about}boxes only, {error}")
             return self._model.objects(output, size, **options, masks=False)
 
-    def _draw(self, source: Source, prompt: str, objects: list[pj.Detection]) -> list[Path]:
-        """Write the drawn picture and the masks; returns the files of the masks."""
+    def _draw(self, source: Source, prompt: str, objects: list[pj.Detection]) -> tuple[list[Path], list[Path]]:
+        """Write the drawn picture and the masks; returns the drawn files, and those of the masks."""
         if not self._directory or not (objects or source.video):
-            return []
+            return [], []
         drawn = draw(source.image, objects)
-        if source.video:
-            self._films.add(source, prompt, drawn)
+        films = [self._films.add(source, prompt, drawn)] if source.video else []
         if not objects:
-            return []
+            return films, []
         stem = self._stems.new(plain(source.stem))
-        path = self._directory / f"{stem}_drawn.png"
+        path = self._directory / f"{stem}{_DRAWN}.png"
         with replacing(path) as temporary:
             drawn.save(temporary, format="PNG")
         files = export.save_masks(objects, self._directory, stem)
         note(f"wrote {path}" + (f" and {len(files)} mask{'s' * (len(files) > 1)}" if files else ""))
-        return files
+        return [*films, path], files
 
     def _left_out(self, chosen: Selection) -> Iterator[str]:
         """What is to be said about objects that were not kept."""

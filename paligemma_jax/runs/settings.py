@@ -3,17 +3,17 @@
 import dataclasses
 import difflib
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from typing import Any, TypeVar
 
 from ml_collections import ConfigDict
 
+from paligemma_jax.annotate.exports import EXPORTS
 from paligemma_jax.errors import ConfigError, PromptError, SamplingError
 from paligemma_jax.files import expanded, read_lines
 from paligemma_jax.processing.request import GenerateOptions, Sampling
 from paligemma_jax.tasks.prompts import FORM
 
-EXPORTS = ("coco", "yolo")
 _DEFAULTS = {"prompt_form": FORM}  # of keys that are not empty by default
 
 T = TypeVar("T")
@@ -79,11 +79,11 @@ def video_fps(config: ConfigDict) -> float:
     return config.video_fps
 
 
-def exports(config: ConfigDict, known: Sequence[str] = EXPORTS) -> list[str]:
+def exports(config: ConfigDict) -> list[str]:
     """The kinds of files that objects are exported to, each once."""
     names = list(dict.fromkeys(name.strip() for name in config.export.split(",") if name.strip()))
-    if (strange := next((name for name in names if name not in known), None)) is not None:
-        raise ConfigError(f"export={config.export!r} is not possible: {strange!r} is not one of {', '.join(known)}")
+    if (strange := next((name for name in names if name not in EXPORTS), None)) is not None:
+        raise ConfigError(f"export={config.export!r} is not possible: {strange!r} is not one of {', '.join(EXPORTS)}")
     if names and not config.output_dir:
         raise ConfigError(f"export={config.export!r} needs a place for its files: set output_dir too")
     return names

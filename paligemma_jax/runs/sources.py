@@ -3,7 +3,7 @@
 import dataclasses
 import itertools
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TypeVar
 
@@ -66,6 +66,12 @@ def read(names: Iterable[str], video_fps: float) -> Iterator[Source | ImageError
                 yield Source(fetch.label(name), load_image(name))
         except ImageError as error:
             yield error
+
+
+def numbered(names: Sequence[str], video_fps: float, start: int) -> Iterator[tuple[int, Source | ImageError]]:
+    """What `read` gives for the names from number `start` on, each with the number of its name."""
+    for i in range(start, len(names)):
+        yield from ((i, item) for item in read(names[i : i + 1], video_fps))
 
 
 def in_groups(items: Iterator[_Item], size: int) -> Iterator[list[_Item]]:

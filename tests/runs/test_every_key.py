@@ -44,6 +44,8 @@ BASE = COMMON | {
     "nms": f"{_HERE}::test_objects_of_low_score_or_much_overlap_are_left_out",
     "export": f"{_OBJECTS}::test_coco_files",
     "output_dir": f"{_GENERATE}::test_boxes_and_masks_are_drawn_and_listed",
+    "resume": "runs/test_folder.py::test_a_finished_run_has_nothing_to_go_on_with",
+    "overwrite": "runs/test_folder.py::test_overwriting_leaves_nothing_of_the_other_run_and_all_that_is_not_its_own",
     "save_embeddings": "runs/test_embedded.py::test_saved_is_what_the_pictures_gave_and_answered_what_was_loaded",
     "load_embeddings": "runs/test_embedded.py::test_saved_is_what_the_pictures_gave_and_answered_what_was_loaded",
     "embeddings": "runs/test_embedded.py::test_what_was_saved_stands_for_its_picture",

@@ -47,7 +47,7 @@ def test_frames_without_objects_are_in_the_film_too(generate, clip, answer_with,
     answer_with("")
     status, out, _ = generate(image=clip, prompt="detect star", output_dir=tmp_path / "out")
     assert status == 0 and out.count("==> ") == 4 and f"==> {clip} @ 3.00 s: detect star <==" in out
-    assert [path.name for path in (tmp_path / "out").iterdir()] == ["my_clip_drawn.mp4"]
+    assert [path.name for path in (tmp_path / "out").glob("*drawn*")] == ["my_clip_drawn.mp4"]
     assert len(list(video.frames(tmp_path / "out" / "my_clip_drawn.mp4", 100.0))) == 4
 
 
@@ -99,4 +99,30 @@ def test_a_corrupt_video_does_not_stop_the_others(generate, clip, answer_with, t
     (tmp_path / "broken.mp4").write_bytes(clip.read_bytes()[:1000])
     status, out, err = generate(image=tmp_path / "*.mp4")
     assert status == 1 and out.count("a circle\n") == 4
-    assert err.startswith("error: ") and "broken.mp4 is no video" in err and err.count("\n") == 1
+    assert err.startswith("error: ") and "broken.mp4 is no video" in err and err.count("\n") == 2
+
+
+@pytest.mark.parametrize("batch_size", [1, 3])
+def test_a_video_that_was_interrupted_is_begun_anew(generate, clip, answer_with, tmp_path, monkeypatch, batch_size):
+    answer_with(f"{BOX} circle")
+    (tmp_path / "other.mp4").write_bytes(clip.read_bytes())
+    keys = {"image": tmp_path / "*.mp4", "prompt": "detect circle", "batch_size": batch_size}
+    assert generate(**keys, output_dir=tmp_path / "whole")[0] == 0
+    frames = video.frames
+
+    def interrupted(name, per_second):
+        for i, frame in enumerate(frames(name, per_second)):
+            if name.endswith("other.mp4") and i == 3:
+                raise KeyboardInterrupt
+            yield frame
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr("paligemma_jax.runs.sources.video.frames", interrupted)
+        generate(**keys, output_dir=tmp_path / "stopped")
+    assert generate(**keys, output_dir=tmp_path / "stopped", resume=True)[0] == 0
+    whole, stopped = (sorted(path.name for path in (tmp_path / name).glob("*drawn*")) for name in ("whole", "stopped"))
+    assert whole == stopped and len(whole) == 2 * 4 + 2
+    for name in (name for name in whole if name.endswith(".mp4")):
+        assert len(list(frames(tmp_path / "stopped" / name, 100.0))) == 4
+    texts = [(tmp_path / name / "records.jsonl").read_text() for name in ("whole", "stopped")]
+    assert texts[0] == texts[1]

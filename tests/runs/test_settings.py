@@ -17,7 +17,7 @@ def test_a_prompt_keeps_what_only_looks_like_the_end_of_a_line(tmp_path, type_li
     expected = [f"caption{odd}en{odd}", "detect cat"]
     assert prompts(tmp_path / "x") == expected
     type_lines(f"\ufeff{expected[0]} ", "detect cat")
-    assert list(chat._lines()) == expected
+    assert list(chat._piped()) == expected
 
 
 @pytest.mark.parametrize(

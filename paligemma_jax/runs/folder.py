@@ -1,0 +1,158 @@
+"""The folder that a run writes to: one run's results, in a state from which it can go on whenever it is killed.
+
+    records.jsonl        a JSON object for each answer, and one with `error` for each picture that could not be read
+    .run/settings.json   what the run is: its settings, and the pictures' names as a digest
+    .run/progress.jsonl  {"names", "bytes", "failed"} after each batch: pictures that are done, bytes of records.jsonl
+    .run/lock            held by the process that writes
+
+Pictures are written before their records, records before the line that says they are done. What follows the last such
+line is made again.
+"""
+
+import contextlib
+import json
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from paligemma_jax.annotate.fingerprint import differences
+from paligemma_jax.annotate.store import locked
+from paligemma_jax.errors import ConfigError
+from paligemma_jax.files import read_json, write_json, write_text
+
+Record = dict[str, Any]
+
+_RECORDS, _RUN, _PROGRESS = "records.jsonl", ".run/settings.json", ".run/progress.jsonl"
+_OWN = "files"
+_STRANGE = ("*_drawn.png", "*_drawn.mp4", "*_mask_*.png", "coco_*.json", "classes.txt", _RECORDS, "state", "adapter")
+_CHOICE = "name another output_dir, or add overwrite=True to begin anew"
+
+
+class Folder:
+    """Records of a run on disk.
+
+    Args:
+      path: the folder; made if it is not there.
+      settings: what the answers depend on; a run that goes on has the same.
+      count: pictures of the run.
+      resume: go on with the run that is there.
+      overwrite: remove the results of the run that is there.
+
+    Attributes:
+      done: pictures that are done, failed ones too.
+      failed: of these.
+
+    Raises:
+      ConfigError: the folder has results, and neither was said; or those of another run.
+    """
+
+    def __init__(self, path: Path, settings: Mapping[str, Any], count: int, resume: bool, overwrite: bool):
+        self.path = path
+        self.done = self.failed = 0
+        self._size = 0  # bytes of the records of all pictures that are done
+        if resume and overwrite:
+            raise ConfigError("resume and overwrite exclude each other: leave out one of them")
+        (path / _RUN).parent.mkdir(parents=True, exist_ok=True)
+        self._lock = locked(path / ".run" / "lock", path)
+        try:
+            self._begin(settings, count, resume, overwrite)
+        except BaseException:
+            self._unlock()
+            raise
+
+    def _begin(self, settings: Mapping[str, Any], count: int, resume: bool, overwrite: bool) -> None:
+        path, known = self.path, self.path / _RUN
+        if known.exists():
+            self._read_progress()
+        if overwrite or (known.exists() and not self.done):  # nothing is lost
+            self._clear()
+        elif known.exists():
+            if changed := differences({k: v for k, v in read_json(known).items() if k != _OWN}, settings):
+                named = f"{', '.join(changed[:4])}{' and more' * (len(changed) > 4)}"
+                raise ConfigError(f"{path} has the results of another run, which differs in {named}: {_CHOICE}")
+            if not resume:
+                about = f"{self.done:,} of {count:,} picture{'s' * (count > 1)}"
+                raise ConfigError(f"{path} has the results of this run, {about}: add resume=True to go on, {_CHOICE}")
+        elif strange := next((file for pattern in _STRANGE for file in sorted(path.glob(pattern))), None):
+            raise ConfigError(f"{path} has results of something else, such as {strange.name}: {_CHOICE}")
+        if not known.exists():
+            write_json(known, dict(settings))
+        self._file = (path / _RECORDS).open("ab")
+        if self._file.tell() > self._size:
+            self._file.truncate(self._size)  # records of pictures that were not finished
+            self._file.seek(self._size)
+        write_text(path / _PROGRESS, _progress(self.done, self._size, self.failed))  # no line that is torn
+
+    def add(self, record: Record) -> None:
+        """Keep a record of the picture that is answered now."""
+        self._file.write((json.dumps(record, ensure_ascii=False) + "\n").encode(errors="replace"))
+        self.failed += "error" in record
+
+    def mark(self) -> int:
+        """Where the next record will begin, for `commit`."""
+        return self._file.tell()
+
+    def commit(self, done: int, size: int, failed: int) -> None:
+        """Say that so many pictures are done; `size` and `failed` are as they were when they were."""
+        self._file.flush()
+        self.done = done
+        with (self.path / _PROGRESS).open("ab") as file:
+            file.write(_progress(done, size, failed).encode())
+
+    def records(self) -> Iterator[Record]:
+        """All records, from the first."""
+        self._file.flush()
+        with (self.path / _RECORDS).open("rb") as file:
+            yield from map(json.loads, file)
+
+    def own(self, files: Iterable[Path]) -> None:
+        """Note files that were made of the records, so that `overwrite` removes them too."""
+        known = read_json(self.path / _RUN)
+        write_json(self.path / _RUN, known | {_OWN: [str(file.relative_to(self.path)) for file in files]})
+
+    def close(self) -> None:
+        """Records can be read still, and none be added."""
+        self._file.close()
+        self._unlock()
+
+    def _unlock(self) -> None:
+        if self._lock is not None:
+            os.close(self._lock)
+            self._lock = None
+
+    def _read_progress(self) -> None:
+        file, records = self.path / _PROGRESS, self.path / _RECORDS
+        size = records.stat().st_size if records.exists() else 0
+        for line in file.read_bytes().split(b"\n") if file.exists() else ():
+            with contextlib.suppress(ValueError, KeyError, TypeError):  # torn when the process was killed
+                entry = json.loads(line)
+                if entry["bytes"] <= size:  # or the machine stopped before the records were on the disk
+                    self.done, self._size, self.failed = entry["names"], entry["bytes"], entry["failed"]
+
+    def _clear(self) -> None:
+        """Remove what the run that was here has written, and nothing else."""
+        records = self.path / _RECORDS
+        if not (self.path / _RUN).exists():
+            return  # somebody else's files are replaced where names are the same
+        names = [str(name) for name in read_json(self.path / _RUN).get(_OWN, ())]
+        for line in records.read_bytes().split(b"\n") if records.exists() else ():
+            with contextlib.suppress(ValueError):
+                names += json.loads(line).get("files", ())
+        for path in (self.path / name for name in names):
+            for file in path.glob("*.txt") if path.is_dir() else [path]:  # a folder of labels
+                with contextlib.suppress(OSError):
+                    file.unlink()
+        for name in (_PROGRESS, _RECORDS, _RUN):
+            (self.path / name).unlink(missing_ok=True)
+        self.done = self.failed = self._size = 0
+
+
+def _progress(done: int, size: int, failed: int) -> str:
+    return json.dumps({"names": done, "bytes": size, "failed": failed}) + "\n"
+
+
+def refuse_used(path: Path) -> None:
+    """ConfigError when a folder has the results of a run, which drawings of something else would be mixed with."""
+    if (path / _RUN).exists():
+        raise ConfigError(f"{path} has the results of a run: name another output_dir")

@@ -1,0 +1,180 @@
+"""output_dir: one run's results, which are the same however often the run was stopped, and never mixed or replaced."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from paligemma_jax.errors import ConfigError, DataError
+from paligemma_jax.processing.image import load_image
+from paligemma_jax.runs.folder import Folder
+
+BOX = "<loc0000><loc0000><loc1023><loc0512>"
+MASK = "".join(f"<seg{i:03d}>" for i in range(16))
+SETTINGS = {"prompts": ["caption en"], "image": "abc"}
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """What is in a folder, but for how it came there."""
+    return {
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in folder.rglob("*")
+        if path.is_file() and ".run" not in path.parts
+    }
+
+
+@pytest.fixture
+def album(pictures, tmp_path) -> Path:
+    """Seven pictures: two of one name, one that is broken, one in capitals."""
+    folder = tmp_path / "album"
+    (folder / "more").mkdir(parents=True)
+    for name in ("a.png", "c.png", "d.png", "A.PNG", "more/a.png"):
+        shutil.copy(pictures / "a.png", folder / name)
+    shutil.copy(pictures / "b.jpg", folder / "b.jpg")
+    (folder / "bad.png").write_bytes(b"\x89PNG\r\n\x1a\nnothing")
+    return folder
+
+
+@pytest.fixture
+def detect(generate, album, answer_with):
+    """detect(output_dir, KEY=VALUE, ...): a run with boxes, masks and exports over the album."""
+    answer_with(lambda prompt: f"{BOX}{MASK} star ; {BOX} circle" if "star" in prompt else "")
+    (album.parent / "prompts.txt").write_text("segment star ; circle\ndetect moon\n")
+
+    def run(output_dir: Path, **keys: object) -> tuple[int, str, str]:
+        defaults = {"image": album / "**" / "*.*", "prompts_file": album.parent / "prompts.txt", "batch_size": 4}
+        return generate(**(defaults | {"export": "coco,yolo", "output_dir": output_dir} | keys))
+
+    return run
+
+
+@pytest.mark.parametrize("stops", [("c.png",), ("a.png",), ("bad.png", "d.png", "more/a.png"), ("A.PNG", "b.jpg")])
+def test_a_run_that_was_stopped_and_goes_on_leaves_what_an_undisturbed_one_does(
+    detect, album, tmp_path, monkeypatch, stops
+):
+    status, _, err = detect(tmp_path / "whole")
+    assert status == 1 and "6 of 7 pictures, 1 failed" in err
+    for stop in stops:
+
+        def load(name, stop=stop):
+            if name == str(album / stop):
+                raise KeyboardInterrupt
+            return load_image(name)
+
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr("paligemma_jax.runs.sources.load_image", load)
+            detect(tmp_path / "stopped", resume=True)
+    status, _, err = detect(tmp_path / "stopped", resume=True)
+    assert status == 1 and "6 of 7 pictures, 1 failed" in err
+    whole, stopped = contents(tmp_path / "whole"), contents(tmp_path / "stopped")
+    assert {"coco_dataset.json", "classes.txt", "labels/a_2.txt", "a_2_drawn.png"} <= set(whole)
+    for name in whole:
+        renamed = whole[name].replace(b"/whole/", b"/stopped/")
+        assert stopped.pop(name) == renamed, name
+    assert not stopped
+
+
+def test_records_come_as_answers_do(detect, album, tmp_path):
+    detect(tmp_path / "out")
+    records = [json.loads(line) for line in (tmp_path / "out" / "records.jsonl").read_text().splitlines()]
+    assert len(records) == 2 * 6 + 1
+    [failed] = [record for record in records if "error" in record]
+    assert failed["image"] == str(album / "bad.png") and "is not a picture" in failed["error"]
+    assert all(
+        set(record["files"]) <= {path.name for path in (tmp_path / "out").iterdir()}
+        for record in records
+        if "files" in record
+    )
+
+
+def test_a_finished_run_has_nothing_to_go_on_with(detect, tmp_path, monkeypatch):
+    detect(tmp_path / "out")
+    before = contents(tmp_path / "out")
+    monkeypatch.setattr("paligemma_jax.load", lambda *args, **kw: pytest.fail("the model was loaded"))
+    status, out, err = detect(tmp_path / "out", resume=True)
+    assert (status, out) == (1, "") and "6 of 7 pictures, 1 failed\n" in err
+    assert contents(tmp_path / "out") == before
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        ({}, "has the results of this run, 7 of 7 pictures: add resume=True to go on"),
+        (
+            {"max_new_tokens": 7, "resume": True},
+            "has the results of another run, which differs in max_new_tokens:",
+        ),
+        (
+            {"prompts_file": "", "prompt": "detect cat"},
+            "which differs in prompts: name another output_dir, or",
+        ),
+        ({"resume": True, "overwrite": True}, "exclude each other"),
+        ({"resume": True, "save_embeddings": "x.npy"}, "save_embeddings='x.npy' is not possible"),
+    ],
+)
+def test_results_are_not_replaced_unless_it_is_said(detect, tmp_path, keys, message):
+    detect(tmp_path / "out")
+    before = contents(tmp_path / "out")
+    status, out, err = detect(tmp_path / "out", **keys)
+    assert (status, out) == (1, "") and message in err and contents(tmp_path / "out") == before
+
+
+def test_overwriting_leaves_nothing_of_the_other_run_and_all_that_is_not_its_own(detect, tmp_path):
+    out = tmp_path / "out"
+    detect(out)
+    (out / "mine.txt").write_text("mine")
+    assert detect(out, overwrite=True, prompts_file="", prompt="detect moon", export="")[0] == 1
+    assert sorted(contents(out)) == ["mine.txt", "records.jsonl"]
+
+
+@pytest.mark.parametrize("name", ["cat_drawn.png", "coco_results.json", "state"])
+def test_results_of_something_else_are_not_mixed_with(detect, tmp_path, name):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / name).write_text("old")
+    assert f"has results of something else, such as {name}" in detect(tmp_path / "out")[2]
+    assert detect(tmp_path / "out", overwrite=True)[0] == 1
+
+
+@pytest.mark.parametrize("key", ["resume", "overwrite"])
+def test_without_a_folder_there_is_nothing_to_go_on_with(refused, key):
+    assert "there is no output_dir" in refused(**{key: True})
+
+
+def test_chat_does_not_draw_into_the_folder_of_a_run(detect, tmp_path, refused):
+    detect(tmp_path / "out")
+    assert "has the results of a run" in refused(run="chat", output_dir=tmp_path / "out")
+
+
+def test_only_one_process_writes(tmp_path):
+    folder = Folder(tmp_path, SETTINGS, 3, False, False)
+    with pytest.raises(DataError, match="another process is writing"):
+        Folder(tmp_path, SETTINGS, 3, False, False)
+    folder.close()
+    Folder(tmp_path, SETTINGS, 3, False, False).close()
+
+
+@pytest.mark.parametrize("torn", [b'{"nam', b'{"names": 2, "bytes": 10000, "failed": 0}\n', b"\x00\x00"])
+def test_what_was_not_finished_is_made_again(tmp_path, torn):
+    folder = Folder(tmp_path, SETTINGS, 3, False, False)
+    folder.add({"image": "a"})
+    folder.commit(1, folder.mark(), 0)
+    folder.add({"image": "b"})
+    folder.close()  # killed
+    with (tmp_path / ".run" / "progress.jsonl").open("ab") as file:
+        file.write(torn)
+    again = Folder(tmp_path, SETTINGS, 3, True, False)
+    assert again.done == 1 and list(again.records()) == [{"image": "a"}]
+    again.add({"image": "b"})
+    again.commit(2, again.mark(), 0)
+    again.close()
+    once_more = Folder(tmp_path, SETTINGS, 3, True, False)
+    assert once_more.done == 2 and [record["image"] for record in once_more.records()] == ["a", "b"]
+    once_more.close()
+
+
+def test_a_run_that_did_nothing_is_in_nobodys_way(tmp_path):
+    Folder(tmp_path, SETTINGS, 3, False, False).close()
+    Folder(tmp_path, SETTINGS | {"image": "other"}, 3, False, False).close()
+    with pytest.raises(ConfigError, match="exclude"):
+        Folder(tmp_path, SETTINGS, 3, True, True)
