@@ -26,4 +26,7 @@ def get_config() -> ConfigDict:
 
     config.log_every = 10  # steps between progress lines
     config.save_every = 500  # steps between checkpoints
+    config.save_minutes = 10.0  # and minutes, where that is sooner
+    config.check_pictures = True  # read all pictures before training starts
+    config.overwrite = False  # remove the training that `output_dir` holds, and begin anew
     return config

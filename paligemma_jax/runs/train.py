@@ -1,11 +1,22 @@
 """config.run=train: fine-tune on JSON lines."""
 
+import dataclasses
+import hashlib
+import shutil
+from pathlib import Path
+from typing import Any
+
 from ml_collections import ConfigDict
 
+from paligemma_jax.annotate import fingerprint
 from paligemma_jax.errors import ConfigError, DataError
+from paligemma_jax.files import expanded, read_json, write_json
 from paligemma_jax.runs import model as models
 from paligemma_jax.runs import settings
 from paligemma_jax.training.finetune import Recipe, Settings, finetune
+
+_RUN, _CHECKPOINTS = "training.json", "checkpoints"
+_CHOICE = "name another output_dir, or add overwrite=True to begin anew"
 
 
 def run(config: ConfigDict) -> int:
@@ -15,5 +26,39 @@ def run(config: ConfigDict) -> int:
     if not config.output_dir:
         raise ConfigError("output_dir is empty: name a folder for the tuned model")
     models.check_weights(config)
-    finetune(settings.from_config(Settings, config), settings.from_config(Recipe, config))
+    wanted, recipe = settings.from_config(Settings, config), settings.from_config(Recipe, config)
+    _claim(expanded(config.output_dir), _fingerprint(config, recipe), config.overwrite)
+    finetune(wanted, recipe)
     return 0
+
+
+def _fingerprint(config: ConfigDict, recipe: Recipe) -> dict[str, Any]:
+    """What the tuned weights depend on."""
+    keys = ("dtype", "image_root", "epochs", "batch_size", "text_length", "seed")
+    try:
+        data = hashlib.sha256(expanded(config.data).read_bytes()).hexdigest()
+    except OSError as error:
+        raise DataError(f"{config.data} cannot be read ({error.strerror}): give a .jsonl file as data") from None
+    weights = fingerprint.of_weights(config.checkpoint)
+    return {"data": data, "checkpoint": weights, **{key: config[key] for key in keys}, **dataclasses.asdict(recipe)}
+
+
+def _claim(directory: Path, made: dict[str, Any], overwrite: bool) -> None:
+    """Make sure that a folder has this training or none.
+
+    Raises:
+      ConfigError: it has another one, or a model that came otherwise.
+    """
+    known, steps = directory / _RUN, directory / _CHECKPOINTS
+    has_work = (steps.is_dir() and any(steps.iterdir())) or (directory / "model.safetensors").exists()
+    if overwrite:
+        shutil.rmtree(steps, ignore_errors=True)
+    elif known.exists() and has_work:
+        if changed := fingerprint.differences(read_json(known), made):
+            named = f"{', '.join(changed[:4])}{' and more' * (len(changed) > 4)}"
+            raise ConfigError(f"{directory} has another training, which differs in {named}: {_CHOICE}")
+        return
+    elif has_work or (directory / "config.json").exists():
+        raise ConfigError(f"{directory} has a model or a training that did not come of this command: {_CHOICE}")
+    directory.mkdir(parents=True, exist_ok=True)
+    write_json(known, made)

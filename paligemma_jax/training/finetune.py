@@ -14,7 +14,7 @@ from paligemma_jax import numerics, ops
 from paligemma_jax.errors import ConfigError
 from paligemma_jax.loading import load
 from paligemma_jax.models.paligemma import PaliGemma
-from paligemma_jax.training.data import make_batches, read_jsonl
+from paligemma_jax.training.data import check_pictures, make_batches, read_jsonl
 from paligemma_jax.training.loop import fit, init_state, make_step, open_checkpoints
 from paligemma_jax.training.loss import suffix_loss
 
@@ -59,11 +59,15 @@ class Settings:
     seed: int
     log_every: int
     save_every: int
+    save_minutes: float
+    check_pictures: bool
 
     def __post_init__(self):
         for name in ("epochs", "batch_size", "text_length", "log_every", "save_every"):
             if (value := getattr(self, name)) < 1:
                 raise ConfigError(f"{name}={value} is not possible: give an integer of at least 1")
+        if not self.save_minutes > 0:
+            raise ConfigError(f"save_minutes={self.save_minutes} is not possible: give a number above 0")
 
 
 def finetune(settings: Settings, recipe: Recipe) -> Path:
@@ -81,6 +85,8 @@ def finetune(settings: Settings, recipe: Recipe) -> Path:
         raise ConfigError(f"{settings.checkpoint} is quantized and cannot be trained: give the original weights")
     sizes = {name: getattr(settings, name) for name in ("batch_size", "epochs", "text_length", "seed")}
     batches = make_batches(examples, model.processor, **sizes)
+    if settings.check_pictures:
+        check_pictures(examples, model.processor.image_settings)
     print(f"{len(examples)} examples, {len(batches)} steps of {settings.batch_size}", file=sys.stderr)
 
     optimizer = make_optimizer(recipe, len(batches))
@@ -93,6 +99,7 @@ def finetune(settings: Settings, recipe: Recipe) -> Path:
         len(batches),
         checkpoints=open_checkpoints(output / "checkpoints"),
         save_every=settings.save_every,
+        save_minutes=settings.save_minutes,
         log_every=settings.log_every,
         name="finetune",
         explain=functools.partial(numerics.explain_batch, model.config),

@@ -105,6 +105,7 @@ def fit(
     *,
     checkpoints: ocp.CheckpointManager | None = None,
     save_every: int = 500,
+    save_minutes: float = math.inf,
     log_every: int = 50,
     name: str = "train",
     log: Callable[[dict[str, float]], None] | None = None,
@@ -113,9 +114,9 @@ def fit(
     """Train to `num_steps`, resuming from `checkpoints` if any; returns the last state.
 
     `batch_at(step)` gives the batch of a step; the next one is prepared while a step runs. Every `log_every` steps a
-    line with the means since the last one goes to stderr, and to `log` as numbers. `explain(params, batch)` says why a
-    loss is not finite. Ctrl-C, and a batch that cannot be
-    had, save before they stop the run.
+    line with the means since the last one goes to stderr, and to `log` as numbers. The state is saved every
+    `save_every` steps, and whenever `save_minutes` have passed since. `explain(params, batch)` says why a loss is not
+    finite. Ctrl-C, and a batch that cannot be had, save before they stop the run.
 
     Raises:
       NumericsError: the loss is not finite any more; what led there is not saved.
@@ -131,8 +132,12 @@ def fit(
         name, first, num_steps, log, lambda step: explain(state.params, batch_at(step)) if explain else ""
     )
 
+    saved = time.monotonic()
+
     def save() -> None:
+        nonlocal saved
         history.check_finite()
+        saved = time.monotonic()
         if checkpoints is not None and history.step > (checkpoints.latest_step() or 0):
             checkpoints.save(history.step, args=ocp.args.StandardSave(state))
 
@@ -150,7 +155,7 @@ def fit(
             is_last = history.step == num_steps
             if is_last or history.step % log_every == 0:
                 history.report()
-            if is_last or history.step % save_every == 0:
+            if is_last or history.step % save_every == 0 or time.monotonic() - saved > 60 * save_minutes:
                 save()
     return state
 

@@ -141,7 +141,10 @@ COVERED = {
         f"{_FINETUNE}::test_the_optimizer_is_that_of_the_recipe",
     )
     | dict.fromkeys(("data", "image_root", "epochs", "batch_size", "text_length", "seed"), f"{_FINETUNE}::test_batches")
-    | dict.fromkeys(("output_dir", "log_every", "save_every"), f"{_FINETUNE}::test_the_loop")
+    | dict.fromkeys(
+        ("output_dir", "log_every", "save_every", "save_minutes", "overwrite"), f"{_FINETUNE}::test_the_loop"
+    )
+    | {"check_pictures": f"{_FINETUNE}::test_pictures_are_checked_before"}
     | {"label_smoothing": f"{_FINETUNE}::test_the_loss", "dtype": f"{_FINETUNE}::test_the_weights"},
 }
 

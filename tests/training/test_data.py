@@ -5,7 +5,7 @@ import pytest
 from PIL import Image
 
 from paligemma_jax.errors import DataError, ImageError
-from paligemma_jax.training.data import Example, make_batches, read_jsonl
+from paligemma_jax.training.data import Example, check_pictures, make_batches, read_jsonl
 
 
 @pytest.fixture
@@ -31,10 +31,10 @@ LINE = {"image": "0.png", "prefix": "caption en", "suffix": "a star"}
 
 
 def test_examples_are_read_in_order(write, folder):
-    several = {"image": ["1.png", "2.png"], "prefix": "détecter", "suffix": ""}
+    several = {"image": ["1.png", "2.png"], "prefix": "detect été", "suffix": ""}
     found = read_jsonl(write(LINE, "", several))
     assert found[0] == Example((str(folder / "0.png"),), "caption en", "a star")
-    assert found[1] == Example((str(folder / "1.png"), str(folder / "2.png")), "détecter", "")
+    assert found[1] == Example((str(folder / "1.png"), str(folder / "2.png")), "detect été", "")
 
 
 @pytest.mark.parametrize("odd", ["\u2028", "\u2029", "\x85", "\x0c", "\x1c"])
@@ -74,6 +74,9 @@ def test_pictures_may_lie_elsewhere(write, tmp_path_factory, folder):
         ({**LINE, "image": ["0.png", 3]}, "line 2 needs image"),
         ({**LINE, "suffix": None}, "line 2 needs image"),
         ({"image": "0.png", "prefix": "caption en"}, "line 2 needs image"),
+        ({**LINE, "suffix": " "}, "line 2 has an empty suffix"),
+        ({**LINE, "sufix": "a"}, "line 2 has an unknown key 'sufix': did you mean suffix"),
+        ({**LINE, "id": 7}, "line 2 has an unknown key 'id': a line has image, prefix, suffix only"),
     ],
 )
 def test_a_bad_line_is_named(write, bad, message):
@@ -150,6 +153,26 @@ def test_the_longest_answer_has_room(examples, processor):
 def test_what_cannot_be_laid_out(examples, processor, changes, message):
     with pytest.raises(DataError, match=message):
         lay_out(examples, processor, **changes)
+
+
+def test_all_pictures_are_checked_and_the_first_bad_one_is_named_with_its_line(write, folder, processor):
+    (folder / "bad.png").write_bytes(b"no picture")
+    good, bad = LINE, LINE | {"image": ["0.png", "bad.png"]}
+    settings = processor.image_settings
+    check_pictures(read_jsonl(write(good, good)), settings)
+    with pytest.raises(DataError, match=r"line 2: .*bad\.png is not a picture[^(]*$"):
+        check_pictures(read_jsonl(write(good, bad, bad)), settings)
+    (folder / "worse.png").write_bytes((folder / "0.png").read_bytes()[:40])
+    with pytest.raises(DataError, match=r"line 1: .*worse\.png .*\(2 of 3 pictures cannot be read\)"):
+        check_pictures(read_jsonl(write(LINE | {"image": "worse.png"}, good, bad)), settings)
+    for name in ("bad.png", "worse.png"):
+        (folder / name).unlink()
+
+
+def test_the_line_of_an_example_that_is_too_long_is_named(write, processor):
+    examples = read_jsonl(write(LINE, LINE | {"suffix": "a red star " * 9}))
+    with pytest.raises(DataError, match=r"data\.jsonl line 2: 'caption en' with its suffix has \d+ tokens"):
+        lay_out(examples, processor, text_length=12)
 
 
 def test_a_damaged_picture_is_named_when_its_turn_comes(examples, processor, folder):

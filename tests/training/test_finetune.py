@@ -64,7 +64,7 @@ def tuned(train, tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(Batches, "__call__", interrupted)
         train(directory)
-    assert [path.name for path in directory.iterdir()] == ["checkpoints"]
+    assert sorted(path.name for path in directory.iterdir()) == ["checkpoints", "training.json"]
     messages = io.StringIO()
     with contextlib.redirect_stderr(messages):
         assert train(directory) == 0
@@ -105,13 +105,26 @@ def test_training_goes_on_and_the_loss_falls(tuned):
 
 
 @pytest.mark.slow
-def test_a_state_of_another_model_is_refused(train, tuned, small, random_params, processor, tmp_path, capsys):
+def test_a_folder_with_another_training_is_refused(train, tuned, small, random_params, processor, tmp_path, capsys):
     text = dataclasses.replace(small.text, mlp_dim=40)
     other = dataclasses.replace(small, text=text)
     pj.PaliGemma(other, random_params(other), processor).save(tmp_path)
     capsys.readouterr()
-    assert train(tuned, checkpoint=tmp_path) == 1
-    assert re.search(r"error: \S+ holds a training state of another model.*\n$", capsys.readouterr().err)
+    before = {path: path.read_bytes() for path in tuned.rglob("*") if path.is_file()}
+    changes = [("checkpoint", tmp_path), ("epochs", 2), ("learning_rate", 0.5)]
+    for key, value in changes:
+        assert train(tuned, **{key: value}) == 1
+        assert f"tuned has another training, which differs in {key}: name another output_dir" in capsys.readouterr().err
+    (tuned / "training.json").rename(tuned / "hidden")
+    assert train(tuned) == 1 and "did not come of this command" in capsys.readouterr().err
+    (tuned / "hidden").rename(tuned / "training.json")
+    assert before == {path: path.read_bytes() for path in tuned.rglob("*") if path.is_file()}
+
+
+def test_a_training_that_failed_early_is_in_nobodys_way(train, data, tmp_path, capsys):
+    assert train(tmp_path / "out", text_length=5) == 1
+    assert train(tmp_path / "out", text_length=6) == 1
+    assert "text_length=6: raise" in capsys.readouterr().err
 
 
 def test_bad_data_is_one_clear_line(refused, tmp_path, data):
@@ -134,7 +147,11 @@ def test_a_damaged_picture_is_one_clear_line(refused, data, tmp_path):
     for path in data.glob("*"):
         (tmp_path / path.name).write_bytes(path.read_bytes())
     (tmp_path / "2.png").write_bytes(b"not a picture")
-    assert "2.png is not a picture" in refused(data=tmp_path / "data.jsonl", epochs=1)
+    line = refused(data=tmp_path / "data.jsonl", epochs=1)
+    assert "data.jsonl line 3: " in line and "2.png is not a picture" in line
+    assert not (tmp_path / "refused" / "checkpoints").exists()  # it is known before the first step
+    line = refused(data=tmp_path / "data.jsonl", epochs=1, check_pictures=False)
+    assert "2.png is not a picture" in line and " line 3" not in line
 
 
 @pytest.mark.parametrize(

@@ -53,6 +53,7 @@ def planned(checkpoint, data, monkeypatch, tmp_path):
         plans.append({})
         defaults = {"checkpoint": checkpoint, "data": data / "data.jsonl", "image_root": data / "pictures"}
         defaults |= {"output_dir": tmp_path / "tuned", "batch_size": 2, "epochs": 1, "compilation_cache": False}
+        defaults |= {"overwrite": True}
         arguments = [f"--config.{key}={value}" for key, value in (defaults | keys).items()]
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", r"the load_module\(\)", DeprecationWarning)  # in ml_collections
@@ -85,12 +86,21 @@ def test_batches(planned, data):
 
 
 def test_the_loop(planned, tmp_path):
-    """output_dir, log_every and save_every."""
+    """output_dir, log_every, save_every, save_minutes, and overwrite of what is there."""
     plain, often = planned()["fit"], planned(output_dir=tmp_path / "b", log_every=3, save_every=7)["fit"]
     assert [(fit["log_every"], fit["save_every"]) for fit in (plain, often)] == [(10, 500), (3, 7)]
+    assert [planned(**keys)["fit"]["save_minutes"] for keys in ({}, {"save_minutes": 0.5})] == [10.0, 0.5]
     for fit, name in ((plain, "tuned"), (often, "b")):
         assert Path(fit["checkpoints"].directory) == tmp_path / name / "checkpoints"
         assert (tmp_path / name / "model.safetensors").is_file()
+
+
+def test_pictures_are_checked_before(planned, monkeypatch):
+    checked = []
+    monkeypatch.setattr(finetune, "check_pictures", lambda examples, settings: checked.append(len(examples)))
+    planned()
+    planned(check_pictures=False)
+    assert checked == [6]
 
 
 def test_the_loss(planned):

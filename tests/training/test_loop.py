@@ -1,3 +1,4 @@
+import itertools
 import signal
 import threading
 import time
@@ -75,6 +76,14 @@ def test_how_often_it_saves_is_how_often_it_is_told(tmp_path):
         manager = open_checkpoints(tmp_path / str(every))
         fit(start(), STEP, batch_at, 10, checkpoints=manager, save_every=every)
         assert manager.all_steps() == kept
+
+
+def test_it_saves_when_time_has_passed_too(tmp_path, monkeypatch):
+    clock = itertools.count(0, 7)  # seconds
+    monkeypatch.setattr("paligemma_jax.training.loop.time.monotonic", lambda: next(clock))
+    manager = open_checkpoints(tmp_path, keep=20)
+    fit(start(), STEP, batch_at, 10, checkpoints=manager, save_every=100, save_minutes=0.3)
+    assert len(manager.all_steps()) > 2 and manager.latest_step() == 10
 
 
 def test_means_are_over_the_steps_since_the_last_line():
