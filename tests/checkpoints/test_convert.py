@@ -95,7 +95,7 @@ def test_unusable_arguments_show_the_usage(arguments, capsys):
         main(arguments)
     assert caught.value.code == 1
     usage, error = capsys.readouterr().err.rstrip().rsplit("\n", 1)
-    assert usage.startswith("usage: python -m convert") and error.startswith("error: ")
+    assert usage.startswith("usage: paligemma-jax-convert") and error.startswith("error: ")
 
 
 def test_help_is_no_error(capsys):
