@@ -89,7 +89,7 @@ def visit(browser) -> Iterator[Callable[..., object]]:
         page.on("request", lambda request: asked.append(request.url))
         page.on("console", lambda said: said.type == "error" and complaints.append(said.text))
         page.on("pageerror", lambda error: complaints.append(str(error)))
-        page.set_default_timeout(15_000)
+        page.set_default_timeout(30_000)
         page.goto(server.address, wait_until="domcontentloaded", timeout=ANSWER_MS)
         page.locator("#ask").wait_for(timeout=ANSWER_MS)
         page.wait_for_function("() => !document.body.innerText.includes('Loading...')")

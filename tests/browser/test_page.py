@@ -18,6 +18,9 @@ CAPTION = "a purple circle, a yellow square and a blue star"
 TALKATIVE = {"max_new_tokens": 4000, "temperature": 2, "seed": 3}  # an answer that does not end by itself
 
 
+_seen = {}  # the number of the last answer, by page
+
+
 def upload(page, path=SHAPES):
     page.locator("#picture input[type=file]").first.set_input_files(path)
     page.locator("#picture img").wait_for()
@@ -37,16 +40,19 @@ def settings(page, **values):
         field.press("Tab")
 
 
-def answer(page, before=""):
-    """Wait for the end of an answer, another one than that with the number `before`; its words."""
-    page.locator(f"#answer [data-answer]:not([data-answer='{before}']) .pj-numbers").wait_for(timeout=ANSWER_MS)
+def answer(page):
+    """Wait for the end of an answer, another one than the last that was waited for on this page; its words."""
+    found = page.locator(
+        f"#answer [data-answer]:not([data-answer='{_seen.get(page, '')}'])", has=page.locator(".pj-numbers")
+    )
+    found.wait_for(timeout=ANSWER_MS)
+    _seen[page] = found.get_attribute("data-answer")
     return " ".join(page.locator("#answer .pj-answer").all_inner_texts()).strip()
 
 
 def ask(page):
-    before = page.evaluate("document.querySelector('#answer [data-answer]')?.dataset.answer ?? ''")
     page.locator("#ask").click()
-    return answer(page, before)
+    return answer(page)
 
 
 def table(page):
@@ -55,10 +61,16 @@ def table(page):
     return page.locator("#objects tbody tr").all_inner_texts()
 
 
-def error(page):
-    page.locator("#ask").click()
-    page.locator("#answer .pj-error").wait_for()
-    return page.locator("#answer .pj-error").inner_text()
+def error(page, says):
+    """Ask, and wait for what is wrong; a file that was just chosen may still be on its way, so ask again at times."""
+    found = page.locator("#answer .pj-error", has_text=says)
+    for i in range(ANSWER_MS // 200):
+        if i % 20 == 0:
+            page.locator("#ask").click()
+        if found.count():
+            return
+        page.wait_for_timeout(200)
+    raise AssertionError(f"{says!r} was not said, but {page.locator('#answer').inner_text()!r}")
 
 
 def drawn(page):
@@ -199,12 +211,12 @@ def test_settings_are_used_and_shown_in_the_calls(full, visit):
         assert f"--config.{part}" in command
     assert "pj.Sampling(temperature=0.5" in call(page, "python") and "/v1/chat/completions" in call(page, "curl")
     settings(page, seed="")
-    assert "seed is empty" in error(page)
+    error(page, "seed is empty")
 
 
 def test_what_is_wrong_is_said_in_a_line(full, visit, tmp_path):
     page = visit(full)
-    assert "there is no picture" in error(page)
+    error(page, "there is no picture")
     for name, content, says in (
         ("text.png", b"this is text", "not a picture"),
         ("page.png", b"%PDF-1.7", "PDF"),
@@ -214,13 +226,13 @@ def test_what_is_wrong_is_said_in_a_line(full, visit, tmp_path):
         page.locator("#picture input[type=file]").first.set_input_files(tmp_path / name)
         page.locator(f"#picture img[src$='{name}']").wait_for(state="attached")
         page.wait_for_timeout(100)
-        assert says in error(page)
+        error(page, says)
         page.reload(wait_until="domcontentloaded")
         page.locator("#ask").wait_for()
     upload(page)
     choose(page, "Detect")
     page.locator("#things").wait_for()
-    assert "nothing to look for" in error(page)
+    error(page, "nothing to look for")
 
 
 def test_a_picture_is_pasted(full, visit):
@@ -352,7 +364,7 @@ def test_the_simple_page(visit):
     with running("simple=True") as server:
         page = visit(server)
         assert not page.locator("#task").count()
-        assert "there is no picture" in error(page)
+        error(page, "there is no picture")
         page.locator("#example").click()
         page.locator("#picture img").wait_for()
         assert ask(page) == CAPTION
@@ -373,6 +385,6 @@ def test_no_model_is_said(visit, tmp_path):
         page = visit(server)
         page.locator("#status .pj-failed").wait_for()
         upload(page)
-        assert "no model is loaded" in error(page)
+        error(page, "no model is loaded")
         page.context.close()
     assert sum(line.startswith("error: ") for line in server.lines) == 1
