@@ -1,0 +1,61 @@
+"""A student and a teacher whose embeddings are easy to foresee: a patch's is its mean colour, a text's a named colour."""
+
+import types
+
+import numpy as np
+from PIL import Image
+
+SIDE, PATCH = 4, 8
+PIXELS = SIDE * PATCH
+COLORS = {"red": (4, 0, 0), "green": (0, 4, 0), "blue": (0, 0, 4)}
+
+
+class FakeStudent:
+    """Embeds a patch as its mean colour, -1..1; the picture as the mean of its patches."""
+
+    def __init__(self):
+        self.config = types.SimpleNamespace(image_size=PIXELS, grid=SIDE)
+        self.batches: list[int] = []
+
+    def preprocess(self, images):
+        small = [image.convert("RGB").resize((PIXELS, PIXELS), Image.Resampling.BILINEAR) for image in images]
+        return np.stack([np.asarray(image, np.float32) / 127.5 - 1 for image in small])
+
+    def embed_patches(self, pixels):
+        self.batches.append(len(pixels))
+        patches = np.asarray(pixels).reshape(-1, SIDE, PATCH, SIDE, PATCH, 3).mean((2, 4))
+        return patches.reshape(len(pixels), SIDE * SIDE, 3)
+
+    def embed(self, pixels):
+        patches = self.embed_patches(pixels)
+        shares = np.exp(patches.sum(-1))
+        shares /= shares.sum(-1, keepdims=True)
+        return np.einsum("bnd,bn->bd", patches, shares), shares
+
+
+class FakeClip:
+    """Embeds a text as the sum of the colours that it names; a picture as its mean colour."""
+
+    def __init__(self):
+        self.config = types.SimpleNamespace()
+
+    preprocess = FakeStudent.preprocess
+
+    def embed_text(self, texts):
+        named = [[np.array(color) for name, color in COLORS.items() if name in text] for text in texts]
+        return np.stack([np.sum(colors, axis=0) if colors else np.ones(3) for colors in named]).astype(np.float32)
+
+    def embed_image(self, pixels):
+        return np.asarray(pixels).mean((1, 2)) + 1e-3
+
+    def cls_attention(self, pixels):
+        brightness = np.asarray(pixels)[:, : PIXELS - 2].reshape(len(pixels), -1)[:, :9]
+        return np.abs(brightness) / np.abs(brightness).sum(-1, keepdims=True)
+
+
+def squares(*places, size=(PIXELS, PIXELS), ground=(90, 90, 90)):
+    """A grey picture with rectangles ((x0, y0, x1, y1), colour)."""
+    image = Image.new("RGB", size, ground)
+    for box, color in places:
+        image.paste(color, box)
+    return image
