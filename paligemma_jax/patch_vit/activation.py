@@ -1,7 +1,7 @@
 """Maps of phrases over a picture, from patch embeddings that lie in the space of text embeddings.
 
-Axes: B pictures or windows, N patches of a window in row-major order, G of a side, T phrases, R and C rows and columns of
-a map, D width of the embeddings.
+Axes: B pictures or windows, N patches of a window in row-major order, G of a side, T phrases, R and C rows and columns
+of a map, D width of the embeddings.
 """
 
 import dataclasses

@@ -1,7 +1,7 @@
 """Maps of pictures of any size: overlapping windows, each looked at by itself, and one map out of theirs.
 
-A window is a part of the picture, about square, that becomes one input of the model. Windows begin at whole cells of the
-map that they make together, so their maps are averaged cell by cell, without resampling.
+A window is a part of the picture, about square, that becomes one input of the model. Windows begin at whole cells of
+the map that they make together, so their maps are averaged cell by cell, without resampling.
 
 Axes: W windows, T phrases, G patches of a side of the model's input, R and C rows and columns of the whole map.
 """
@@ -55,9 +55,9 @@ class Layout:
 def layout(size: tuple[int, int], side: int, pixels: int, choice: str | int = AUTO) -> Layout:
     """Windows of a picture.
 
-    Along the shorter side of the picture lie `choice` windows, and as many of the same size along the longer one; between
-    each two neighbours lies one more, half over either. `AUTO` takes as many as there are in it of twice the model's
-    input, from 1 to 3: so nothing is enlarged, and a small picture that is about square has one window.
+    Along the shorter side of the picture lie `choice` windows, and as many of the same size along the longer one;
+    between each two neighbours lies one more, half over either. `AUTO` takes as many as there are in it of twice the
+    model's input, from 1 to 3: so nothing is enlarged, and a small picture that is about square has one window.
 
     Args:
       size: (width, height) of the picture.

@@ -1,4 +1,4 @@
-"""A student and a teacher whose embeddings are easy to foresee: a patch's is its mean colour, a text's a named colour."""
+"""A student and a teacher that can be foreseen: a patch's embedding is its mean colour, a text's a named colour."""
 
 import types
 

@@ -1,5 +1,7 @@
 """Windows cover the picture, and their maps make one."""
 
+import itertools
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -26,7 +28,7 @@ def test_every_cell_and_pixel_is_in_a_window_of_the_input_shape(size, side, choi
     assert (boxes[:, 2:] > boxes[:, :2]).all()
     for axis in (0, 1):  # side by side without a gap
         parts = sorted({(low, high) for low, high in boxes[:, [axis, axis + 2]].tolist()})
-        assert all(later[0] <= earlier[1] for earlier, later in zip(parts, parts[1:], strict=False))
+        assert all(later[0] <= earlier[1] for earlier, later in itertools.pairwise(parts))
 
 
 @given(size=SIZES, choice=CHOICES, value=st.floats(-5, 5))
@@ -69,5 +71,5 @@ def test_large_pictures_have_more_windows_and_nothing_is_enlarged_for_it(size, s
 
 @pytest.mark.parametrize("choice", ["all", 0, -1, 9, "1.5", ""])
 def test_other_choices_are_one_line(choice):
-    with pytest.raises(ConfigError, match="windows=.* give auto, off or a number from 1 to 8"):
+    with pytest.raises(ConfigError, match=r"windows=.* give auto, off or a number from 1 to 8"):
         windows.layout((10, 10), 8, 224, choice)
