@@ -7,14 +7,13 @@ of a map, D width of the embeddings.
 import dataclasses
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any
 
 import numpy as np
 from PIL import Image
 
-from paligemma_jax.buckets import power_of_two
-from paligemma_jax.errors import CheckpointError, NumericsError
+from paligemma_jax.errors import NumericsError
 from paligemma_jax.patch_vit import windows
+from paligemma_jax.patch_vit.models import Clip, Student, check_pair
 
 _SCALE = 2.0  # of the dot products, as in the original
 
@@ -49,8 +48,8 @@ def softmax(logits: np.ndarray) -> np.ndarray:
 
 
 def phrase_maps(
-    student: Any,
-    clip: Any,
+    student: Student,
+    clip: Clip,
     images: Sequence[Image.Image],
     phrases: Sequence[str],
     choice: str | int = windows.AUTO,
@@ -59,18 +58,17 @@ def phrase_maps(
     """The maps of phrases over each of some pictures.
 
     Args:
-      student: embeds patches, of `patch_vit.load`.
-      clip: embeds texts, of `patch_vit.load_clip`.
+      student, clip: patches of the one are compared with texts of the other.
       images: RGB pictures of any size.
       phrases: T texts, at least one.
       choice: windows of a picture, see `windows.layout`.
       batch_size: windows that are embedded at once.
 
     Raises:
-      CheckpointError: the texts' embeddings are of another width than the patches'.
       NumericsError: an embedding is not finite.
-      ConfigError: windows that cannot be.
+      ConfigError: windows that cannot be; a CLIP that is not the student's teacher.
     """
+    check_pair(student, clip)
     texts = embed_phrases(clip, phrases)
     side = student.config.grid
     placed = [windows.layout(image.size, side, student.config.image_size, choice) for image in images]
@@ -82,33 +80,22 @@ def phrase_maps(
     embedded = in_batches(student.embed_patches, pixels, batch_size)
     for layout in placed:
         patches = np.stack([next(embedded) for _ in layout.corners])
-        check_widths(patches, texts)
         logits = patch_logits(require_finite(patches, "the student's patch embeddings"), texts)
         yield PhraseMaps(tuple(phrases), windows.average(logits.reshape(*logits.shape[:2], side, side), layout))
 
 
-def embed_phrases(clip: Any, phrases: Sequence[str]) -> np.ndarray:
+def embed_phrases(clip: Clip, phrases: Sequence[str]) -> np.ndarray:
     """Text embeddings f32 [T, D], not normalized; NumericsError when one is not finite."""
     return require_finite(np.asarray(clip.embed_text(list(phrases)), np.float32), "the teacher's text embeddings")
 
 
 def in_batches(
-    function: Callable[[np.ndarray], Any], rows: Iterable[np.ndarray], batch_size: int
+    function: Callable[[np.ndarray], np.ndarray], rows: Iterable[np.ndarray], batch_size: int
 ) -> Iterator[np.ndarray]:
-    """What `function` gives for each row, f32; batches have few sizes, so that few programs are compiled."""
+    """What `function` gives for each row; so many are held and embedded at once."""
     rows = iter(rows)
     while batch := list(itertools.islice(rows, batch_size)):
-        missing = min(power_of_two(len(batch)), batch_size) - len(batch)
-        yield from np.asarray(function(np.stack(batch + batch[-1:] * missing)), np.float32)[: len(batch)]
-
-
-def check_widths(patches: np.ndarray, texts: np.ndarray) -> None:
-    """CheckpointError unless patches [..., D] and texts [..., D] are of the same width."""
-    if patches.shape[-1] != texts.shape[-1]:
-        raise CheckpointError(
-            f"the student's embeddings have {patches.shape[-1]} numbers and the teacher's texts {texts.shape[-1]}: "
-            "give the teacher that the student was distilled from"
-        )
+        yield from function(np.stack(batch))
 
 
 def require_finite(values: np.ndarray, what: str) -> np.ndarray:

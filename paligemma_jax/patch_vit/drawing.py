@@ -99,6 +99,12 @@ def film(image: Image.Image, maps: Sequence[np.ndarray], labels: Sequence[str]) 
     return [labelled([overlay(small, values)], [text]) for values, text in zip(maps, labels, strict=True)]
 
 
+def save_png(image: Image.Image, path: Path) -> None:
+    """Write a picture as PNG, whole or not at all."""
+    with replacing(path) as temporary:
+        image.save(temporary, format="PNG")
+
+
 def save_film(frames: Sequence[Image.Image], path: Path) -> None:
     """Write frames as a GIF that shows each for a second, over and over; whole or not at all."""
     few = [frame.quantize(256, Image.Quantize.MEDIANCUT) for frame in frames]  # a palette for each

@@ -13,6 +13,7 @@ from PIL import Image
 from paligemma_jax.errors import ImageError
 from paligemma_jax.patch_vit import index as files
 from paligemma_jax.patch_vit.index import Entry, Index
+from paligemma_jax.patch_vit.models import Clip, Student
 
 _SHARE = 20  # saving takes at most one part in so many of the time
 
@@ -42,7 +43,7 @@ class Update:
     moved: int
 
 
-def of_models(student: Any, clip: Any, batch_size: int = 16) -> Embedder:
+def of_models(student: Student, clip: Clip, batch_size: int = 16) -> Embedder:
     """The embeddings that search compares: the student's pooled one and the teacher's."""
     return Embedder(
         lambda image: (np.asarray(student.preprocess([image]))[0], np.asarray(clip.preprocess([image]))[0]),
@@ -77,7 +78,7 @@ def update(
 
     A picture whose path, size and time of change are known is not read; one whose contents are known is not embedded.
     While it works the index is saved, as one that is not complete, every `save_every_s` seconds, or less often where
-    saving takes long; whoever goes on from there does not embed a picture again.
+    saving takes long, and with 0 after each batch; whoever goes on from there does not embed a picture again.
 
     Args:
       old: an index whose embeddings count; its pictures that are not named are left out.
@@ -100,7 +101,7 @@ def update(
                 work.add([entry for entry, _ in batch], *embed(embedder, [pixels for _, pixels in batch]))
                 advance(len(batch))
                 now = time.monotonic()
-                if now - started >= max(save_every_s, _SHARE * spent):
+                if not save_every_s or now - started >= max(save_every_s, _SHARE * spent):
                     save(work.index(is_complete=False))
                     started, spent = time.monotonic(), time.monotonic() - now
     except KeyboardInterrupt:

@@ -14,7 +14,7 @@ class FakeStudent:
     """Embeds a patch as its mean colour, -1..1; the picture as the mean of its patches."""
 
     def __init__(self):
-        self.config = types.SimpleNamespace(image_size=PIXELS, grid=SIDE)
+        self.config = types.SimpleNamespace(image_size=PIXELS, grid=SIDE, embed_dim=3)
         self.batches: list[int] = []
 
     def preprocess(self, images):
@@ -37,7 +37,7 @@ class FakeClip:
     """Embeds a text as the sum of the colours that it names; a picture as its mean colour."""
 
     def __init__(self):
-        self.config = types.SimpleNamespace()
+        self.config = types.SimpleNamespace(projection_dim=3)
 
     preprocess = FakeStudent.preprocess
 
