@@ -43,7 +43,7 @@ UNUSED = {  # by run, keys of its config that change nothing in it
     "inspect": (*_EVALUATION, *_SELECTION, "video_fps", "embeddings", "batch_size", "mask_vae"),
     "swap": (*_EVALUATION, *_SELECTION, "video_fps", "mask_vae"),
     "heatmap": (*_PALIGEMMA, *_SEARCH, *_LOCATE),
-    "compare": ("seed", *_SEARCH, *_LOCATE, "prompt", "windows", "batch_size", "output"),
+    "compare": ("seed", *_SEARCH, *_LOCATE, "prompt", "windows", "output"),
     "search": (*_PALIGEMMA, *_LOCATE, "windows", "output"),
     "locate": (*_PALIGEMMA, *_SEARCH, "output"),
     "evaluate": (

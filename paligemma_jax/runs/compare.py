@@ -1,6 +1,7 @@
 """config.run=compare: where a student looks, beside its teacher, and beside the image encoder of a PaliGemma."""
 
 import json
+from pathlib import Path
 
 import numpy as np
 from ml_collections import ConfigDict
@@ -22,27 +23,40 @@ def run(config: ConfigDict) -> int:
     directory = pair.folder(config)
     student, clip = pair.load(config)
     paligemma = _paligemma(config) if config.checkpoint else None
-    for stem, source in pictures:
-        (found,) = compare(student, clip, [source.image])
-        names, maps = ["student", "resized", "teacher"], [found.student, found.resized, found.teacher]
-        labels = [f"{name} {len(values)} x {len(values)}" for name, values in zip(names, maps, strict=True)]
-        labels[1] = f"student at {len(found.resized)} x {len(found.resized)}"
-        if paligemma:
-            names.append("paligemma")
-            maps.append(_similarity(paligemma, source.image, found))
-            labels.append(f"PaliGemma {len(maps[-1])} x {len(maps[-1])}, like the student's best")
-        files = [directory / f"{stem}_compare.png", directory / f"{stem}_compare.npz"]
-        drawing.save_png(drawing.strip(source.image, maps, labels), files[0])
-        write_arrays(files[1], dict(zip(names, maps, strict=True)))
-        correlation = None if np.isnan(found.correlation) else round(found.correlation, 4)
-        if config.format == "json":
-            record = {"image": source.name, "correlation": correlation, "files": list(map(str, files))}
-            print(json.dumps(record, ensure_ascii=False), flush=True)
-        else:
-            said = "not defined, a map is even" if correlation is None else f"{correlation:.2f}"
-            print(f"{source.name}: correlation of student and teacher {said}")
-            print(f"wrote {', '.join(map(str, files))}", flush=True)
+    for group in pictures.groups(config.batch_size):
+        found = compare(student, clip, [source.image for _, source in group], config.batch_size)
+        for (stem, source), comparison in zip(group, found, strict=True):
+            maps = _maps(comparison, source.image, paligemma)
+            files = [directory / f"{stem}_compare.png", directory / f"{stem}_compare.npz"]
+            drawing.save_png(drawing.strip(source.image, *zip(*maps.values(), strict=True)), files[0])
+            write_arrays(files[1], {name: values for name, (values, _) in maps.items()})
+            _report(config, source.name, comparison, files)
     return 1 if pictures.failed else 0
+
+
+def _maps(found: Comparison, image: Image.Image, paligemma: pj.PaliGemma | None) -> dict[str, tuple[np.ndarray, str]]:
+    """Maps by their names, each with its label."""
+    side, other = len(found.student), len(found.teacher)
+    maps = {
+        "student": (found.student, f"student {side} x {side}"),
+        "resized": (found.resized, f"student at {other} x {other}"),
+        "teacher": (found.teacher, f"teacher's attention {other} x {other}"),
+    }
+    if paligemma:
+        values = _similarity(paligemma, image, found)
+        maps["paligemma"] = values, f"PaliGemma {len(values)} x {len(values)}: like student's best"
+    return maps
+
+
+def _report(config: ConfigDict, name: str, found: Comparison, files: list[Path]) -> None:
+    correlation = None if np.isnan(found.correlation) else round(found.correlation, 4)
+    if config.format == "json":
+        record = {"image": name, "correlation": correlation, "files": list(map(str, files))}
+        print(json.dumps(record, ensure_ascii=False), flush=True)
+        return
+    said = "is not defined, as a map is even" if correlation is None else f"{correlation:.2f}"
+    print(f"{name}: correlation of student and teacher {said}")
+    print(f"wrote {', '.join(map(str, files))}", flush=True)
 
 
 def _paligemma(config: ConfigDict) -> pj.PaliGemma:

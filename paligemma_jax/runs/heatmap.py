@@ -26,18 +26,18 @@ def run(config: ConfigDict) -> int:
         raise ConfigError(f"output={config.output!r} is of no known kind: let it end in one of {', '.join(_KINDS)}")
     pictures = pair.Pictures(config.image)
     if only and len(pictures.names) > 1:
-        raise ConfigError(
-            f"output is one file, and {config.image} holds {len(pictures.names)} pictures: set output_dir"
-        )
+        raise ConfigError(f"output is one file, and {config.image} {len(pictures.names)} pictures: set output_dir")
     directory = pair.folder(config) if only is None else only.parent
     directory.mkdir(parents=True, exist_ok=True)
     student, clip = pair.load(config)
-    for stem, source in pictures:
-        (found,) = phrase_maps(student, clip, [source.image], phrases, config.windows, config.batch_size)
-        files = [only] if only else _files(directory, stem, phrases)
-        for file in files:
-            _write(file, source.image, found)
-        _report(config, source, found, files, several=len(pictures.names) > 1)
+    for group in pictures.groups(config.batch_size):
+        images = [source.image for _, source in group]
+        maps = phrase_maps(student, clip, images, phrases, config.windows, config.batch_size)
+        for (stem, source), found in zip(group, maps, strict=True):
+            files = [only] if only else _files(directory, stem, phrases)
+            for file in files:
+                _write(file, source.image, found)
+            _report(config, source, found, files, several=len(pictures.names) > 1)
     return 1 if pictures.failed else 0
 
 

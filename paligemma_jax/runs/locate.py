@@ -34,22 +34,22 @@ def run(config: ConfigDict) -> int:
     directory = pair.folder(config)
     student, clip = pair.load(config)
     writers = Exports(kinds, directory, phrases) if kinds else None
-    for stem, source in pictures:
-        all_phrases = (*phrases, *background)
-        (maps,) = phrase_maps(student, clip, [source.image], all_phrases, config.windows, config.batch_size)
-        objects = locate(maps, source.image.size, options, background=len(background))
-        chosen = select(objects, config.min_score, config.nms)
-        files = write_drawn(draw(source.image, chosen.kept), chosen.kept, directory, stem) if chosen.kept else []
-        if writers:
-            writers.add(source, chosen.kept)
-        if config.format == "json":
-            record = {"image": source.name, "prompt": config.prompt, **export.to_json(chosen.kept, files)}
-            print(json.dumps(record, ensure_ascii=False), flush=True)
-        else:
-            _say(source.name if len(pictures.names) > 1 else "", phrases, chosen.kept)
-        left = len(objects) - len(chosen.kept)
-        if left:
-            note(f"note: {source.name}: objects left out by min_score and nms: {left}")
+    for group in pictures.groups(config.batch_size):
+        images = [source.image for _, source in group]
+        maps = phrase_maps(student, clip, images, (*phrases, *background), config.windows, config.batch_size)
+        for (stem, source), found in zip(group, maps, strict=True):
+            objects = locate(found, source.image.size, options, background=len(background))
+            chosen = select(objects, config.min_score, config.nms).kept
+            files = write_drawn(draw(source.image, chosen), chosen, directory, stem) if chosen else []
+            if writers:
+                writers.add(source, chosen)
+            if config.format == "json":
+                record = {"image": source.name, "prompt": config.prompt, **export.to_json(chosen, files)}
+                print(json.dumps(record, ensure_ascii=False), flush=True)
+            else:
+                _say(source.name if len(pictures.names) > 1 else "", phrases, chosen)
+            if left_out := len(objects) - len(chosen):
+                note(f"note: {source.name}: objects left out by min_score and nms: {left_out}")
     if writers:
         writers.close()
     return 1 if pictures.failed else 0

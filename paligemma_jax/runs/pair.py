@@ -63,6 +63,10 @@ class Pictures:
         self.failed = 0
         self._stems = Stems()
 
+    def groups(self, size: int) -> Iterator[list[tuple[str, sources.Source]]]:
+        """So many pictures at a time."""
+        return sources.in_groups(iter(self), size)
+
     def __iter__(self) -> Iterator[tuple[str, sources.Source]]:
         """Pairs of a stem for files, each another one, and a picture."""
         for item in sources.read(self.names, _FPS):
