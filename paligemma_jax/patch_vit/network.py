@@ -27,14 +27,11 @@ class Network:
 
     def __call__(self, method: str, rows: np.ndarray) -> Any:
         """A method of the module for rows [B, ...]: the arrays of its result as numpy, each [B, ...]."""
-        if not len(rows):
-            shapes = jax.eval_shape(functools.partial(_apply, self.module, method), self.params, rows[:0])
-            return jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), shapes)
-        parts = [self._run(method, rows[i : i + MOST_ROWS]) for i in range(0, len(rows), MOST_ROWS)]
+        parts = [self._run(method, rows[i : i + MOST_ROWS]) for i in range(0, max(1, len(rows)), MOST_ROWS)]
         return jax.tree.map(lambda *arrays: np.concatenate(arrays), *parts) if len(parts) > 1 else parts[0]
 
     def _run(self, method: str, rows: np.ndarray) -> Any:
-        size = power_of_two(len(rows))
+        size = power_of_two(max(1, len(rows)))
         padded = np.zeros((size, *rows.shape[1:]), rows.dtype)
         padded[: len(rows)] = rows
         key = (method, padded.shape, padded.dtype)

@@ -84,10 +84,12 @@ class PtFile:
                 kind = "is in the format of torch before 1.6" if head[:1] == b"\x80" else "is no file of torch.save"
                 raise CheckpointError(f"{path} {kind}: save it with a newer torch, or give a safetensors directory")
             self._archive = zipfile.ZipFile(path)
-        except zipfile.BadZipFile as error:
-            raise self._damaged(error) from None
         except OSError as error:
             raise CheckpointError(f"{path} cannot be read: {one_line(error.strerror or error)}") from None
+        except CheckpointError:
+            raise
+        except Exception as error:  # a damaged directory of the archive can fail anywhere
+            raise self._damaged(error) from None
         names = [name for name in self._archive.namelist() if name.count("/") == 1 and name.endswith("/data.pkl")]
         if len(names) != 1:
             raise CheckpointError(f"{path} holds no data.pkl, it is no file of torch.save: give another")
