@@ -130,11 +130,14 @@ def found_grid(rows: Sequence[tuple[str, Sequence[tuple[Image.Image | None, str]
 
 
 def _framed(image: Image.Image | None) -> Image.Image:
-    """A whole picture in the middle of a panel."""
+    """A whole picture in the middle of a panel, in a thin frame."""
     page = Image.new("RGB", (PANEL, PANEL), _PAPER)
     if image is None:
         return page
-    share = (PANEL - _GAP) / max(image.size)
+    share = (PANEL - 2 * _GAP) / max(image.size)
     small = image.resize([max(round(length * share), 1) for length in image.size], Image.Resampling.BILINEAR)
-    page.paste(small, ((PANEL - small.width) // 2, (PANEL - small.height) // 2))
+    left, top = (PANEL - small.width) // 2, (PANEL - small.height) // 2
+    page.paste(small, (left, top))
+    frame = (left - 1, top - 1, left + small.width, top + small.height)
+    ImageDraw.Draw(page).rectangle(frame, outline=_FAINT)
     return page

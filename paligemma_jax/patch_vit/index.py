@@ -152,7 +152,7 @@ def load(path: Path) -> Index:
     """
     try:
         if not path.is_file():
-            raise DataError(f"there is no index {path}: set update=true and name a folder with image=")
+            raise DataError(f"there is no index {path}: set refresh=true and name a folder with image=")
         tensors = tensor_files.read_header(path)
         about = json.loads(tensor_files.read_note(path).get(_KEY, "null"))
         if about is None:

@@ -50,9 +50,9 @@ def run(config: ConfigDict) -> int:
         raise ConfigError(f"image={config.image} is a URL: search looks through files, give a folder or a glob")
     asked = pair.Pictures(config.query_image) if config.query_image else None
     directory, path = pair.folder(config), expanded(config.index)
+    names = [os.path.abspath(name) for name in find_images(config.image, tell=note)]
     models = {key: _digest(config[key]) for key in ("student", "clip")} | {"same_norm": config.same_norm}
     old = _usable(config, path, models)
-    names = [os.path.abspath(name) for name in find_images(config.image, tell=note)]
     student, clip = pair.load(config)
     index = _updated(config, path, old, names, models, indexing.of_models(student, clip, config.batch_size))
 
@@ -75,9 +75,9 @@ def _digest(path: str) -> str:
 def _usable(config: ConfigDict, path: Path, models: dict[str, str]) -> indexes.Index | None:
     """The index that is there, if its embeddings count; ConfigError and DataError with what to do when they do not."""
     source = os.path.abspath(os.path.expanduser(config.image))
-    if config.overwrite and not config.update:
-        raise ConfigError("overwrite=true makes an index, and update=false leaves it as it is: leave out one of them")
-    if config.update and not path.exists():
+    if config.overwrite and not config.refresh:
+        raise ConfigError("overwrite=true makes an index, and refresh=false leaves it as it is: leave out one of them")
+    if config.refresh and not path.exists():
         return None
     try:
         old = indexes.load(path)
@@ -108,9 +108,9 @@ def _updated(
 ) -> indexes.Index:
     """The index to search in, and notes about it."""
     stale = indexes.staleness(old, names) if old else None
-    if old and not config.update:
+    if old and not config.refresh:
         if stale:
-            note(f"note: the index {path} is stale ({stale}): set update=true to bring it up to date")
+            note(f"note: the index {path} is stale ({stale}): set refresh=true to bring it up to date")
         return old
     source = os.path.abspath(os.path.expanduser(config.image))
     if old and not stale and old.source == source:

@@ -5,6 +5,8 @@ import types
 import numpy as np
 from PIL import Image
 
+from paligemma_jax.patch_vit.preprocess import PixelSettings
+
 SIDE, PATCH = 4, 8
 PIXELS = SIDE * PATCH
 COLORS = {"red": (4, 0, 0), "green": (0, 4, 0), "blue": (0, 0, 4)}
@@ -17,9 +19,10 @@ class FakeStudent:
         self.config = types.SimpleNamespace(image_size=PIXELS, grid=SIDE, embed_dim=3)
         self.batches: list[int] = []
 
+    settings = PixelSettings(PIXELS, mean=(0.5,) * 3, std=(0.5,) * 3)
+
     def preprocess(self, images):
-        small = [image.convert("RGB").resize((PIXELS, PIXELS), Image.Resampling.BILINEAR) for image in images]
-        return np.stack([np.asarray(image, np.float32) / 127.5 - 1 for image in small])
+        return self.settings(images)
 
     def embed_patches(self, pixels):
         self.batches.append(len(pixels))
@@ -39,7 +42,7 @@ class FakeClip:
     def __init__(self):
         self.config = types.SimpleNamespace(projection_dim=3)
 
-    preprocess = FakeStudent.preprocess
+    settings, preprocess = FakeStudent.settings, FakeStudent.preprocess
 
     def embed_text(self, texts):
         named = [[np.array(color) for name, color in COLORS.items() if name in text] for text in texts]
@@ -49,8 +52,9 @@ class FakeClip:
         return np.asarray(pixels).mean((1, 2)) + 1e-3
 
     def cls_attention(self, pixels):
-        brightness = np.asarray(pixels)[:, : PIXELS - 2].reshape(len(pixels), -1)[:, :9]
-        return np.abs(brightness) / np.abs(brightness).sum(-1, keepdims=True)
+        parts = np.asarray(pixels)[:, :30, :30].reshape(-1, 3, 10, 3, 10, 3)
+        brightness = np.exp(parts.mean((2, 4, 5))).reshape(-1, 9)
+        return 0.9 * brightness / brightness.sum(-1, keepdims=True)  # the rest is the class token's own
 
 
 def squares(*places, size=(PIXELS, PIXELS), ground=(90, 90, 90)):

@@ -214,7 +214,7 @@ def test_an_index_is_one_file_that_holds_all(saved):
 
 def test_no_index_and_other_files_are_one_line(tmp_path, saved):
     path = saved[1]
-    with pytest.raises(DataError, match=r"there is no index .*update=true"):
+    with pytest.raises(DataError, match=r"there is no index .*refresh=true"):
         files.load(tmp_path / "none")
     with pytest.raises(DataError, match="there is no index"):
         files.load(tmp_path)
