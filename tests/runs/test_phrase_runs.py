@@ -60,15 +60,17 @@ def names(folder):
 
 
 def test_a_heat_map_is_drawn_filmed_and_saved(phrases, tmp_path):
-    status, out, _ = phrases("heatmap")
-    assert status == 0 and names(tmp_path / "out") == ["a_film.gif", "a_maps.npz", "a_strip.png"]
+    status, out, _ = phrases("heatmap", output_dir=tmp_path / "maps")
+    assert status == 0 and names(tmp_path / "maps") == ["a_film.gif", "a_maps.npz", "a_strip.png"]
     first, second, last = out.splitlines()
     assert first.startswith("red: highest at x 0..16, y 0..16, ") and first.endswith("% of the map")
-    assert re.match(r"green thing: highest at x (32..48|48..64), y (32..48|48..64), ", second) and last.startswith("wrote ")
-    with np.load(tmp_path / "out" / "a_maps.npz") as file:
+    assert re.match(r"green thing: highest at x (32..48|48..64), y (32..48|48..64), ", second) and last.startswith(
+        "wrote "
+    )
+    with np.load(tmp_path / "maps" / "a_maps.npz") as file:
         assert file["phrases"].tolist() == ["red", "green thing"]
         np.testing.assert_allclose(file["maps"].sum((1, 2)), 1, rtol=1e-5)
-    assert size_of(tmp_path / "out" / "a_strip.png") == (448, 244)
+    assert size_of(tmp_path / "maps" / "a_strip.png") == (448, 244)
 
 
 def test_several_pictures_in_batches_of_any_size(phrases, scene, tmp_path):

@@ -116,7 +116,12 @@ def test_an_index_of_another_folder_is_refused_until_it_may_become_one(search, f
     moved = tmp_path / "moved"
     folder.rename(moved)
     err = search(image=moved)[2]
-    assert err.startswith("error: the index") and "moved: name another file" in err and "overwrite=true" in err and err.count("\n") == 1
+    assert (
+        err.startswith("error: the index")
+        and "moved: name another file" in err
+        and "overwrite=true" in err
+        and err.count("\n") == 1
+    )
     assert "0 embedded, 3 known by their contents" in search(image=moved, overwrite=True)[2]
 
 
