@@ -37,9 +37,8 @@ class Comparison:
 def compare(student: Student, clip: Clip, images: Sequence[Image.Image], batch_size: int = 16) -> Iterator[Comparison]:
     """The maps of some RGB pictures. The teacher sees them squeezed too, or its patches would lie elsewhere."""
     squeezed = dataclasses.replace(clip.settings, crop=False)
-    small, large = ((settings([image])[0] for image in images) for settings in (student.settings, squeezed))
-    shares = in_batches(lambda pixels: student.embed(pixels)[1], small, batch_size)
-    attention = in_batches(clip.cls_attention, large, batch_size)
+    shares = in_batches(lambda pixels: student.embed(pixels)[1], map(student.settings.one, images), batch_size)
+    attention = in_batches(clip.cls_attention, map(squeezed.one, images), batch_size)
     for share, attended in zip(shares, attention, strict=True):
         first, second = square(share), square(attended)
         second = second / second.sum()
