@@ -20,7 +20,7 @@ def get_config() -> ConfigDict:
     config.batch_size = 16  # pictures or windows that are embedded together
     config.format = "text"  # text, or json: one object per line
     config.output = ""  # heatmap: only this file: .png (strip), .gif (film), .npy (maps) or .npz (maps and phrases)
-    config.output_dir = "output/patch_vit"  # folder for pictures and maps
+    config.output_dir = "output/phrases"  # folder for pictures and maps
 
     config.background = ""  # locate: phrases that compete too and are not reported, with " ; " between them
     config.threshold = 0.5  # locate: of the way from a map's mean to its highest, what an object's points are above
@@ -29,7 +29,7 @@ def get_config() -> ConfigDict:
     config.nms = 0.0  # locate: IoU above which the lower scored of two boxes of a phrase is left out
     config.export = ""  # locate: coco, yolo or both with a comma: files of all objects, in `output_dir`
 
-    config.index = "output/patch_vit/index.safetensors"  # search: the file that embeddings are kept in
+    config.index = "output/phrases/index.safetensors"  # search: the file that embeddings are kept in
     config.query_image = ""  # search: picture, folder or glob to search with, beside the phrases
     config.top = 5  # search: pictures that are shown for a query
     config.refresh = True  # search: bring the index up to date first; else say only whether it is

@@ -4,6 +4,7 @@ import functools
 import hashlib
 import json
 import os
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,7 @@ from paligemma_jax.runs.notes import note
 from paligemma_jax.tasks.prompts import split_labels
 
 _MODEL_FILES = (".safetensors", ".json", ".txt", ".pt")
+_LOG_EVERY_S = 30.0  # when stderr is no terminal
 _NAMED = 20  # pictures that could not be read, by name
 
 Query = tuple[str, np.ndarray, np.ndarray]  # its name, and its embedding for each model [D]
@@ -117,8 +119,8 @@ def _updated(
         note(f"{len(old.entries):,} pictures in {path}, none is new")
         _name_failed(old)
         return old
-    hidden = not (os.isatty(2) and len(names) > config.batch_size)
-    with tqdm(total=len(names), unit="picture", disable=hidden) as bar:
+    waits = {"delay": 2.0} if sys.stderr.isatty() else {"delay": _LOG_EVERY_S, "mininterval": _LOG_EVERY_S}
+    with tqdm(total=len(names), unit="picture", **waits) as bar:
         save = functools.partial(indexes.save, path)
         done = indexing.update(old, source, names, models, embedder, save, config.save_every_s, bar.update)
     said = [f"{done.embedded:,} embedded"] + [f"{done.moved:,} known by their contents"] * bool(done.moved)
