@@ -24,6 +24,8 @@ RUNS = {  # config.run: module in paligemma_jax/runs, and what it does
     "swap": "answer about a picture with another one's embeddings (needs configs/swap.py)",
     "serve": "answer requests over HTTP (needs configs/serve.py)",
     "make_tiny": "build the shipped model from a seed (needs configs/make_tiny.py)",
+    "patch_vit_distill": "distil a patch ViT from a CLIP (needs configs/patch_vit_distill.py)",
+    "make_patch_vit": "build the shipped patch ViT and its teacher from a seed (needs configs/make_patch_vit.py)",
 }
 
 _EVALUATION = ("measure", "data", "num_scenes", "scenes_seed", "output")

@@ -168,7 +168,7 @@ def train_teacher(
     tokenizer = train_vocabulary([*asked, *captions(pool["shape"][:2000], pool["color"][:2000])])
     config = geometry(tokenizer)
     model = TeacherTraining(config)
-    ids = tokenizer(asked)
+    ids = tokenizer(asked, max(map(len, tokenizer.encode(asked))))
     pixels = jnp.zeros((1, VISION.image_size, VISION.image_size, 3))
     params = jax.jit(model.init)(jax.random.key(seed), pixels, ids[:1], ids)["params"]
     tower = params["clip"]["vision_model"]
