@@ -18,18 +18,18 @@ from paligemma_jax.tasks.prompts import read_prompt
 class Exports:
     """Collects the objects of a run; `close` writes what is about all pictures.
 
-    Classes are numbered as the prompts name them, then as they turn up. Several prompts about a picture add up.
+    Classes are numbered as they are given, then as they turn up. Several prompts about a picture add up.
 
     Args:
       kinds: of coco and yolo.
       directory: where the files go.
-      prompts: those of the run.
+      classes: names that get the first numbers.
     """
 
-    def __init__(self, kinds: Iterable[str], directory: Path, prompts: Iterable[str]):
+    def __init__(self, kinds: Iterable[str], directory: Path, classes: Iterable[str]):
         self._kinds = list(kinds)
         self._directory = directory
-        self._classes = list(dict.fromkeys(name for prompt in prompts for name in read_prompt(prompt).labels))
+        self._classes = list(dict.fromkeys(classes))
         self._images: list[coco.Record] = []
         self._annotations: list[coco.Record] = []
         self._current: tuple[str, float] | None = None  # the picture whose objects come
@@ -78,6 +78,11 @@ class Exports:
 
 def _write_json(path: Path, value: Any) -> None:
     write_text(path, json.dumps(value, ensure_ascii=False) + "\n")
+
+
+def classes_of(prompts: Iterable[str]) -> list[str]:
+    """The classes that prompts name."""
+    return [name for prompt in prompts for name in read_prompt(prompt).labels]
 
 
 def check(kinds: Iterable[str], prompts: Iterable[str]) -> None:

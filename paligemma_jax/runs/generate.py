@@ -60,7 +60,7 @@ def run(config: ConfigDict) -> int:
     at_once = 1 if config.stream else min(config.batch_size, len(sources) * len(parts))
     model = models.load(config, warm_up[:at_once], at_once)
     several = has_video or len(names) * len(prompts) > 1
-    writers = exports.Exports(kinds, expanded(config.output_dir), prompts) if kinds else None
+    writers = exports.Exports(kinds, expanded(config.output_dir), exports.classes_of(prompts)) if kinds else None
     failed = 0
     with (
         contextlib.closing(Results(model, config, several, writers)) as results,

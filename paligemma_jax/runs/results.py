@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from ml_collections import ConfigDict
+from PIL import Image
 
 import paligemma_jax as pj
 from paligemma_jax.errors import CheckpointError
@@ -83,7 +84,7 @@ class Results:
             record = export.record(source.name, question.prompt, answer, objects, texts, files, self._model.load_s)
             print(json.dumps(record, ensure_ascii=False), flush=True)
         for item in () if as_json else objects:
-            note(f"  {about}{_describe(item)}")
+            note(f"  {about}{describe(item)}")
         oddities = (self._oddities(*pair, *read, len(outputs) > 1) for pair, read in zip(answered, parsed, strict=True))
         for oddity in itertools.chain(self._left_out(chosen), *oddities):
             note(f"note: {about}{oddity}")
@@ -117,13 +118,7 @@ class Results:
             self._films.add(source, prompt, drawn)
         if not objects:
             return []
-        stem = self._stems.new(plain(source.stem))
-        path = self._directory / f"{stem}_drawn.png"
-        with replacing(path) as temporary:
-            drawn.save(temporary, format="PNG")
-        files = export.save_masks(objects, self._directory, stem)
-        note(f"wrote {path}" + (f" and {len(files)} mask{'s' * (len(files) > 1)}" if files else ""))
-        return files
+        return write_drawn(drawn, objects, self._directory, self._stems.new(plain(source.stem)))
 
     def _left_out(self, chosen: Selection) -> Iterator[str]:
         """What is to be said about objects that were not kept."""
@@ -158,7 +153,18 @@ class Results:
             yield f'{which}models know lower-case words, names with " ; " between them: try "{better}"'
 
 
-def _describe(item: pj.Detection) -> str:
+def write_drawn(drawn: Image.Image, objects: Sequence[pj.Detection], directory: Path, stem: str) -> list[Path]:
+    """Write a picture with its objects drawn on it, and their masks, whose files are returned; say so."""
+    path = directory / f"{stem}_drawn.png"
+    with replacing(path) as temporary:
+        drawn.save(temporary, format="PNG")
+    files = export.save_masks(objects, directory, stem)
+    note(f"wrote {path}" + (f" and {len(files)} mask{'s' * (len(files) > 1)}" if files else ""))
+    return files
+
+
+def describe(item: pj.Detection) -> str:
+    """An object in a line: "circle: x 67..221, y 44..196, score 0.88"."""
     x0, y0, x1, y1 = (round(v) for v in item.box)
     score = "" if item.score is None else f", score {item.score:.2f}"
     mask = "" if item.mask is None else f", mask of {int(item.mask.sum())} pixels"
