@@ -30,7 +30,8 @@ SIDEWAYS = {
     "processing": {"tasks"},
     "loading": {"api"},
     "paligemma_jax": {"api", "loading"},
-    "shapes_world": {"training", "evaluation", "inspection"},
+    "patch_vit": {"training"},
+    "shapes_world": {"training", "evaluation", "inspection", "patch_vit"},
 }
 RANK = {name: rank for rank, names in enumerate(ORDER) for name in names}
 WITHOUT_JAX = ("errors", "files", "buckets", "config", "processing", "tasks")

@@ -34,8 +34,11 @@ class VisionTower(nn.Module):
 
     def __call__(self, pixels: jax.Array) -> jax.Array:
         """Pixels [B, S, S, 3] to the class token [B, D]."""
-        x = run_layer(self.layers[-1], self.before_last(pixels))
-        return self.post_layernorm(x[:, 0])
+        return self.class_token(self.before_last(pixels))
+
+    def class_token(self, x: jax.Array) -> jax.Array:
+        """The class token [B, D] by the last layer of what enters it [B, 1 + N, D]."""
+        return self.post_layernorm(run_layer(self.layers[-1], x)[:, 0])
 
     def before_last(self, pixels: jax.Array) -> jax.Array:
         """What enters the last layer: the class token and the patches [B, 1 + N, D]."""

@@ -28,6 +28,8 @@ RUNS = {  # config.run: module in paligemma_jax/runs, and what it does
     "locate": "find boxes and masks of phrases without a language model",
     "serve": "answer requests over HTTP (needs configs/serve.py)",
     "make_tiny": "build the shipped model from a seed (needs configs/make_tiny.py)",
+    "patch_vit_distill": "distil a patch ViT from a CLIP (needs configs/patch_vit_distill.py)",
+    "make_patch_vit": "build the shipped patch ViT and its teacher from a seed (needs configs/make_patch_vit.py)",
 }
 
 _EVALUATION = ("measure", "data", "num_scenes", "scenes_seed", "output")
