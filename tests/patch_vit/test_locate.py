@@ -127,3 +127,12 @@ def test_interpolation_is_linear_between_centres():
 def test_a_threshold_that_cannot_be_is_one_line(threshold):
     with pytest.raises(ConfigError, match="is not possible: give"):
         locate.locate(random_maps(0, 1, (2, 2)), (4, 4), threshold)
+
+
+def test_points_that_touch_in_a_corner_are_one_object():
+    owned = np.zeros((32, 32), bool)
+    owned[4:12, 4:12] = owned[12:20, 12:20] = True
+    (item,) = locate._components("x", owned, np.ones((32, 32)), (32, 32))
+    assert item.box == (4, 4, 20, 20)
+    owned[12:20, 12:14] = False
+    assert len(locate._components("x", owned, np.ones((32, 32)), (32, 32))) == 2
