@@ -1,6 +1,12 @@
 """The patch ViT in plain torch, as its specification reads: what the networks here are compared with."""
 
+import json
+import sys
+import time
+from pathlib import Path
+
 import torch
+from safetensors.torch import load_file
 from torch import nn
 
 
@@ -54,3 +60,37 @@ def distill_loss(pooled: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
     """20 times the mean distance of the coordinates of unit vectors."""
     unit = nn.functional.normalize
     return 20 * (unit(pooled, dim=-1) - unit(target, dim=-1)).abs().mean()
+
+
+def main() -> None:
+    """One line of JSON for each line of JSON read: {"task": "infer" or "train", "batch": B, "count": n} to seconds.
+
+    Seconds are those of `count` runs, one after the other. Arguments: the student's model.safetensors, its config.json.
+    """
+    weights, config = sys.argv[1:3]
+    fields = json.loads(Path(config).read_text())
+    names = ("image_size", "patch_size", "embed_dim", "num_layers", "num_heads", "mlp_dim", "masked", "same_norm")
+    model = TorchPatchViT(*(fields[name] for name in names))
+    model.load_state_dict(load_file(weights))
+    side, embed = fields["image_size"], fields["embed_dim"]
+    trained = [p for name, p in model.named_parameters() if name != "scale"]
+    optimizer = torch.optim.AdamW(trained, lr=1e-3, weight_decay=0.01)
+    for line in sys.stdin:
+        asked = json.loads(line)
+        generator = torch.Generator().manual_seed(asked["batch"])
+        pixels = torch.randn(asked["batch"], 3, side, side, generator=generator)
+        targets = torch.randn(asked["batch"], embed, generator=generator)
+        start = time.perf_counter()
+        for _ in range(asked["count"]):
+            if asked["task"] == "infer":
+                with torch.inference_mode():
+                    model.eval()(pixels)
+            else:
+                optimizer.zero_grad()
+                distill_loss(model.train()(pixels)[0], targets).backward()
+                optimizer.step()
+        print(json.dumps(time.perf_counter() - start), flush=True)
+
+
+if __name__ == "__main__":
+    main()
