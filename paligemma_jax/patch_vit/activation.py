@@ -24,10 +24,13 @@ class PhraseMaps:
 
     phrases: T texts.
     logits: 2 t . e_n, f32 [T, R, C]; averages of these where windows overlap.
+    units: logits of patches that point where a phrase does, f32 [T]: 2 |t| times the length of the longest; None
+      where that is not known.
     """
 
     phrases: tuple[str, ...]
     logits: np.ndarray
+    units: np.ndarray | None = None
 
     @property
     def maps(self) -> np.ndarray:
@@ -81,7 +84,9 @@ def phrase_maps(
     for layout in placed:
         patches = np.stack([next(embedded) for _ in layout.corners])
         logits = patch_logits(require_finite(patches, "the student's patch embeddings"), texts)
-        yield PhraseMaps(tuple(phrases), windows.average(logits.reshape(*logits.shape[:2], side, side), layout))
+        maps = windows.average(logits.reshape(*logits.shape[:2], side, side), layout)
+        units = _SCALE * np.linalg.norm(texts, axis=1) * np.linalg.norm(patches, axis=2).max()
+        yield PhraseMaps(tuple(phrases), maps, units)
 
 
 def embed_phrases(clip: Clip, phrases: Sequence[str]) -> np.ndarray:

@@ -20,11 +20,12 @@ def locate(found: PhraseMaps, size: tuple[int, int], threshold: float = 0.5, bac
     """The objects that phrases name, in the phrases' order, each phrase's best first.
 
     Phrases compete for each point of the picture, a patch divided by 8. With l the logits of a phrase, interpolated,
-    and x = l - mean l, a phrase claims a point where x is above `threshold` times its highest, and of those that do the
-    one with the highest x gets it; where none does there is ground. Points that are connected are one object.
+    it claims a point where l is above mean l + `threshold` (max l - mean l). Of the phrases that claim a point the most
+    probable one, with the highest l, gets it; where none does there is ground. Connected points are one object.
 
-    The score of an object is 1 - (mean activation of the map) / (highest one in the object): near 0 where a map is as
-    even as that of a phrase that names nothing in the picture. How near to 1 it comes depends on the models.
+    The score of an object is the cosine similarity of the phrase and the best point, 0 where that is negative, if all
+    patch embeddings are as long, else a lower bound; None where the maps do not tell. How high it is for what is in a
+    picture depends on the models.
 
     Args:
       found: maps of phrases; of objects that are not wanted too, so that they keep their points.
@@ -39,15 +40,14 @@ def locate(found: PhraseMaps, size: tuple[int, int], threshold: float = 0.5, bac
       ConfigError: another threshold.
     """
     check_threshold(threshold)
-    logits = np.asarray(found.logits, np.float64)
-    mean, highest = logits.mean(axis=(1, 2), keepdims=True), logits.max(axis=(1, 2), keepdims=True)
-    excess = _interpolated(logits - mean)
-    claimed = excess > threshold * (highest - mean)
-    owner = np.where(claimed.any(axis=0), np.where(claimed, excess, -np.inf).argmax(axis=0), -1)
+    logits = _interpolated(np.asarray(found.logits, np.float64))
+    mean, highest = (reduce(found.logits, axis=(1, 2), keepdims=True) for reduce in (np.mean, np.max))
+    claimed = logits > mean + threshold * (highest - mean)
+    owner = np.where(claimed.any(axis=0), np.where(claimed, logits, -np.inf).argmax(axis=0), -1)
+    units = [None] * len(logits) if found.units is None else found.units
     objects = []
     for number, phrase in enumerate(found.phrases[: len(found.phrases) - background]):
-        ground = np.log(np.exp(logits[number] - highest[number]).mean()) + highest[number] - mean[number]
-        objects += _components(phrase, owner == number, excess[number] - ground, size)
+        objects += _components(phrase, owner == number, logits[number], units[number], size)
     return objects
 
 
@@ -57,17 +57,20 @@ def check_threshold(threshold: float) -> None:
         raise ConfigError(f"threshold={threshold} is not possible: give a number between 0 and 1")
 
 
-def _components(phrase: str, owned: np.ndarray, contrast: np.ndarray, size: tuple[int, int]) -> list[Detection]:
-    """An object for each connected part of a phrase's points; `contrast` is log(activation / mean activation)."""
+def _components(
+    phrase: str, owned: np.ndarray, logits: np.ndarray, unit: float | None, size: tuple[int, int]
+) -> list[Detection]:
+    """An object for each connected part of the points of a phrase, the one with the highest logit first."""
     parts, count = ndimage.label(owned, _TOUCHING)
     objects = []
     for number in range(1, count + 1):
         part = parts == number
         mask = np.asarray(Image.fromarray(part).resize(size, Image.Resampling.NEAREST))
         if part.sum() >= _LEAST_AREA and mask.any():  # in a picture of a few pixels a part may have none
-            score = max(0.0, 1 - float(np.exp(-contrast[part].max())))
-            objects.append(Detection(phrase, _box(mask), score, mask=mask))
-    return sorted(objects, key=lambda item: -item.score)
+            best = logits[part].max()
+            score = None if unit is None else min(max(float(best / unit), 0.0), 1.0)
+            objects.append((best, Detection(phrase, _box(mask), score, mask=mask)))
+    return [item for _, item in sorted(objects, key=lambda pair: -pair[0])]
 
 
 def _box(mask: np.ndarray) -> tuple[float, float, float, float]:
