@@ -11,8 +11,8 @@ from paligemma_jax.shapes_world import patch_vit_stage as stage
 from paligemma_jax.shapes_world import teacher_stage
 
 RECIPE = stage.Recipe(
-    seed=0, num_scenes=16, num_validation=4, teacher_steps=2, teacher_learning_rate=1e-3, teacher_batch_size=8, epochs=1,
-    batch_size=8, learning_rate=1e-3, masked=True, same_norm=True, start_from="",
+    seed=0, num_scenes=16, num_validation=4, teacher_steps=2, teacher_learning_rate=1e-3, teacher_batch_size=8,
+    epochs=1, batch_size=8, learning_rate=1e-3, masked=True, same_norm=True, start_from="",
 )  # fmt: skip
 
 
