@@ -159,3 +159,13 @@ def test_a_digest_is_of_the_contents(tmp_path):
         (tmp_path / name).write_bytes(data)
     a, b, c = (files.digest(tmp_path / name) for name in "abc")
     assert a == b != c and len(a) == 32
+
+
+def test_leftovers_of_killed_processes_go_when_they_are_old(tmp_path):
+    names = (".x[1].npz.12.tmp", ".x[1].npz.13.tmp", ".x1.npz.12.tmp", "x[1].npz")
+    for name in names:
+        (tmp_path / name).write_bytes(b"")
+        os.utime(tmp_path / name, (1, 1))
+    os.utime(tmp_path / names[1])  # of a process that writes now
+    files.remove_leftovers(tmp_path / "x[1].npz")
+    assert {path.name for path in tmp_path.iterdir()} == set(names[1:])

@@ -19,6 +19,7 @@ from PIL import Image
 
 from paligemma_jax.checkpoints import tensor_files
 from paligemma_jax.errors import CheckpointError, DataError, NumericsError
+from paligemma_jax.files import remove_leftovers
 from paligemma_jax.processing.decode import decode
 from paligemma_jax.processing.image import opened
 
@@ -141,6 +142,7 @@ def save(path: Path, index: Index) -> None:
         "files": np.frombuffer(json.dumps(files).encode(), np.uint8),
     }
     path.parent.mkdir(parents=True, exist_ok=True)
+    remove_leftovers(path)  # they are as large as the index
     tensor_files.write(path, arrays, note={_KEY: json.dumps(about)})
 
 

@@ -3,8 +3,6 @@
 Axes: T phrases, R and C rows and columns of a map, H and W in pixels.
 """
 
-import dataclasses
-
 import numpy as np
 from PIL import Image
 from scipy import ndimage
@@ -14,81 +12,61 @@ from paligemma_jax.patch_vit.activation import PhraseMaps
 from paligemma_jax.tasks.detection import Detection
 
 _FINER = 8  # points along a side of a patch that is interpolated
-_EDGES = np.ones((3, 3), int)  # points that touch in a corner are connected
+_LEAST_AREA = _FINER**2 // 4  # of an object, in points
+_TOUCHING = np.ones((3, 3), int)  # points that touch in a corner are connected
 
 
-@dataclasses.dataclass(frozen=True)
-class LocateOptions:
-    """What counts as a found object.
-
-    threshold: share, 0..1, of the way from a phrase's mean logit to its highest one, above which a point may be its.
-    temperature: of the softmax over phrases and ground, in such shares.
-    contrast: how many times the mean activation the highest one is at least; a phrase below it is not in the picture.
-    least_area: of an object, in patches.
-    """
-
-    threshold: float = 0.5
-    temperature: float = 0.1
-    contrast: float = 1.5
-    least_area: float = 0.25
-
-    def __post_init__(self):
-        if not 0 < self.threshold < 1:
-            raise ConfigError(f"threshold={self.threshold} is not possible: give a number between 0 and 1")
-        for name in ("temperature", "contrast"):
-            if not getattr(self, name) > 0:
-                raise ConfigError(f"{name}={getattr(self, name)} is not possible: give a number above 0")
-
-
-def locate(
-    found: PhraseMaps, size: tuple[int, int], options: LocateOptions = LocateOptions(), background: int = 0
-) -> list[Detection]:
+def locate(found: PhraseMaps, size: tuple[int, int], threshold: float = 0.5, background: int = 0) -> list[Detection]:
     """The objects that phrases name, in the phrases' order, each phrase's best first.
 
     Phrases compete for each point of the picture, a patch divided by 8. With l the logits of a phrase, interpolated,
+    and x = l - mean l, a phrase claims a point where x is above `threshold` times its highest, and of those that do the
+    one with the highest x gets it; where none does there is ground. Points that are connected are one object.
 
-        relevance r = (l - mean l) / (max l - mean l)
-        probability of p = exp(r_p / temperature) / (exp(threshold / temperature) + sum of exp(r / temperature))
-
-    A point belongs to the most probable phrase if that is more probable than the ground, which has the threshold for
-    its relevance. Points that are connected are one object. Its score is the mean probability of its points.
+    The score of an object is 1 - (mean activation of the map) / (highest one in the object): near 0 where a map is as
+    even as that of a phrase that names nothing in the picture. How near to 1 it comes depends on the models.
 
     Args:
       found: maps of phrases; of objects that are not wanted too, so that they keep their points.
       size: (width, height) of the picture in pixels.
-      options: what counts.
+      threshold: between 0 and 1; higher makes smaller objects.
       background: how many of the last phrases are not wanted.
 
     Returns:
       Objects with masks, bool [H, W], and the boxes of these in pixels.
+
+    Raises:
+      ConfigError: another threshold.
     """
+    check_threshold(threshold)
     logits = np.asarray(found.logits, np.float64)
     mean, highest = logits.mean(axis=(1, 2), keepdims=True), logits.max(axis=(1, 2), keepdims=True)
-    relevance = _interpolated((logits - mean) / np.maximum(highest - mean, np.finfo(np.float32).tiny))
-    powers = np.exp((relevance - options.threshold) / options.temperature)
-    probabilities = powers / (1 + powers.sum(axis=0))
-    owner = np.where(relevance.max(axis=0) > options.threshold, relevance.argmax(axis=0), -1)
+    excess = _interpolated(logits - mean)
+    claimed = excess > threshold * (highest - mean)
+    owner = np.where(claimed.any(axis=0), np.where(claimed, excess, -np.inf).argmax(axis=0), -1)
     objects = []
     for number, phrase in enumerate(found.phrases[: len(found.phrases) - background]):
-        contrast = 1 / np.exp(logits[number] - highest[number]).mean()
-        if contrast >= options.contrast:
-            objects += _components(phrase, owner == number, probabilities[number], size, options.least_area)
+        ground = np.log(np.exp(logits[number] - highest[number]).mean()) + highest[number] - mean[number]
+        objects += _components(phrase, owner == number, excess[number] - ground, size)
     return objects
 
 
-def _components(
-    phrase: str, owned: np.ndarray, probabilities: np.ndarray, size: tuple[int, int], least_area: float
-) -> list[Detection]:
-    """An object for each connected part of the points of a phrase."""
-    parts, count = ndimage.label(owned, _EDGES)
+def check_threshold(threshold: float) -> None:
+    """ConfigError for one that is not between 0 and 1."""
+    if not 0 < threshold < 1:
+        raise ConfigError(f"threshold={threshold} is not possible: give a number between 0 and 1")
+
+
+def _components(phrase: str, owned: np.ndarray, contrast: np.ndarray, size: tuple[int, int]) -> list[Detection]:
+    """An object for each connected part of a phrase's points; `contrast` is log(activation / mean activation)."""
+    parts, count = ndimage.label(owned, _TOUCHING)
     objects = []
     for number in range(1, count + 1):
         part = parts == number
-        if part.sum() < least_area * _FINER**2:
-            continue
         mask = np.asarray(Image.fromarray(part).resize(size, Image.Resampling.NEAREST))
-        if mask.any():  # in a picture of a few pixels a part may have none
-            objects.append(Detection(phrase, _box(mask), float(probabilities[part].mean()), mask=mask))
+        if part.sum() >= _LEAST_AREA and mask.any():  # in a picture of a few pixels a part may have none
+            score = max(0.0, 1 - float(np.exp(-contrast[part].max())))
+            objects.append(Detection(phrase, _box(mask), score, mask=mask))
     return sorted(objects, key=lambda item: -item.score)
 
 

@@ -37,7 +37,7 @@ _SELECTION = ("min_score", "nms", "loc_scale")
 _SAMPLING = ("temperature", "top_k", "top_p", "min_p", "seed", "max_new_tokens", "speculate")
 _FILES = ("stream", "export", "output_dir", "save_embeddings", "load_embeddings", "embeddings")
 _SEARCH = ("index", "query_image", "top", "refresh", "overwrite", "ranking", "save_every_s")
-_LOCATE = ("background", "threshold", "contrast", "min_score", "nms", "export")
+_LOCATE = ("background", "threshold", "min_score", "nms", "export")
 _PALIGEMMA = ("checkpoint", "hub_id", "dtype", "seed")
 UNUSED = {  # by run, keys of its config that change nothing in it
     "generate": _EVALUATION,

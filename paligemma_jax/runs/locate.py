@@ -8,10 +8,9 @@ from ml_collections import ConfigDict
 import paligemma_jax as pj
 from paligemma_jax.errors import ConfigError
 from paligemma_jax.patch_vit.activation import phrase_maps
-from paligemma_jax.patch_vit.locate import LocateOptions, locate
+from paligemma_jax.patch_vit.locate import check_threshold, locate
 from paligemma_jax.runs import pair, settings
 from paligemma_jax.runs.exports import Exports
-from paligemma_jax.runs.notes import note
 from paligemma_jax.runs.results import describe, write_drawn
 from paligemma_jax.tasks import coco, export
 from paligemma_jax.tasks.draw import draw
@@ -26,7 +25,7 @@ def run(config: ConfigDict) -> int:
     phrases, background = pair.phrases(config), split_labels(config.background)
     if both := set(phrases) & set(background):
         raise ConfigError(f"{min(both)!r} is in the prompt and in background: leave it out of one of them")
-    options = LocateOptions(threshold=config.threshold, contrast=config.contrast)
+    check_threshold(config.threshold)
     kinds = settings.exports(config)
     if "coco" in kinds:
         coco.require()
@@ -38,8 +37,8 @@ def run(config: ConfigDict) -> int:
         images = [source.image for _, source in group]
         maps = phrase_maps(student, clip, images, (*phrases, *background), config.windows, config.batch_size)
         for (stem, source), found in zip(group, maps, strict=True):
-            objects = locate(found, source.image.size, options, background=len(background))
-            chosen = select(objects, config.min_score, config.nms).kept
+            objects = locate(found, source.image.size, config.threshold, len(background))
+            chosen = select(objects, config.min_score, config.nms).kept  # what maps show without any object goes
             files = write_drawn(draw(source.image, chosen), chosen, directory, stem) if chosen else []
             if writers:
                 writers.add(source, chosen)
@@ -48,8 +47,6 @@ def run(config: ConfigDict) -> int:
                 print(json.dumps(record, ensure_ascii=False), flush=True)
             else:
                 _say(source.name if len(pictures.names) > 1 else "", phrases, chosen)
-            if left_out := len(objects) - len(chosen):
-                note(f"note: {source.name}: objects left out by min_score and nms: {left_out}")
     if writers:
         writers.close()
     return 1 if pictures.failed else 0

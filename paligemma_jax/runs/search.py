@@ -51,8 +51,8 @@ def run(config: ConfigDict) -> int:
     if is_url(config.image):
         raise ConfigError(f"image={config.image} is a URL: search looks through files, give a folder or a glob")
     asked = pair.Pictures(config.query_image) if config.query_image else None
-    directory, path = pair.folder(config), expanded(config.index)
     names = [os.path.abspath(name) for name in find_images(config.image, tell=note)]
+    directory, path = pair.folder(config), expanded(config.index)
     models = {key: _digest(config[key]) for key in ("student", "clip")} | {"same_norm": config.same_norm}
     old = _usable(config, path, models)
     student, clip = pair.load(config)

@@ -11,9 +11,9 @@ from paligemma_jax.tasks.overlap import box_iou
 from tests.patch_vit.phrases_fake import FakeClip, FakeStudent, squares
 
 
-def found_in(image, phrases, choice="auto", background=0, **options):
+def found_in(image, phrases, choice="auto", background=0, threshold=0.5):
     (maps,) = activation.phrase_maps(FakeStudent(), FakeClip(), [image], phrases, choice)
-    return locate.locate(maps, image.size, locate.LocateOptions(**options), background)
+    return locate.locate(maps, image.size, threshold, background)
 
 
 def random_maps(seed, count, shape, scale=4.0):
@@ -37,7 +37,7 @@ def test_masks_are_apart_and_boxes_fit_them(seed, count, shape, size):
     assert sum((item.mask.astype(int) for item in objects), np.zeros(size[::-1], int)).max(initial=0) <= 1
     for item in objects:
         x0, y0, x1, y1 = map(int, item.box)
-        assert item.mask.shape == size[::-1] and item.mask.any() and 0 < item.score <= 1
+        assert item.mask.shape == size[::-1] and item.mask.any() and 0 <= item.score < 1
         assert item.mask[y0:y1, x0:x1].sum() == item.mask.sum()
         inside = item.mask[y0:y1, x0:x1]
         assert inside.any(0)[[0, -1]].all() and inside.any(1)[[0, -1]].all()
@@ -86,16 +86,31 @@ def test_background_phrases_keep_their_points_and_are_not_reported():
     assert item.label == "red" and item.box[2] <= 160
 
 
-def test_a_phrase_without_contrast_is_not_there():
-    image = squares(size=(64, 64))
-    assert found_in(image, ["red"]) == []
-    assert found_in(squares(((0, 0, 16, 16), (255, 0, 0)), size=(64, 64)), ["red"], contrast=1e6) == []
+def test_an_even_map_has_no_object_and_the_score_is_the_contrast():
+    assert found_in(squares(size=(64, 64)), ["red"]) == []
+    for color, most in (((255, 0, 0), 1), ((140, 90, 90), 0.9)):
+        pixels = FakeStudent().preprocess([squares(((0, 0, 16, 16), color), size=(64, 64))])
+        logits = activation.patch_logits(FakeStudent().embed_patches(pixels), FakeClip().embed_text(["red"]))
+        maps = activation.PhraseMaps(("red",), logits.reshape(1, 4, 4))
+        (item,) = locate.locate(maps, (64, 64))
+        assert item.score == pytest.approx(1 - 1 / (16 * maps.maps.max()), abs=1e-5)
+        assert item.score < most
+
+
+def test_a_weak_phrase_takes_no_points_of_a_strong_one():
+    strong = np.zeros((8, 8), np.float32)
+    strong[2:5, 2:5] = 4
+    weak = 0.1 * strong
+    weak[6, 6] = 0.5
+    objects = locate.locate(activation.PhraseMaps(("weak", "strong"), np.stack([weak, strong])), (64, 64))
+    assert [item.label for item in objects] == ["weak", "strong"]
+    assert objects[0].box[0] >= 40 and box_iou(objects[1].box, (16, 16, 40, 40)) > 0.6
 
 
 def test_a_lower_threshold_takes_more():
     areas = [
-        sum(item.mask.sum() for item in locate.locate(random_maps(3, 1, (8, 8), 2.0), (64, 64), options))
-        for options in (locate.LocateOptions(threshold=value, contrast=0.1) for value in (0.9, 0.5, 0.1))
+        sum(item.mask.sum() for item in locate.locate(random_maps(3, 1, (8, 8), 2.0), (64, 64), threshold))
+        for threshold in (0.9, 0.5, 0.1)
     ]
     assert areas == sorted(areas) and areas[0] < areas[-1]
 
@@ -108,9 +123,16 @@ def test_interpolation_is_linear_between_centres():
     np.testing.assert_allclose(fine[0], 4 * y[:, None] + x[None], atol=1e-12)
 
 
-@pytest.mark.parametrize(
-    "options", [{"threshold": 0}, {"threshold": 1.0}, {"contrast": float("nan")}, {"temperature": 0}]
-)
-def test_options_that_cannot_be_are_one_line(options):
+@pytest.mark.parametrize("threshold", [0, 1.0, float("nan"), -0.5])
+def test_a_threshold_that_cannot_be_is_one_line(threshold):
     with pytest.raises(ConfigError, match="is not possible: give"):
-        locate.LocateOptions(**options)
+        locate.locate(random_maps(0, 1, (2, 2)), (4, 4), threshold)
+
+
+def test_points_that_touch_in_a_corner_are_one_object():
+    owned = np.zeros((32, 32), bool)
+    owned[4:12, 4:12] = owned[12:20, 12:20] = True
+    (item,) = locate._components("x", owned, np.ones((32, 32)), (32, 32))
+    assert item.box == (4, 4, 20, 20)
+    owned[12:20, 12:14] = False
+    assert len(locate._components("x", owned, np.ones((32, 32)), (32, 32))) == 2

@@ -243,3 +243,16 @@ def test_a_damaged_index_is_read_or_refused_in_one_line(place, byte, tmp_path_fa
         files.load(folder / "index")
     except DataError as error:
         assert "\n" not in str(error)
+
+
+def test_moved_pictures_whose_turn_had_not_come_are_still_known_after_a_kill(tmp_path):
+    for i in range(6):
+        draw(tmp_path / f"old{i}.png", i)
+    index, saved = run(tmp_path).index, []
+    for i in range(6):
+        (tmp_path / f"old{i}.png").rename(tmp_path / f"z{i}.png")
+        draw(tmp_path / f"new{i}.png", 50 + i)
+    with pytest.raises(Killed):
+        run(tmp_path, index, Counting(1), saved=saved)
+    done = run(tmp_path, saved[-1])
+    assert (done.embedded, done.moved) == (2, 6)

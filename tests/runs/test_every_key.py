@@ -132,7 +132,6 @@ COVERED = {
         "windows": f"{_PHRASES}::test_windows_make_finer_maps",
         "output": f"{_PHRASES}::test_one_file_if_only_that_is_wanted",
         "output_dir": f"{_PHRASES}::test_a_heat_map_is_drawn_filmed_and_saved",
-        "contrast": f"{_PHRASES}::test_what_is_not_found_is_said",
         "export": f"{_PHRASES}::test_boxes_and_masks_have_the_keys_of_detect",
         "index": f"{_SEARCHED}::test_a_damaged_index_is_refused_until_it_may_be_made_again",
         **dict.fromkeys(("query_image", "top"), f"{_SEARCHED}::test_phrases_and_pictures_find_what_they_name"),

@@ -148,7 +148,7 @@ def test_boxes_and_masks_have_the_keys_of_detect(phrases, tmp_path):
 
 
 def test_what_is_not_found_is_said(phrases):
-    _, out, _ = phrases("locate", contrast=1e9)
+    _, out, _ = phrases("locate", min_score=1.0)
     assert out.splitlines() == ["red: not found", "green thing: not found"]
 
 
