@@ -109,13 +109,12 @@ def distill(settings: Settings, recipe: Recipe) -> Path:
         raise DataError("there are no pictures to validate on: name a folder with val, or more pictures with extra")
 
     mesh = _Mesh(settings.batch_size)
-    optimizer = make_optimizer(recipe, trained)
-    loss = functools.partial(distill_loss, PatchViT(student.config), settings.dtype)
+    optimizer, step_fn, losses = _programs(student.config, settings.dtype, recipe)
     size, seed = student.config.image_size, settings.seed
     batch = functools.partial(_batch, cache, known, student)
     order = shuffled(train, settings.batch_size, settings.epochs, seed)
     steps_per_epoch = len(train) // settings.batch_size
-    validate = _Validation(PatchViT(student.config), settings, val, batch, mesh)
+    validate = _Validation(losses, settings.batch_size, val, batch, mesh)
 
     def batch_at(step: int) -> dict[str, jax.Array]:
         rng = functools.partial(_rng, seed, step)
@@ -134,7 +133,7 @@ def distill(settings: Settings, recipe: Recipe) -> Path:
 
     fit(
         mesh.copy(init_state(student.params, optimizer)),
-        make_step(loss, optimizer),
+        step_fn,
         batch_at,
         steps_per_epoch * settings.epochs,
         checkpoints=open_checkpoints(output / "checkpoints"),
@@ -144,6 +143,14 @@ def distill(settings: Settings, recipe: Recipe) -> Path:
         evaluate=evaluate,
     )
     return output
+
+
+@functools.cache
+def _programs(config: StudentConfig, dtype: str, recipe: Recipe) -> tuple[Any, Any, Any]:
+    """The optimizer, the jitted step and the jitted `row_losses` of a student."""
+    model, optimizer = PatchViT(config), make_optimizer(recipe, trained)
+    loss = functools.partial(distill_loss, model, dtype)
+    return optimizer, make_step(loss, optimizer), jax.jit(functools.partial(row_losses, model, dtype))
 
 
 def start(settings: Settings) -> Student:
@@ -238,9 +245,8 @@ class _Mesh:
 class _Validation:
     """Mean loss over the validation pictures, not augmented."""
 
-    def __init__(self, model: PatchViT, settings: Settings, paths: list[str], batch: Callable, mesh: _Mesh):
-        self._losses = jax.jit(functools.partial(row_losses, model, settings.dtype))
-        self._paths, self._batch, self._mesh, self._size = paths, batch, mesh, settings.batch_size
+    def __init__(self, losses: Callable, size: int, paths: list[str], batch: Callable, mesh: _Mesh):
+        self._losses, self._size, self._paths, self._batch, self._mesh = losses, size, paths, batch, mesh
 
     def __call__(self, params: Any) -> float:
         total = 0.0

@@ -76,11 +76,15 @@ class TeacherCache:
         with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
             chunks = [paths[i : i + _CHUNK] for i in range(0, len(paths), _CHUNK)]
             for chunk in tqdm(chunks, desc="teacher", unit="batch", disable=not sys.stderr.isatty()):
-                for path, found in zip(chunk, pool.map(self._digest, chunk), strict=True):
-                    if isinstance(found, bytes):
-                        digests[path] = found
-                    else:
+                looked_at = list(pool.map(self._digest, chunk))
+                for path, found in zip(chunk, looked_at, strict=True):
+                    if isinstance(found, str):
                         corrupt[path] = found
+                    else:
+                        digests[path] = found[-1]
+                rows = [found for found in looked_at if not isinstance(found, str)]
+                with self._lock, self._connection:
+                    self._connection.executemany("insert or replace into files values (?, ?, ?, ?)", rows)
                 self._embed({digests[path]: path for path in chunk if path in digests}, teacher, pool)
         for path, digest in list(digests.items()):
             if (row := self._one("select reason from corrupt where digest = ?", digest)) is not None:
@@ -112,22 +116,19 @@ class TeacherCache:
         tables = ("embeddings", "corrupt")
         return any(self._one(f"select 1 from {name} where digest = ?", digest) for name in tables)
 
-    def _digest(self, path: str) -> bytes | str:
-        """The digest of a file, which is read only where its size or time is not as it was; or why it cannot be."""
+    def _digest(self, path: str) -> tuple[str, int, int, bytes] | str:
+        """A row of `files`, for which a file is read only where its size or time is not as it was; or why it cannot."""
         try:
             status = os.stat(path)
             with self._lock:
                 known = self._one("select size, mtime, digest from files where path = ?", path)
             if known and known[:2] == (status.st_size, status.st_mtime_ns):
-                return known[2]
+                return path, *known
             with open(path, "rb") as file:
                 digest = hashlib.file_digest(file, "sha256").digest()
         except OSError as error:
             return f"{path} cannot be read: {one_line(error.strerror or error)}"
-        row = (path, status.st_size, status.st_mtime_ns, digest)
-        with self._lock, self._connection:
-            self._connection.execute("insert or replace into files values (?, ?, ?, ?)", row)
-        return digest
+        return path, status.st_size, status.st_mtime_ns, digest
 
     def _one(self, query: str, *values: object) -> tuple | None:
         return self._connection.execute(query, values).fetchone()

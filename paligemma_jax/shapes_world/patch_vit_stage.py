@@ -36,6 +36,7 @@ class Recipe:
     learning_rate: float
     masked: bool
     same_norm: bool
+    start_from: str
 
 
 STUDENT = {"image_size": 120, "patch_size": 10, "num_layers": 4, "num_heads": 4, "mlp_dim": 400}
@@ -54,8 +55,9 @@ def build(work_dir: str | Path, output_dir: str | Path, recipe: Recipe) -> None:
     teacher = work / "teacher"
     if not (teacher / "config.json").exists():
         pool = {key: value if key in ("pixels", "mask") else np.array(value) for key, value in pools["train"].items()}
-        steps, rate, batch_size = recipe.teacher_steps, recipe.teacher_learning_rate, recipe.teacher_batch_size
-        train_teacher(work, pool, steps, rate, batch_size, recipe.seed).save(teacher, _STORED)
+        sizes = (recipe.teacher_steps, recipe.teacher_learning_rate, recipe.teacher_batch_size, recipe.seed)
+        start = patch_vit.load_clip(recipe.start_from) if recipe.start_from else None
+        train_teacher(work, pool, *sizes, start).save(teacher, _STORED)
     for name, pool in pools.items():
         write_pictures(work / "pictures" / name, pool["pixels"])
     student = distill(

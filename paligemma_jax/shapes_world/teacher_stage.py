@@ -36,6 +36,7 @@ from paligemma_jax.training.loss import mean_where
 VISION = ClipVisionConfig(image_size=120, patch_size=15, width=96, num_layers=4, mlp_dim=384, num_heads=4)
 TEXT = ClipTextConfig(context=32, width=64, num_layers=2, mlp_dim=256, num_heads=4)
 PROJECTION = 96
+_NUM_KINDS = len(SHAPES) * len(COLORS)
 _PHRASE_WEIGHT, _DENSE_WEIGHT = 4.0, 1.0
 
 
@@ -85,13 +86,13 @@ class TeacherTraining(nn.Module):
 
     def setup(self):
         self.clip = ClipModel(self.config)
-        self.shape, self.color = nn.Dense(len(SHAPES) + 1), nn.Dense(len(COLORS) + 1)
+        self.kind = nn.Dense(_NUM_KINDS + 1)
         self.phrase_scale = self.param("phrase_scale", nn.initializers.constant(2.3), ())
         self.phrase_bias = self.param("phrase_bias", nn.initializers.constant(-3.0), ())
 
     def __call__(self, pixels: jax.Array, captions: jax.Array, asked: jax.Array) -> dict[str, jax.Array]:
         """Pixels [B, S, S, 3], ids of captions [B, T] and of phrases [Q, T] to logits: of pictures by captions [B, B],
-        of pictures by phrases [B, Q], and of each patch's shape and colour [B, P, ...]."""
+        of pictures by phrases [B, Q], and of each patch's kind [B, P, K + 1], the last the background."""
         tower = self.clip.vision_model
         hidden = tower.before_last(pixels)
         image = _unit(self.clip.visual_projection(tower.class_token(hidden)))
@@ -100,8 +101,7 @@ class TeacherTraining(nn.Module):
         return {
             "captions": image @ whole.T * jnp.exp(jnp.minimum(self.clip.logit_scale, jnp.log(100.0))),
             "phrases": image @ parts.T * jnp.exp(self.phrase_scale) + self.phrase_bias,
-            "shape": self.shape(patches),
-            "color": self.color(patches),
+            "kind": self.kind(patches),
         }
 
 
@@ -120,14 +120,13 @@ def teacher_loss(model: TeacherTraining, asked: np.ndarray, params: Any, batch: 
     captions = optax.softmax_cross_entropy(logits, targets).mean() / 2
     captions += optax.softmax_cross_entropy(logits.T, targets).mean() / 2
     asked_of = optax.sigmoid_binary_cross_entropy(out["phrases"], batch["phrases"]).mean()
-    dense = sum(
-        mean_where(optax.softmax_cross_entropy_with_integer_labels(out[name], batch[name]), batch["supervised"])
-        for name in ("shape", "color")
-    )
+    kinds = optax.softmax_cross_entropy_with_integer_labels(out["kind"], batch["kind"])
+    dense = mean_where(kinds, batch["supervised"])
+    named = mean_where((jnp.argmax(out["kind"], axis=-1) == batch["kind"]).astype(jnp.float32), batch["foreground"])
     found = jnp.take_along_axis(same, jnp.argmax(logits, axis=0)[:, None], axis=1)
     right = ((out["phrases"] > 0) == (batch["phrases"] > 0)).all(axis=1).astype(jnp.float32)
     metrics = {"captions": captions, "phrases": asked_of, "dense": dense}
-    metrics |= {"recall_1": found.mean(), "phrases_right": right.mean()}
+    metrics |= {"recall_1": found.mean(), "phrases_right": right.mean(), "patches_right": named}
     return captions + _PHRASE_WEIGHT * asked_of + _DENSE_WEIGHT * dense, metrics
 
 
@@ -150,7 +149,8 @@ class CaptionBatches:
             "pixels": record["pixels"],
             "captions": self.tokenizer(captions(record["shape"], record["color"])),
             "phrases": phrase_truths(record["shape"], record["color"]),
-            **{name: dense[name] for name in ("shape", "color", "supervised")},
+            "kind": np.where(dense["foreground"], dense["color"] * len(SHAPES) + dense["shape"], _NUM_KINDS),
+            **{name: dense[name] for name in ("foreground", "supervised")},
         }
 
 
@@ -161,19 +161,30 @@ def captions(shape: np.ndarray, color: np.ndarray) -> list[str]:
 
 
 def train_teacher(
-    work: Path, pool: dict[str, np.ndarray], steps: int, learning_rate: float, batch_size: int, seed: int
+    work: Path,
+    pool: dict[str, np.ndarray],
+    steps: int,
+    learning_rate: float,
+    batch_size: int,
+    seed: int,
+    start: Clip | None = None,
 ) -> Clip:
-    """The CLIP of a pool of scenes; goes on where an earlier run with the same folder stopped."""
+    """The CLIP of a pool of scenes; goes on where an earlier run with the same folder stopped.
+
+    `start` is one that an earlier run made, to go on with; its tokenizer is kept.
+    """
     asked = phrases()
-    tokenizer = train_vocabulary([*asked, *captions(pool["shape"][:2000], pool["color"][:2000])])
+    texts = [*asked, *captions(pool["shape"][:2000], pool["color"][:2000])]
+    tokenizer = start.tokenizer if start else train_vocabulary(texts)
     config = geometry(tokenizer)
     model = TeacherTraining(config)
     ids = tokenizer(asked, max(map(len, tokenizer.encode(asked))))
     pixels = jnp.zeros((1, VISION.image_size, VISION.image_size, 3))
     params = jax.jit(model.init)(jax.random.key(seed), pixels, ids[:1], ids)["params"]
-    tower = params["clip"]["vision_model"]
-    positions = np.pad(sinusoidal_positions(VISION.num_tokens, VISION.width), ((1, 0), (0, 0)))
-    params["clip"]["vision_model"] = mimetic_tower(tower, positions)
+    if start:
+        params["clip"] = start.params
+    else:
+        params["clip"]["vision_model"] = _mimetic(params["clip"]["vision_model"])
     optimizer = make_optimizer(steps, learning_rate)
     state = fit(
         init_state(params, optimizer),
@@ -185,3 +196,9 @@ def train_teacher(
         name="teacher",
     )
     return Clip(config, state.params["clip"], tokenizer, PixelSettings(VISION.image_size, "bicubic"))
+
+
+def _mimetic(tower: dict) -> dict:
+    """See `vision_stage.mimetic_init`; the class token's position is 0."""
+    positions = np.pad(sinusoidal_positions(VISION.num_tokens, VISION.width), ((1, 0), (0, 0)))
+    return mimetic_tower(tower, positions)

@@ -12,6 +12,7 @@ from paligemma_jax.patch_vit import Student, StudentConfig, weights
 from paligemma_jax.patch_vit.student import neighbour_mask
 from tests.patch_vit import reference
 from tests.patch_vit.pt_writer import Named, checkpoint, write_pt
+from tests.patch_vit.small import random_tree
 
 
 def state_of(student: Student) -> dict[str, np.ndarray]:
@@ -33,6 +34,21 @@ def test_every_output_is_that_of_the_specification(student):
     np.testing.assert_allclose(student.embed_patches(pixels), embeddings, atol=1e-5)
     np.testing.assert_allclose(shares, probabilities, atol=1e-5)
     np.testing.assert_allclose(found, pooled, atol=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("plain", [False, True])
+def test_full_size_is_that_of_the_specification(plain):
+    config = StudentConfig(masked=not plain, same_norm=not plain, has_scale=not plain)
+    student = Student(config, random_tree(weights.student_shapes(config)))
+    pixels = pixels_of(student, 1)
+    options = {"num_heads": config.num_heads, "masked": config.masked, "same_norm": config.same_norm}
+    embeddings, probabilities, pooled = reference.patch_vit(state_of(student), pixels[0], **options)
+    size = abs(embeddings).max()
+    np.testing.assert_allclose(student.embed_patches(pixels)[0] / size, embeddings / size, atol=1e-5)
+    found, shares = student.embed(pixels)
+    np.testing.assert_allclose(shares[0], probabilities, atol=1e-5)
+    np.testing.assert_allclose(found[0] / size, pooled / size, atol=1e-5)
 
 
 @pytest.mark.parametrize("same_norm", [True, False])

@@ -53,8 +53,8 @@ def test_batches_are_a_function_of_the_step(pool):
         np.testing.assert_array_equal(first[name], again[name])
     assert (first["pixels"] != other["pixels"]).any()
     assert first["pixels"].shape == (4, 120, 120, 3) and first["captions"].shape == (4, stage.TEXT.context)
-    assert first["shape"].shape == first["supervised"].shape == (4, 64)
-    assert first["shape"].max() <= len(SHAPES) and first["color"].max() <= len(COLORS)
+    assert first["kind"].shape == first["supervised"].shape == (4, 64)
+    assert first["kind"].max() == len(SHAPES) * len(COLORS) and (first["kind"] < 30).any()
 
 
 @pytest.mark.slow
