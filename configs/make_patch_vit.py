@@ -9,12 +9,12 @@ def get_config() -> ConfigDict:
     config = base.common()
     config.run = "make_patch_vit"
     config.work_dir = "output/make_patch_vit"  # pictures, checkpoints and stages that are done; about 2 GB
-    config.start_from = ""  # a teacher that an earlier run made, to go on with; its tokenizer is kept
+    config.encoder_from = base.shipped("tiny")  # the PaliGemma whose image encoder the teacher starts from
     config.output_dir = base.shipped("patch_vit")  # the finished student and teacher
 
     config.num_scenes = 16_000  # pictures drawn to train on
     config.num_validation = 512  # and to validate on
-    config.teacher_steps = 2_500  # of the small CLIP
+    config.teacher_steps = 3_000  # of the small CLIP
     config.teacher_learning_rate = 2e-3  # peak, after the warm-up
     config.teacher_batch_size = 128  # pictures of a step
     config.epochs = 12  # of the distillation

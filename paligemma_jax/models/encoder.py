@@ -70,11 +70,14 @@ class SelfAttention(nn.Module):
             self.q_proj, self.k_proj, self.v_proj = (Linear(self.width, use_bias=True) for _ in range(3))
         self.out_proj = Linear(self.width, use_bias=True)
 
-    def __call__(self, x: jax.Array, mask: jax.Array | None = None) -> jax.Array:
-        """Tokens [B, T, D]; `mask` bool [B or 1, T, T] says which keys a query sees, None is all."""
-        q, k, v = self._heads(x)
+    def __call__(self, x: jax.Array, mask: jax.Array | None = None, num_queries: int | None = None) -> jax.Array:
+        """Tokens [B, T, D]; `mask` bool [B or 1, T, T] says which keys a query sees, None is all.
+
+        With `num_queries` only the first so many tokens are computed: [B, num_queries, D].
+        """
+        q, k, v = self._heads(x, num_queries)
         out = ops.attend(q, jnp.swapaxes(k, 1, 2), jnp.moveaxis(v, 1, 3), self._scale, mask)
-        return self.out_proj(out.reshape(x.shape))
+        return self.out_proj(out.reshape(*out.shape[:2], self.width))
 
     def probabilities(self, x: jax.Array) -> jax.Array:
         """How much each token of [B, T, D] looks at each: float32 [B, A, T, T]."""
@@ -92,13 +95,14 @@ class SelfAttention(nn.Module):
     def _scale(self) -> float:
         return (self.width // self.num_heads) ** -0.5
 
-    def _heads(self, x: jax.Array) -> list[jax.Array]:
-        """Queries, keys and values, each [B, T, A, D / A]."""
+    def _heads(self, x: jax.Array, num_queries: int | None = None) -> list[jax.Array]:
+        """Queries, of the first tokens only if so asked, keys and values, each [B, T, A, D / A]."""
         if self.fused:
-            parts = jnp.split(self.in_proj(x), 3, axis=-1)
+            q, k, v = jnp.split(self.in_proj(x), 3, axis=-1)
+            q = q[:, :num_queries]
         else:
-            parts = [project(x) for project in (self.q_proj, self.k_proj, self.v_proj)]
-        return [part.reshape(*x.shape[:2], self.num_heads, -1) for part in parts]
+            q, k, v = self.q_proj(x[:, :num_queries]), self.k_proj(x), self.v_proj(x)
+        return [part.reshape(*part.shape[:2], self.num_heads, -1) for part in (q, k, v)]
 
 
 class Mlp(nn.Module):
@@ -127,9 +131,9 @@ class EncoderLayer(nn.Module):
         self.self_attn = SelfAttention(self.width, self.num_heads, self.fused)
         self.mlp = Mlp(self.mlp_dim, self.activation)
 
-    def __call__(self, x: jax.Array, mask: jax.Array | None = None) -> jax.Array:
-        """Tokens [B, T, D]; `mask` as of `SelfAttention`."""
-        x = x + self.self_attn(self.layer_norm1(x), mask)
+    def __call__(self, x: jax.Array, mask: jax.Array | None = None, num_queries: int | None = None) -> jax.Array:
+        """Tokens [B, T, D]; `mask` and `num_queries` as of `SelfAttention`."""
+        x = x[:, :num_queries] + self.self_attn(self.layer_norm1(x), mask, num_queries)
         return x + self.mlp(self.layer_norm2(x))
 
     def probabilities(self, x: jax.Array) -> jax.Array:

@@ -38,7 +38,7 @@ class VisionTower(nn.Module):
 
     def class_token(self, x: jax.Array) -> jax.Array:
         """The class token [B, D] by the last layer of what enters it [B, 1 + N, D]."""
-        return self.post_layernorm(run_layer(self.layers[-1], x)[:, 0])
+        return self.post_layernorm(self.layers[-1](x, num_queries=1)[:, 0])
 
     def before_last(self, pixels: jax.Array) -> jax.Array:
         """What enters the last layer: the class token and the patches [B, 1 + N, D]."""
@@ -110,6 +110,10 @@ class ClipModel(nn.Module):
     def embed_text(self, tokens: jax.Array) -> jax.Array:
         """Ids i32 [B, T] to f32 [B, P], not normalised."""
         return self.text_projection(self.text_model(tokens)).astype(jnp.float32)
+
+    def before_last(self, pixels: jax.Array) -> jax.Array:
+        """See `VisionTower.before_last`."""
+        return self.vision_model.before_last(pixels)
 
     def cls_attention(self, pixels: jax.Array) -> jax.Array:
         """f32 [B, N], see `VisionTower.cls_attention`."""

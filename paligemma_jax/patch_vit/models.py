@@ -93,6 +93,10 @@ class Clip:
         """How much the class token of the last layer looks at each patch, the mean over heads: f32 [B, N]."""
         return self._network("cls_attention", _checked(pixels, self.config.vision.image_size))
 
+    def before_last(self, pixels: np.ndarray) -> np.ndarray:
+        """What enters the last layer of the image tower, the class token first: f32 [B, 1 + N, width]."""
+        return self._network("before_last", _checked(pixels, self.config.vision.image_size))
+
     def self_self_attention_patches(self, pixels: np.ndarray) -> np.ndarray:
         """Patches in the text space without training: f32 [B, N, D].
 

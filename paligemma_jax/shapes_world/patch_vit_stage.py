@@ -11,11 +11,11 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from paligemma_jax import patch_vit
+from paligemma_jax import checkpoints, patch_vit
 from paligemma_jax.patch_vit.distill import Settings, distill
 from paligemma_jax.patch_vit.plateau import Recipe as Optimizer
 from paligemma_jax.shapes_world.pool import scene_pool
-from paligemma_jax.shapes_world.teacher_stage import PROJECTION, VISION, train_teacher
+from paligemma_jax.shapes_world.teacher_stage import PROJECTION, train_teacher
 
 _VALIDATION_SEED = 1_000_000  # of the pictures to validate on, plus the recipe's
 _STORED = "float16"
@@ -36,7 +36,7 @@ class Recipe:
     learning_rate: float
     masked: bool
     same_norm: bool
-    start_from: str
+    encoder_from: str
 
 
 STUDENT = {"image_size": 120, "patch_size": 10, "num_layers": 4, "num_heads": 4, "mlp_dim": 400}
@@ -46,18 +46,16 @@ def build(work_dir: str | Path, output_dir: str | Path, recipe: Recipe) -> None:
     """Run all stages and write `teacher` and `student` into the output directory."""
     work, output = Path(work_dir), Path(output_dir)
     work.mkdir(parents=True, exist_ok=True)
+    vision = checkpoints.scan(checkpoints.locate(recipe.encoder_from)).config.vision
+    sizes = (vision.image_size, vision.patch_size)
     pools = {
-        "train": scene_pool(work, recipe.seed, recipe.num_scenes, VISION.image_size, VISION.patch_size),
-        "val": scene_pool(
-            work, recipe.seed + _VALIDATION_SEED, recipe.num_validation, VISION.image_size, VISION.patch_size
-        ),
+        "train": scene_pool(work, recipe.seed, recipe.num_scenes, *sizes),
+        "val": scene_pool(work, recipe.seed + _VALIDATION_SEED, recipe.num_validation, *sizes),
     }
     teacher = work / "teacher"
     if not (teacher / "config.json").exists():
-        pool = {key: value if key in ("pixels", "mask") else np.array(value) for key, value in pools["train"].items()}
-        sizes = (recipe.teacher_steps, recipe.teacher_learning_rate, recipe.teacher_batch_size, recipe.seed)
-        start = patch_vit.load_clip(recipe.start_from) if recipe.start_from else None
-        train_teacher(work, pool, *sizes, start).save(teacher, _STORED)
+        numbers = (recipe.teacher_steps, recipe.teacher_learning_rate, recipe.teacher_batch_size, recipe.seed)
+        train_teacher(work, pools["train"], recipe.encoder_from, *numbers).save(teacher, _STORED)
     for name, pool in pools.items():
         write_pictures(work / "pictures" / name, pool["pixels"])
     student = distill(

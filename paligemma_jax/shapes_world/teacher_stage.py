@@ -1,9 +1,10 @@
 """The small CLIP of the shipped patch ViT: image and text towers trained on scenes and their captions.
 
-Beside CLIP's loss over whole captions, each picture is asked which phrases are true of it ("star", "a red circle"),
-and linear heads, dropped afterwards, predict what each patch shows: so a small tower learns in minutes.
+The image tower starts from the first layers of the shipped PaliGemma's encoder, and learns in the last of them only, on
+what the others give, which is computed once. Beside CLIP's loss over whole captions, each picture is asked which
+phrases are true of it ("star", "a red circle").
 
-Axes: B pictures, T tokens, Q phrases, P patches, K object slots.
+Axes: B pictures, T tokens, Q phrases, P patches, K object slots, D width.
 """
 
 import dataclasses
@@ -19,25 +20,27 @@ import numpy as np
 import optax
 import tokenizers
 from tokenizers import models, pre_tokenizers, trainers
+from tqdm import tqdm
 
+from paligemma_jax import checkpoints
+from paligemma_jax.config import VisionConfig
+from paligemma_jax.files import replacing
 from paligemma_jax.patch_vit import Clip, ClipConfig, ClipTextConfig, ClipVisionConfig
 from paligemma_jax.patch_vit.clip import ClipModel
-from paligemma_jax.patch_vit.preprocess import MEAN, STD, PixelSettings
+from paligemma_jax.patch_vit.preprocess import PixelSettings
 from paligemma_jax.patch_vit.tokenizer import END, START, ClipTokenizer
 from paligemma_jax.shapes_world.language_stage import make_optimizer
-from paligemma_jax.shapes_world.pool import epoch_rows, take
+from paligemma_jax.shapes_world.pool import epoch_rows
 from paligemma_jax.shapes_world.questions import article, caption
 from paligemma_jax.shapes_world.scenes import COLORS, SHAPES
-from paligemma_jax.shapes_world.vision_stage import dense_targets, mimetic_tower, sinusoidal_positions
-from paligemma_jax.tasks.detection import NUM_CODES
 from paligemma_jax.training.loop import fit, init_state, make_step, open_checkpoints
-from paligemma_jax.training.loss import mean_where
 
-VISION = ClipVisionConfig(image_size=120, patch_size=15, width=96, num_layers=4, mlp_dim=384, num_heads=4)
+_LAYERS = 5  # of the shipped image encoder that the teacher takes; it learns in the last of them
 TEXT = ClipTextConfig(context=32, width=64, num_layers=2, mlp_dim=256, num_heads=4)
 PROJECTION = 96
-_NUM_KINDS = len(SHAPES) * len(COLORS)
-_PHRASE_WEIGHT, _DENSE_WEIGHT = 4.0, 1.0
+_PHRASE_WEIGHT = 4.0
+_CHUNK = 64
+_TOKEN_SIZE = 1.11  # standard deviation of what enters the layers of the shipped encoder
 
 
 def phrases() -> list[str]:
@@ -73,35 +76,48 @@ def train_vocabulary(texts: list[str]) -> ClipTokenizer:
     return ClipTokenizer(vocabulary, [tuple(pair) for pair in model["merges"]], TEXT.context)
 
 
-def geometry(tokenizer: ClipTokenizer) -> ClipConfig:
-    """The teacher's sizes around its vocabulary."""
+def geometry(tokenizer: ClipTokenizer, encoder: VisionConfig) -> ClipConfig:
+    """The teacher's sizes around its vocabulary and the encoder that it starts from."""
     text = dataclasses.replace(TEXT, vocab_size=len(tokenizer.vocabulary), eos_token_id=tokenizer.vocabulary[END])
-    return ClipConfig(VISION, text, PROJECTION)
+    sizes = dataclasses.asdict(encoder) | {"num_layers": _LAYERS, "activation": "gelu_pytorch_tanh"}
+    return ClipConfig(ClipVisionConfig(**sizes), text, PROJECTION)
+
+
+def from_siglip(tower: dict, params: dict) -> dict:
+    """A CLIP image tower's `params` with the first layers of a SigLIP `tower`.
+
+    What CLIP has besides stays near to the identity: the patches' bias is added to their positions, the norm before the
+    layers keeps the mean size of tokens.
+    """
+    patches, positions = tower["patch_embedding"], tower["position_embedding"]["weight"]
+    positions = positions + patches["bias"][None]
+    size = jnp.full_like(params["pre_layernorm"]["weight"], _TOKEN_SIZE)
+    return params | {
+        "patch_embedding": {"weight": patches["weight"]},
+        "position_embedding": {"weight": jnp.pad(positions, ((1, 0), (0, 0)))},
+        "pre_layernorm": {"weight": size, "bias": jnp.zeros_like(size)},
+        **{f"layers_{i}": tower[f"layers_{i}"] for i in range(_LAYERS)},
+    }
 
 
 class TeacherTraining(nn.Module):
-    """CLIP with the heads that help to train it."""
+    """CLIP above what enters the last layer of its image tower, with what scores phrases."""
 
     config: ClipConfig
 
     def setup(self):
         self.clip = ClipModel(self.config)
-        self.kind = nn.Dense(_NUM_KINDS + 1)
         self.phrase_scale = self.param("phrase_scale", nn.initializers.constant(2.3), ())
         self.phrase_bias = self.param("phrase_bias", nn.initializers.constant(-3.0), ())
 
-    def __call__(self, pixels: jax.Array, captions: jax.Array, asked: jax.Array) -> dict[str, jax.Array]:
-        """Pixels [B, S, S, 3], ids of captions [B, T] and of phrases [Q, T] to logits: of pictures by captions [B, B],
-        of pictures by phrases [B, Q], and of each patch's kind [B, P, K + 1], the last the background."""
-        tower = self.clip.vision_model
-        hidden = tower.before_last(pixels)
-        image = _unit(self.clip.visual_projection(tower.class_token(hidden)))
+    def __call__(self, hidden: jax.Array, captions: jax.Array, asked: jax.Array) -> dict[str, jax.Array]:
+        """Tokens [B, 1 + P, D], ids of captions [B, T] and of phrases [Q, T] to logits of pictures by captions [B, B]
+        and by phrases [B, Q]."""
+        image = _unit(self.clip.visual_projection(self.clip.vision_model.class_token(hidden)))
         whole, parts = _unit(self.clip.embed_text(captions)), _unit(self.clip.embed_text(asked))
-        patches = hidden[:, 1:]
         return {
             "captions": image @ whole.T * jnp.exp(jnp.minimum(self.clip.logit_scale, jnp.log(100.0))),
             "phrases": image @ parts.T * jnp.exp(self.phrase_scale) + self.phrase_bias,
-            "kind": self.kind(patches),
         }
 
 
@@ -110,47 +126,39 @@ def _unit(x: jax.Array) -> jax.Array:
 
 
 def teacher_loss(model: TeacherTraining, asked: np.ndarray, params: Any, batch: dict) -> tuple[jax.Array, dict]:
-    """Loss of a batch of `CaptionBatches`: captions, phrases, patches."""
-    mean, std = (jnp.array(values)[None, None, None] for values in (MEAN, STD))
-    pixels = (batch["pixels"].astype(jnp.float32) / 255 - mean) / std
-    out = model.apply({"params": params}, pixels, batch["captions"], asked)
+    """Loss of a batch of `CaptionBatches`: captions and phrases."""
+    out = model.apply({"params": params}, batch["hidden"].astype(jnp.float32), batch["captions"], asked)
     same = (batch["captions"][:, None] == batch["captions"][None]).all(axis=-1).astype(jnp.float32)
     targets = same / same.sum(axis=1, keepdims=True)  # pictures with equal captions are equally right
     logits = out["captions"]
     captions = optax.softmax_cross_entropy(logits, targets).mean() / 2
     captions += optax.softmax_cross_entropy(logits.T, targets).mean() / 2
     asked_of = optax.sigmoid_binary_cross_entropy(out["phrases"], batch["phrases"]).mean()
-    kinds = optax.softmax_cross_entropy_with_integer_labels(out["kind"], batch["kind"])
-    dense = mean_where(kinds, batch["supervised"])
-    named = mean_where((jnp.argmax(out["kind"], axis=-1) == batch["kind"]).astype(jnp.float32), batch["foreground"])
     found = jnp.take_along_axis(same, jnp.argmax(logits, axis=0)[:, None], axis=1)
     right = ((out["phrases"] > 0) == (batch["phrases"] > 0)).all(axis=1).astype(jnp.float32)
-    metrics = {"captions": captions, "phrases": asked_of, "dense": dense}
-    metrics |= {"recall_1": found.mean(), "phrases_right": right.mean(), "patches_right": named}
-    return captions + _PHRASE_WEIGHT * asked_of + _DENSE_WEIGHT * dense, metrics
+    metrics = {"captions": captions, "phrases": asked_of}
+    metrics |= {"recall_1": found.mean(), "phrases_right": right.mean()}
+    return captions + _PHRASE_WEIGHT * asked_of, metrics
 
 
 @dataclasses.dataclass(frozen=True)
 class CaptionBatches:
-    """Batches of a pool of scenes with their captions as a function of the step, half of the pictures mirrored."""
+    """Batches of a pool of scenes with their captions as a function of the step; `hidden` f16 [N, 1 + P, D] is what
+    enters the last layer of the image tower."""
 
     pool: dict[str, np.ndarray]
+    hidden: np.ndarray
     tokenizer: ClipTokenizer
     batch_size: int
     seed: int
 
     def __call__(self, step: int) -> dict[str, np.ndarray]:
-        rows = epoch_rows(len(self.pool["pixels"]), self.batch_size, step, self.seed)
-        mirrored = np.random.default_rng((self.seed, step)).random(self.batch_size) < 0.5
-        record = take(self.pool, rows, mirrored)
-        no_codes = np.zeros((*record["shape"].shape, NUM_CODES), np.int32)
-        dense = dense_targets(record, no_codes)
+        rows = epoch_rows(len(self.hidden), self.batch_size, step, self.seed)
+        shape, color = self.pool["shape"][rows], self.pool["color"][rows]
         return {
-            "pixels": record["pixels"],
-            "captions": self.tokenizer(captions(record["shape"], record["color"])),
-            "phrases": phrase_truths(record["shape"], record["color"]),
-            "kind": np.where(dense["foreground"], dense["color"] * len(SHAPES) + dense["shape"], _NUM_KINDS),
-            **{name: dense[name] for name in ("foreground", "supervised")},
+            "hidden": self.hidden[rows],
+            "captions": self.tokenizer(captions(shape, color)),
+            "phrases": phrase_truths(shape, color),
         }
 
 
@@ -163,42 +171,75 @@ def captions(shape: np.ndarray, color: np.ndarray) -> list[str]:
 def train_teacher(
     work: Path,
     pool: dict[str, np.ndarray],
+    encoder_from: str | Path,
     steps: int,
     learning_rate: float,
     batch_size: int,
     seed: int,
-    start: Clip | None = None,
 ) -> Clip:
     """The CLIP of a pool of scenes; goes on where an earlier run with the same folder stopped.
 
-    `start` is one that an earlier run made, to go on with; its tokenizer is kept.
+    `encoder_from` is the PaliGemma whose image encoder it starts from.
     """
+    base, params = checkpoints.load(encoder_from, "float32", progress=False)
     asked = phrases()
-    texts = [*asked, *captions(pool["shape"][:2000], pool["color"][:2000])]
-    tokenizer = start.tokenizer if start else train_vocabulary(texts)
-    config = geometry(tokenizer)
+    tokenizer = train_vocabulary([*asked, *captions(pool["shape"][:2000], pool["color"][:2000])])
+    config = geometry(tokenizer, base.vision)
     model = TeacherTraining(config)
     ids = tokenizer(asked, max(map(len, tokenizer.encode(asked))))
-    pixels = jnp.zeros((1, VISION.image_size, VISION.image_size, 3))
-    params = jax.jit(model.init)(jax.random.key(seed), pixels, ids[:1], ids)["params"]
-    if start:
-        params["clip"] = start.params
-    else:
-        params["clip"]["vision_model"] = _mimetic(params["clip"]["vision_model"])
-    optimizer = make_optimizer(steps, learning_rate)
+    first = Clip(config, _init(config, params["vision_tower"], seed), tokenizer, _settings(config))
+    start = jax.jit(model.init)(jax.random.key(seed), jnp.zeros((1, 2, config.vision.width)), ids[:1], ids)["params"]
+    start["clip"] = first.params
+    optimizer = only_trained(make_optimizer(steps, learning_rate))
     state = fit(
-        init_state(params, optimizer),
+        init_state(start, optimizer),
         make_step(functools.partial(teacher_loss, model, ids), optimizer),
-        CaptionBatches(pool, tokenizer, batch_size, seed),
+        CaptionBatches(pool, _hidden(work / "hidden.npy", first, pool["pixels"]), tokenizer, batch_size, seed),
         steps,
         checkpoints=open_checkpoints(work / "teacher_checkpoints"),
-        save_every=200,
+        save_every=500,
         name="teacher",
     )
-    return Clip(config, state.params["clip"], tokenizer, PixelSettings(VISION.image_size, "bicubic"))
+    return Clip(config, state.params["clip"], tokenizer, _settings(config))
 
 
-def _mimetic(tower: dict) -> dict:
-    """See `vision_stage.mimetic_init`; the class token's position is 0."""
-    positions = np.pad(sinusoidal_positions(VISION.num_tokens, VISION.width), ((1, 0), (0, 0)))
-    return mimetic_tower(tower, positions)
+def only_trained(optimizer: optax.GradientTransformation) -> optax.GradientTransformation:
+    """The optimizer without the image tower up to its last layer."""
+    last = (f"layers_{_LAYERS - 1}", "post_layernorm")
+
+    def labels(params: Any) -> Any:
+        def label(path: tuple[Any, ...], _: Any) -> str:
+            names = [entry.key for entry in path]
+            return "fixed" if "vision_model" in names and names[2] not in last else "trained"
+
+        return jax.tree_util.tree_map_with_path(label, params)
+
+    return optax.partition({"trained": optimizer, "fixed": optax.set_to_zero()}, labels)
+
+
+def _init(config: ClipConfig, tower: dict, seed: int) -> dict:
+    """Random parameters, those of the encoder's layers in the image tower."""
+    side = config.vision.image_size
+    ids = jnp.zeros((1, config.text.context), jnp.int32)
+    params = jax.jit(ClipModel(config).init)(jax.random.key(seed), jnp.zeros((1, side, side, 3)), ids)["params"]
+    return params | {"vision_model": from_siglip(tower, params["vision_model"])}
+
+
+def _settings(config: ClipConfig) -> PixelSettings:
+    """The encoder's own, which squeeze a picture to values from -1 to 1."""
+    half = (0.5, 0.5, 0.5)
+    return PixelSettings(config.vision.image_size, "bicubic", mean=half, std=half)
+
+
+def _hidden(path: Path, clip: Clip, pixels: np.ndarray) -> np.ndarray:
+    """What enters the last layer, f16 [N, 1 + P, D], of pictures u8 [N, S, S, 3]; computed once."""
+    if not path.exists():
+        vision = clip.config.vision
+        with replacing(path) as temporary:
+            shape = (len(pixels), vision.num_tokens + 1, vision.width)
+            out = np.lib.format.open_memmap(temporary, "w+", np.float16, shape)
+            for start in tqdm(range(0, len(pixels), _CHUNK), desc="image tower", unit_scale=_CHUNK, unit="picture"):
+                part = clip.preprocess([np.asarray(image) for image in pixels[start : start + _CHUNK]])
+                out[start : start + _CHUNK] = clip.before_last(part)
+            out.flush()
+    return np.load(path, mmap_mode="r")

@@ -153,19 +153,14 @@ def mimetic_init(params: dict) -> dict:
     So attention starts on similar patches, near ones of similar colour; from random parameters a small encoder is slow
     to find that neighbours matter. After "Mimetic initialization of self-attention layers" (arXiv 2305.09828).
     """
-    tower = params["vision_tower"]
-    positions = sinusoidal_positions(*tower["position_embedding"]["weight"].shape)
-    return {**params, "vision_tower": mimetic_tower(tower, positions)}
-
-
-def mimetic_tower(tower: dict, positions: np.ndarray) -> dict:
-    """The same for the parameters of one tower, with these positions [P, D]."""
-    tower = {**tower, "position_embedding": {"weight": jnp.asarray(positions)}}
+    tower = dict(params["vision_tower"])
+    positions = tower["position_embedding"]["weight"]
+    tower["position_embedding"] = {"weight": jnp.asarray(sinusoidal_positions(*positions.shape))}
     for name, layer in tower.items():
         if name.startswith("layers_"):
             attention = layer["self_attn"]
             tower[name] = {**layer, "self_attn": {**attention, "k_proj": jax.tree.map(jnp.copy, attention["q_proj"])}}
-    return tower
+    return {**params, "vision_tower": tower}
 
 
 def dense_loss(model: DenseModel, params: dict, batch: dict) -> tuple[jax.Array, dict[str, jax.Array]]:
