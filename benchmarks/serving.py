@@ -30,13 +30,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import paligemma_jax as pj
 from benchmarks import machine
+from benchmarks.crowd import compare_distributions
 from paligemma_jax.config import variant_name
-from paligemma_jax.engine import steps
 from paligemma_jax.errors import UserError
 from paligemma_jax.serving.engine import Engine, EngineSettings
 from paligemma_jax.serving.events import Finished, Piece
-from paligemma_jax.serving.job import lay_out
-from paligemma_jax.serving.programs import Programs
 from paligemma_jax.shapes_world.questions import sample_question
 from paligemma_jax.shapes_world.samples import scene_sample
 
@@ -51,15 +49,14 @@ _SAMPLINGS = (
     pj.Sampling(),
     pj.Sampling(temperature=1.2, top_k=20, min_p=0.05, seed=3),
 )
-_BATCH = 16  # rows of `generate`
-_ROUNDS = 3
+BATCH = 16  # rows of `generate`
+ROUNDS = 3
 _TITLES = {
     "alone": "one request at a time",
-    "batches": f"`generate`, batches of {_BATCH}",
+    "batches": f"`generate`, batches of {BATCH}",
     "served": "served",
     "without": "served, each image embedded anew",
 }
-_KL_STEPS = 4  # decode calls before distributions are compared
 _HEADER = """# Serving
 
 Requests with different tasks, lengths and sampling on one engine, beside the same requests one at a time and in batches
@@ -107,6 +104,11 @@ class Load:
     gaps_s: list[float] = dataclasses.field(default_factory=list)
     errors: list[str] = dataclasses.field(default_factory=list)
 
+    def add(self, other: "Load") -> None:
+        """Count what another one saw too."""
+        for field in dataclasses.fields(self):
+            setattr(self, field.name, getattr(self, field.name) + getattr(other, field.name))
+
 
 def run_clients(
     engine: Engine, requests: list[pj.Request], expected: list[pj.Output], num_clients: int, seconds: float, turn: int
@@ -131,8 +133,8 @@ def run_clients(
     for thread in threads:
         thread.join()
     whole = Load()
-    for load, field in itertools.product(loads, dataclasses.fields(Load)):
-        setattr(whole, field.name, getattr(whole, field.name) + getattr(load, field.name))
+    for load in loads:
+        whole.add(load)
     return whole, time.perf_counter() - start
 
 
@@ -164,22 +166,38 @@ def repeat(answer: Callable[[int], int], seconds: float, start: int) -> tuple[in
             return count, time.perf_counter() - begun
 
 
+def in_batches(requests: list[pj.Request]) -> tuple[list[pj.Request], list[list[pj.Request]]]:
+    """The requests in a random order, and that order in batches for `generate`."""
+    order = [requests[i] for i in np.random.default_rng(0).permutation(len(requests))]
+    return order, [order[k : k + BATCH] for k in range(0, len(order) - BATCH + 1, BATCH)]
+
+
+def rates_of_generate(
+    model: pj.PaliGemma, order: list[pj.Request], batches: list[list[pj.Request]], seconds: float, turn: int
+) -> tuple[float, float]:
+    """Answers per second without a server, for so long each: one request at a time, and in batches."""
+    found = []
+    for calls, start in (([[request] for request in order], turn * 97), (batches, turn)):
+        count, took = repeat(lambda i, calls=calls: len(model.answer(calls[i % len(calls)], BATCH)), seconds, start)
+        found.append(count / took)
+    return found[0], found[1]
+
+
 def measure(model: pj.PaliGemma, args: argparse.Namespace) -> dict[str, Any]:
     """All numbers of a model; progress on stderr."""
     requests = make_requests(args.scenes, args.max_new_tokens)
-    order = np.random.default_rng(0).permutation(len(requests))
-    batches = [[requests[i] for i in order[k : k + _BATCH]] for k in range(0, len(order) - _BATCH + 1, _BATCH)]
+    order, batches = in_batches(requests)
     load_average = os.getloadavg()[0]
-    _note("answering alone")
+    note("answering alone")
     expected = [model.answer([request])[0] for request in requests]
     for batch in batches:
-        model.answer(batch, batch_size=_BATCH)
+        model.answer(batch, batch_size=BATCH)
     settings = EngineSettings(
         args.slots, max(args.clients, 1), args.max_new_tokens, args.max_prompt_tokens, args.max_images
     )
     engine, bare = Engine(model, settings), Engine(model, dataclasses.replace(settings, cache_bytes=0))
     bare._programs = engine._programs
-    _note("compiling")
+    note("compiling")
     start = time.perf_counter()
     engine.start()
     engine.wait_ready()
@@ -189,27 +207,25 @@ def measure(model: pj.PaliGemma, args: argparse.Namespace) -> dict[str, Any]:
     for each in (engine, bare):
         run_clients(each, requests, expected, args.clients, 1.0, 1000)  # first runs are slower
     whole, memory, rates = Load(), [], {name: [] for name in _TITLES}
-    for turn in range(_ROUNDS):
-        _note(f"round {turn + 1} of {_ROUNDS}")
-        part = args.seconds / _ROUNDS
-        count, took = repeat(lambda i: len(model.answer([requests[order[i % len(order)]]])), part / 3, turn * 97)
-        rates["alone"].append(count / took)
-        count, took = repeat(lambda i: len(model.answer(batches[i % len(batches)], _BATCH)), part / 3, turn)
-        rates["batches"].append(count / took)
+    for turn in range(ROUNDS):
+        note(f"round {turn + 1} of {ROUNDS}")
+        part = args.seconds / ROUNDS
+        alone, batched = rates_of_generate(model, order, batches, part / 3, turn)
+        rates["alone"].append(alone)
+        rates["batches"].append(batched)
         load, took = run_clients(engine, requests, expected, args.clients, part, turn)
         rates["served"].append(load.answers / took)
         memory.append(_memory_mb())
         load_without, took = run_clients(bare, requests, expected, args.clients, part / 3, turn)
         rates["without"].append(load_without.answers / took)
-        for field in dataclasses.fields(Load):
-            setattr(whole, field.name, getattr(whole, field.name) + getattr(load, field.name))
+        whole.add(load)
     stats = engine.stats()
     programs = len(engine._programs)
     kl = compare_distributions(model, engine._programs, requests[: args.slots], settings)
     for each in (engine, bare):
         each.close()
     for error in dict.fromkeys(whole.errors):
-        _note(error)
+        note(error)
     return {
         "load_average": load_average,
         "requests": len(requests),
@@ -223,53 +239,10 @@ def measure(model: pj.PaliGemma, args: argparse.Namespace) -> dict[str, Any]:
         "compiles": stats.compiles_while_serving,
         "memory_mb": memory,
         "padding": 1 - stats.prompt_tokens / stats.padded_tokens,
-        "first_ms": _percentiles(whole.first_s),
-        "between_ms": _percentiles(whole.gaps_s),
+        "first_ms": percentiles(whole.first_s),
+        "between_ms": percentiles(whole.gaps_s),
         "kl": kl,
     }
-
-
-def compare_distributions(
-    model: pj.PaliGemma, programs: Programs, requests: list[pj.Request], settings: EngineSettings
-) -> list[float]:
-    """KL divergences of next-token distributions of rows in a crowd from those of the same rows alone.
-
-    Rows whose tokens differ before are left out.
-    """
-    laid = [lay_out(model, programs, request, settings) for request in requests]
-    alone = Programs(model, dataclasses.replace(settings, num_slots=1))
-    crowd = _logits(model, programs, laid)
-    divergences = []
-    for each, (said, logits) in zip(laid, crowd, strict=True):
-        [(same, reference)] = _logits(model, alone, [each])
-        if np.array_equal(said, same):
-            p, q = (_log_softmax(x.astype(np.float64)) for x in (reference, logits))
-            divergences.append(float(np.sum(np.exp(p) * (p - q))))
-    return divergences
-
-
-def _log_softmax(logits: np.ndarray) -> np.ndarray:
-    """In numpy, as float32 has errors of the size that is measured."""
-    shifted = logits - logits.max()
-    return shifted - np.log(np.exp(shifted).sum())
-
-
-def _logits(model: pj.PaliGemma, programs: Programs, laid: list[Any]) -> list[tuple[np.ndarray, np.ndarray]]:
-    """Tokens of each row so far and logits [V] of the next one, all rows being in one state."""
-    size = programs.usual if all(each.usual for each in laid) else programs.largest
-    state = programs.blank(size)
-    for slot, each in enumerate(laid):
-        soft = [programs.embed(pixels[None])[0] for _, pixels in each.images]
-        state, _ = programs.admit(state, size, [slot], [each.prompt], [soft], [each.options], [each.table])
-    needs = frozenset().union(*(each.needs for each in laid))
-    for _ in range(_KL_STEPS):
-        state, _ = programs.decode(state, size, needs)
-    logits, _ = _next(model.params, model.config, state.last, state.next_position, state)
-    tokens, step, logits = jax.device_get((state.tokens, state.step, logits))
-    return [(tokens[row, : step[row]], logits[row, 0]) for row in range(len(laid))]
-
-
-_next = jax.jit(steps.next_logits, static_argnums=1)
 
 
 def _memory_mb() -> float:
@@ -278,11 +251,11 @@ def _memory_mb() -> float:
     return pages * os.sysconf("SC_PAGE_SIZE") / 1e6
 
 
-def _percentiles(seconds: list[float]) -> dict[str, float]:
+def percentiles(seconds: list[float]) -> dict[str, float]:
     return {f"p{q}": 1e3 * float(np.percentile(seconds, q)) for q in (50, 99)} if seconds else {}
 
 
-def _note(text: str) -> None:
+def note(text: str) -> None:
     print(text, file=sys.stderr)
 
 
@@ -290,35 +263,12 @@ def document(entries: dict[str, dict[str, Any]]) -> str:
     """Everything that was measured, as Markdown: a section for each model."""
     lines = [_HEADER]
     for name, entry in entries.items():
-        about, settings, found = entry["machine"], entry["settings"], entry["found"]
-        mean = {key: float(np.mean(values)) for key, values in found["rates"].items()}
-        lines += [
-            f"## {name}",
-            "",
-            f"{entry['date']}: {about['cpu']}, {about['cores']} cores, jax {about['jax']} on {entry['device']}. "
-            f"{settings['clients']} clients for {settings['seconds']:g} s, {settings['slots']} slots, "
-            f"{found['requests']} different requests of at most {settings['max_new_tokens']} tokens. "
-            f"Ready after {found['ready_s']:.1f} s with {found['programs']} programs. "
-            f"Load average of the machine before, by other work: {found['load_average']:.1f}.",
-            "",
-            "| | answers per second, by round | mean | served / this |",
-            "|---|---|---|---|",
-        ]
-        for key, title in _TITLES.items():
-            each = ", ".join(f"{rate:.1f}" for rate in found["rates"][key])
-            lines.append(f"| {title} | {each} | {mean[key]:.1f} | {mean['served'] / mean[key]:.2f} |")
-        first, between = found["first_ms"], found["between_ms"]
+        found = entry["found"]
         memory = ", ".join(f"{value:.0f}" for value in found["memory_mb"])
         lines += [
-            "",
-            "| | |",
-            "|---|---|",
-            f"| answers, tokens | {found['answers']}, {found['tokens']} |",
+            *section(name, entry, _TITLES),
             f"| same as alone | {found['same']:.2%} |",
-            f"| lost | {found['lost']} |",
-            f"| compiles while serving | {found['compiles']} |",
-            f"| time to first token, p50 and p99 | {first['p50']:.0f} ms, {first['p99']:.0f} ms |",
-            f"| between tokens, p50 and p99 | {between['p50']:.1f} ms, {between['p99']:.1f} ms |",
+            *load_rows(found),
             f"| memory after each round | {memory} MB |",
             f"| padding of prompts | {found['padding']:.0%} |",
             f"| KL in a crowd, largest of {len(found['kl'])} rows | {max(found['kl']):.1e} |",
@@ -327,8 +277,58 @@ def document(entries: dict[str, dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+def section(name: str, entry: dict[str, Any], titles: dict[str, str]) -> list[str]:
+    """The lines on one model up to the head of the second table: where it was measured, and the rates."""
+    about, settings, found = entry["machine"], entry["settings"], entry["found"]
+    mean = {key: float(np.mean(values)) for key, values in found["rates"].items()}
+    programs = f" with {found['programs']} programs" if "programs" in found else ""
+    lines = [
+        f"## {name}",
+        "",
+        f"{entry['date']}: {about['cpu']}, {about['cores']} cores, python {about['python']}, jax {about['jax']} on "
+        f"{entry['device']}. {settings['clients']} clients for {settings['seconds']:g} s, {settings['slots']} slots, "
+        f"{found['requests']} different requests of at most {settings['max_new_tokens']} tokens. "
+        f"Ready after {found['ready_s']:.1f} s{programs}. "
+        f"Load average of the machine before, by other work: {found['load_average']:.1f}.",
+        "",
+        "| | answers per second, by round | mean | served / this |",
+        "|---|---|---|---|",
+    ]
+    for key, title in titles.items():
+        each = ", ".join(map(_rate, found["rates"][key]))
+        lines.append(f"| {title} | {each} | {_rate(mean[key])} | {mean['served'] / mean[key]:.2f} |")
+    return [*lines, "", "| | |", "|---|---|", f"| answers, tokens | {found['answers']}, {found['tokens']} |"]
+
+
+def load_rows(found: dict[str, Any]) -> list[str]:
+    """Rows of the second table that every load test has."""
+    first, between = found["first_ms"], found["between_ms"]
+    return [
+        f"| lost | {found['lost']} |",
+        f"| compiles while serving | {found['compiles']:g} |",
+        f"| time to first token, p50 and p99 | {first['p50']:.0f} ms, {first['p99']:.0f} ms |",
+        f"| between tokens, p50 and p99 | {between['p50']:.1f} ms, {between['p99']:.1f} ms |",
+    ]
+
+
+def _rate(value: float) -> str:
+    return f"{value:.1f}" if value >= 1 else f"{value:.3f}"
+
+
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    args = read_arguments(__doc__, ROOT / "benchmarks/results/serving")
+    try:
+        name, model = load_model(args)
+        machine.keep(args.out, name, entry_of(args, measure(model, args)), document)
+    except UserError as error:
+        print(error, file=sys.stderr)
+        return 1
+    return 0
+
+
+def read_arguments(about: str, out: Path) -> argparse.Namespace:
+    """The options of a load test, which writes to `out` unless told otherwise."""
+    parser = argparse.ArgumentParser(description=about.partition("\n")[0])
     parser.add_argument("--checkpoint", default="assets/tiny", help="directory of the model")
     parser.add_argument("--name", help="what the tables call it; by default its variant, or its directory")
     parser.add_argument("--dtype", default="float32", choices=("bfloat16", "float16", "float32"))
@@ -340,26 +340,30 @@ def main() -> int:
     parser.add_argument("--max_new_tokens", default=96, type=int)
     parser.add_argument("--max_prompt_tokens", default=64, type=int)
     parser.add_argument("--max_images", default=1, type=int)
-    parser.add_argument("--out", default=ROOT / "benchmarks/results/serving", type=Path)
+    parser.add_argument("--out", default=out, type=Path)
     args = parser.parse_args()
-    if min(args.seconds, args.clients, args.slots, args.max_new_tokens) <= 0 or args.scenes * len(_TASKS) < _BATCH:
-        parser.error(f"all numbers are above 0, and scenes at least {_BATCH // len(_TASKS)}")
-    try:
-        model = pj.load(args.checkpoint, args.dtype, args.quantization, batch_size=args.slots)
-        name = args.name or variant_name(model.config) or Path(args.checkpoint).name
-        names = ("dtype", "quantization", "seconds", "clients", "slots", "scenes", "max_new_tokens")
-        entry = {
-            "date": datetime.date.today().isoformat(),
-            "machine": machine.describe(),
-            "device": jax.devices()[0].device_kind,
-            "settings": {key: getattr(args, key) for key in names},
-            "found": measure(model, args),
-        }
-        machine.keep(args.out, f"{name}, {args.quantization or args.dtype}", entry, document)
-    except UserError as error:
-        print(error, file=sys.stderr)
-        return 1
-    return 0
+    if min(args.seconds, args.clients, args.slots, args.max_new_tokens) <= 0 or args.scenes * len(_TASKS) < BATCH:
+        parser.error(f"all numbers are above 0, and scenes at least {BATCH // len(_TASKS)}")
+    return args
+
+
+def load_model(args: argparse.Namespace) -> tuple[str, pj.PaliGemma]:
+    """The model, and what the tables call it."""
+    model = pj.load(args.checkpoint, args.dtype, args.quantization, batch_size=args.slots)
+    name = args.name or variant_name(model.config) or Path(args.checkpoint).name
+    return f"{name}, {args.quantization or args.dtype}", model
+
+
+def entry_of(args: argparse.Namespace, found: dict[str, Any]) -> dict[str, Any]:
+    """What is kept of a load test: what was found, where, and with which settings."""
+    names = ("dtype", "quantization", "seconds", "clients", "slots", "scenes", "max_new_tokens")
+    return {
+        "date": datetime.date.today().isoformat(),
+        "machine": machine.describe(),
+        "device": jax.devices()[0].device_kind,
+        "settings": {key: getattr(args, key) for key in names},
+        "found": found,
+    }
 
 
 if __name__ == "__main__":

@@ -46,7 +46,7 @@ def work(job: dict[str, Any]) -> dict[str, float]:
 
     environment.collect_garbage_seldom()
     environment.select_platform(ConfigDict({"platform": "cpu"}))
-    environment.enable_compilation_cache()
+    getattr(environment, "enable_compilation_cache", lambda: None)()  # later checkouts do it when they load
     engine = _Engine(pj) if hasattr(pj, "Request") else _Generation(pj)
     if job["rows"] > 1:
         model = pj.load(job["checkpoint"], job["dtype"], batch_size=job["rows"])

@@ -76,7 +76,6 @@ class Ours:
 
         environment.collect_garbage_seldom()
         environment.select_platform(ConfigDict({"platform": job["platform"]}))
-        environment.enable_compilation_cache()
         report("imports_s")
         dtype, _ = OUR_MODES[job["mode"]]  # in few bits, the checkpoint is
         self._jax, self._pj, self._steps, self._pad = jax, pj, steps, ops.pad_cache

@@ -2,7 +2,7 @@
 
 from ml_collections import ConfigDict
 
-from configs import base
+from paligemma_jax.runs import base
 
 _AS_GENERATE = (
     *("adapter", "quantization", "resample", "mask_vae", "prompt", "prompts_file", "prompt_form", "split_classes"),

@@ -9,6 +9,8 @@ from paligemma_jax.tasks.detection import Detection, parse
 from paligemma_jax.tasks.detections import Detections
 from paligemma_jax.tasks.output import Output, TextStream, Timing
 
+__version__ = "0.1.0"
+
 __all__ = [
     "VARIANTS",
     "Detection",

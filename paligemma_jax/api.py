@@ -14,7 +14,7 @@ from paligemma_jax import checkpoints, numerics, ops
 from paligemma_jax.buckets import power_of_two
 from paligemma_jax.checkpoints.companions import MASK_VAE_NAME
 from paligemma_jax.checkpoints.mask_vae import load_mask_vae, save_mask_vae
-from paligemma_jax.config import PaliGemmaConfig
+from paligemma_jax.config import PaliGemmaConfig, variant_name
 from paligemma_jax.engine import forward, steps
 from paligemma_jax.engine.generate import (
     BATCH_SIZE,
@@ -82,6 +82,11 @@ class PaliGemma:
         self.compile_s = compile_s
         self._mask_vae = mask_vae
         self._source = source
+
+    def __repr__(self) -> str:
+        geometry = variant_name(self.config) or f"PaliGemma {self.config.text.version} of its own geometry"
+        size = f"{checkpoints.parameter_count(self.config):,} parameters, {self.config.vision.image_size} px"
+        return f"<{geometry}: {size}, {self.params['language_model']['norm']['weight'].dtype}>"
 
     def generate(
         self,

@@ -18,6 +18,12 @@ import numpy as np
 from paligemma_jax.errors import CheckpointError
 
 
+def data_folder(name: str) -> Path:
+    """Where what is shipped beside the code lies: "configs" or "assets", of an installed package or of a checkout."""
+    package = Path(__file__).resolve().parent
+    return package / name if (package / name).is_dir() else package.parent / name
+
+
 def expanded(path: str | os.PathLike[str]) -> Path:
     """A path with the home directory for a leading ~ or ~user; other names with a tilde stay as they are."""
     try:

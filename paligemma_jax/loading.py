@@ -17,6 +17,7 @@ from paligemma_jax.engine.generate import programs
 from paligemma_jax.engine.runner import Runner
 from paligemma_jax.engine.steps import most_at_once
 from paligemma_jax.errors import CheckpointError, ConfigError
+from paligemma_jax.files import expanded
 from paligemma_jax.processing.image import ImageSettings
 from paligemma_jax.processing.processor import Processor
 from paligemma_jax.processing.request import Request
@@ -33,12 +34,14 @@ def load(
     target: ops.Target | None = None,
     prepare: bool = True,
     adapter: str | Path | None = None,
+    compilation_cache: bool = True,
 ) -> PaliGemma:
     """Load a model.
 
     Args:
       path: Hugging Face directory, hub id ("org/name" or "org/name@revision"), or big_vision .npz with tokenizer.model
-        or tokenizer.json beside it; or the directory of a PEFT adapter, which names its base.
+        or tokenizer.json beside it; or the directory of a PEFT adapter, which names its base; or "tiny", the model that
+        is shipped.
       dtype: "bfloat16", "float16" or "float32", of the parameters and activations.
       quantization: "int8" or "int4" rounds the decoder's weights as they are read, and the image encoder's to 8 bits;
         None takes them as they are. A checkpoint that was written quantized needs nothing here.
@@ -51,11 +54,14 @@ def load(
       prepare: choose kernels and layouts of weights for the target; False leaves plain arrays under the names of
         `checkpoints.expected_shapes`, as training needs them.
       adapter: directory or hub id of a PEFT adapter, which is merged into the weights of `path` while they are read.
+      compilation_cache: keep compiled programs on disk for the next process, see `keep_compiled`.
 
     Raises:
       ConfigError, CheckpointError, TokenizerError, PromptError: see the message.
     """
     start = time.perf_counter()
+    if compilation_cache:
+        keep_compiled()
     source = checkpoints.locate(path, adapter)
     contents = checkpoints.scan(source)  # first: weights of another format have no tokenizer beside them either
     tokenizer = read_tokenizer(source)
@@ -89,6 +95,21 @@ def load(
             compiling.result()
     waited_s = time.perf_counter() - start - load_s
     return PaliGemma(config, params, processor, masks, source.directories, runner, load_s, waited_s)
+
+
+def keep_compiled() -> None:
+    """Keep compiled programs on disk, for the next process, unless JAX was told a place, or not to.
+
+    They are in `$XDG_CACHE_HOME/paligemma_jax/compiled`, `~/.cache` by default; a user without a home has no cache.
+    This is a setting of the process: programs of others are kept there too.
+    """
+    if jax.config.jax_compilation_cache_dir is None and jax.config.jax_enable_compilation_cache:
+        root = os.environ.get("XDG_CACHE_HOME", "")
+        root = Path(root) if os.path.isabs(root) else expanded("~/.cache")
+        if root.is_absolute():
+            jax.config.update("jax_compilation_cache_dir", str(root / "paligemma_jax" / "compiled"))
+            if "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS" not in os.environ:
+                jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)  # small programs add up
 
 
 def read_tokenizer(source: checkpoints.Source) -> Tokenizer:

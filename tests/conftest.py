@@ -28,6 +28,7 @@ from tests.checkpoints.mutate import write_checkpoint
 jax.config.update("jax_numpy_rank_promotion", "raise")
 # What is measured here is not for others; the folder is for running the same tests again and again.
 jax.config.update("jax_compilation_cache_dir", os.environ.get("PALIGEMMA_TEST_CACHE"))
+jax.config.update("jax_enable_compilation_cache", "PALIGEMMA_TEST_CACHE" in os.environ)
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 if "JAX_DISABLE_MOST_OPTIMIZATIONS" not in os.environ:  # compiling is what tests spend their time on
     jax.config.update("jax_disable_most_optimizations", True)

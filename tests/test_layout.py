@@ -3,6 +3,7 @@
 import ast
 import re
 import tokenize
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -24,6 +25,7 @@ ORDER = [
     ("api", "loading", "paligemma_jax"),
     ("training", "evaluation", "inspection", "patch_vit", "annotate", "serving", "shapes_world"),
     ("runs",),
+    ("__main__",),
 ]
 SIDEWAYS = {
     "tasks": {"processing"},
@@ -93,10 +95,20 @@ def test_imports_go_one_way(part):
 
 
 def test_nothing_imports_runs_but_the_command_line():
-    for path in [*FILES, *(ROOT / "convert").rglob("*.py"), *(ROOT / "configs").rglob("*.py")]:
-        if owner(path) == "runs" if path.is_relative_to(PACKAGE) else False:
+    for path in FILES:
+        if owner(path) in ("runs", "__main__"):
             continue
         assert not [name for name in imported(path) if name.startswith("paligemma_jax.runs")], path
+
+
+def test_all_packages_are_installed():
+    settings = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["setuptools"]
+    found = {str(p.parent.relative_to(ROOT)).replace("/", ".") for p in PACKAGE.rglob("__init__.py")}
+    assert set(settings["packages"]) == found | set(settings["package-dir"])
+    for name, patterns in settings["package-data"].items():
+        folder = ROOT / settings["package-dir"].get(name, name.replace(".", "/"))
+        others = {path for path in folder.rglob("*") if path.is_file() and path.suffix not in (".py", ".pyc")}
+        assert others == {path for pattern in patterns for path in folder.glob(pattern)}
 
 
 def test_prompts_answers_and_pictures_need_no_jax():

@@ -291,3 +291,21 @@ def test_a_checkpoint_without_a_name_is_told(name):
 def test_a_directory_that_cannot_be_is_told(model, directory):
     with pytest.raises(CheckpointError, match=r"has no name|cannot be made"):
         model.save(directory)
+
+
+def test_the_shipped_model_has_a_name(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    pg = pj.load("tiny", dtype="float32")
+    assert repr(pg) == "<PaliGemma 2 of its own geometry: 3,632,736 parameters, 128 px, float32>"
+    (tmp_path / "tiny").mkdir()  # a path of that name goes first
+    with pytest.raises(CheckpointError, match=r"config\.json"):
+        pj.load("tiny")
+
+
+@pytest.mark.parametrize("given", [True, False])
+def test_compiled_programs_are_kept_unless_told_not_to(monkeypatch, given):
+    kept = []
+    monkeypatch.setattr(loading, "keep_compiled", lambda: kept.append(True))
+    with pytest.raises(CheckpointError):
+        pj.load("/nowhere", compilation_cache=given)
+    assert bool(kept) == given

@@ -17,7 +17,7 @@ from paligemma_jax.annotate.rows import Row
 from paligemma_jax.files import Stems, replacing, write_text
 from paligemma_jax.tasks import coco, yolo
 from paligemma_jax.tasks.classes import UNNAMED
-from paligemma_jax.tasks.detection import Detection
+from paligemma_jax.tasks.detection import Box, Detection
 from paligemma_jax.tasks.overlap import clip_box
 from paligemma_jax.tasks.prompts import Prompt
 
@@ -130,11 +130,16 @@ def _place(name: str, pictures: str) -> str:
     return name if "://" in name else os.path.abspath(os.path.join(pictures, os.path.expanduser(name)))
 
 
+def fiftyone_box(box: Box, size: tuple[int, int]) -> list[float]:
+    """Left edge, top edge, width and height of a box in the picture, as shares of its sides."""
+    x0, y0, x1, y1 = clip_box(box, size)
+    return [x0 / size[0], y0 / size[1], (x1 - x0) / size[0], (y1 - y0) / size[1]]
+
+
 def _relative(found: Iterable[Row], size: tuple[int, int], classes: list[str]) -> list[dict[str, Any]]:
     objects = []
     for item, _ in _objects(found):
-        x0, y0, x1, y1 = clip_box(item.box, size)
-        shares = [x0 / size[0], y0 / size[1], (x1 - x0) / size[0], (y1 - y0) / size[1]]
+        shares = fiftyone_box(item.box, size)
         record = {"label": classes.index(item.label), "bounding_box": [round(share, 6) for share in shares]}
         objects.append(record if item.score is None else record | {"confidence": item.score})
     return objects

@@ -2,11 +2,11 @@
 
 import dataclasses
 import hashlib
-import importlib.metadata
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+import paligemma_jax as pj
 from paligemma_jax import checkpoints, loading
 from paligemma_jax.annotate import rows
 from paligemma_jax.files import digest as digest_of
@@ -54,7 +54,7 @@ def of_answers(
     sampling = dataclasses.asdict(options.sampling)
     return {
         "rows": rows.VERSION,
-        "version": _version(),
+        "version": pj.__version__,
         "weights": weights,
         "prompts": [prompt.text for prompt in prompts],
         "max_new_tokens": options.max_new_tokens,
@@ -73,10 +73,3 @@ def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     """The names of what is not the same."""
     names = dict.fromkeys([*now, *before])
     return [name for name in names if before.get(name) != now.get(name)]
-
-
-def _version() -> str:
-    try:
-        return importlib.metadata.version("paligemma-jax")
-    except importlib.metadata.PackageNotFoundError:
-        return ""  # run from a clone

@@ -11,11 +11,12 @@ from paligemma_jax.annotate.sources import Source
 from paligemma_jax.annotate.store import Group
 from paligemma_jax.annotate.worker import Picture
 
-_AHEAD = 2  # groups that are being read while one is answered
+_AHEAD = 2  # groups that are being read while others are answered
+_AT_ONCE = 2  # groups that are answered: one has the device while the other's tokens are chosen on the host
 
 
 class Annotates(Protocol):
-    """What a `worker.Annotator` does: `read` in many threads, `answer` in one, and `rows` in one beside it."""
+    """What a `worker.Annotator` does: `read` in many threads, `answer` in two, and `rows` in one beside them."""
 
     def read(self, source: Source) -> Picture: ...
 
@@ -32,27 +33,39 @@ def annotate(
 ) -> None:
     """Make the rows of each group, in order; `keep` is called in another thread.
 
-    Pictures of four groups are in memory at most: two are read and one is made rows of while one is answered.
+    Pictures of five groups are in memory at most: two are read and one is made rows of while two are answered.
     """
     reading, finishing = ThreadPoolExecutor(threads, "read"), ThreadPoolExecutor(1, "rows")
+    answering = ThreadPoolExecutor(_AT_ONCE, "answer")
     waiting: collections.deque[tuple[Group, list[Future[Picture]]]] = collections.deque()
+    asked: collections.deque[tuple[Group, Future[tuple[list[Picture], Any]]]] = collections.deque()
     last: Future[None] | None = None
     try:
         coming = ((group, [reading.submit(annotator.read, sources[i]) for i in group.items]) for group in groups)
         waiting.extend(itertools.islice(coming, _AHEAD))
-        while waiting:
-            group, futures = waiting.popleft()
-            waiting.extend(itertools.islice(coming, 1))
-            pictures = [future.result() for future in futures]
-            answers = annotator.answer(pictures)
+        at_once = 1  # the first group compiles for all
+        while waiting or asked:
+            while waiting and len(asked) < at_once:
+                group, futures = waiting.popleft()
+                waiting.extend(itertools.islice(coming, 1))
+                asked.append((group, answering.submit(_answer, annotator, futures)))
+            group, answered = asked.popleft()
+            pictures, answers = answered.result()
+            at_once = _AT_ONCE
             if last:
                 last.result()
             last = finishing.submit(_finish, annotator, group, pictures, answers, keep)
         if last:
             last.result()
     finally:
-        reading.shutdown(cancel_futures=True)
+        for pool in (reading, answering):
+            pool.shutdown(cancel_futures=True)
         finishing.shutdown()  # what is answered is kept
+
+
+def _answer(annotator: Annotates, futures: Sequence[Future[Picture]]) -> tuple[list[Picture], Any]:
+    pictures = [future.result() for future in futures]
+    return pictures, annotator.answer(pictures)
 
 
 def _finish(annotator: Annotates, group: Group, pictures: Sequence[Picture], answers: Any, keep: Keep) -> None:

@@ -8,10 +8,11 @@ from typing import NamedTuple
 from paligemma_jax.checkpoints import adapter_config
 from paligemma_jax.checkpoints.companions import MASK_VAE_NAME
 from paligemma_jax.errors import CheckpointError, one_line, printable
-from paligemma_jax.files import expanded
+from paligemma_jax.files import data_folder, expanded
 from paligemma_jax.processing.vocabulary import MODEL_FILE
 
 _HUB_ID = re.compile(r"([\w][\w.-]*/[\w][\w.-]*)(?:@([\w][\w./-]*))?")  # a repository, and perhaps a revision of it
+_SHIPPED = "tiny"
 _PATTERNS = ["*.safetensors", "*.json", MODEL_FILE, MASK_VAE_NAME]
 
 
@@ -77,6 +78,7 @@ def resolve(path_or_hub_id: str | Path) -> Path:
     """An existing path as it is; "org/name" fetched from the hub, or taken from its cache, as a directory.
 
     "org/name@revision" is a branch, tag or commit of the repository ("google/paligemma-3b-pt-224@bfloat16").
+    "tiny" is the shipped model, where there is no such path.
 
     Raises:
       CheckpointError: no such path, or the hub refuses; the message says what to do.
@@ -89,6 +91,8 @@ def resolve(path_or_hub_id: str | Path) -> Path:
     if os.path.exists(path):  # false of impossible names too
         return path
     name = str(path_or_hub_id)
+    if name == _SHIPPED:
+        return data_folder("assets") / name
     match = _HUB_ID.fullmatch(name)
     if isinstance(path_or_hub_id, Path) or not match:
         raise CheckpointError(

@@ -101,10 +101,15 @@ def decode(params: Params, state: DecodeState, *, config: StepConfig, num_steps:
     """Lengthen each answer by up to `num_steps` tokens; a row that is done stays as it is."""
 
     def step(state: DecodeState, _: None) -> tuple[DecodeState, None]:
-        logits, cache = next_logits(params, config.model, state.last, state.next_position, state)
-        return say(dataclasses.replace(state, cache=cache), logits[:, 0], config), None
+        return decode_step(params, state, config)[0], None
 
     return lax.scan(step, state, None, length=num_steps)[0]
+
+
+def decode_step(params: Params, state: DecodeState, config: StepConfig) -> tuple[DecodeState, jax.Array]:
+    """Lengthen each answer by a token; also the logits f32 [B, V] that it is chosen from."""
+    logits, cache = next_logits(params, config.model, state.last, state.next_position, state)
+    return say(dataclasses.replace(state, cache=cache), logits[:, 0], config), logits[:, 0]
 
 
 def most_at_once(num_tokens: int) -> int:

@@ -18,10 +18,11 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from paligemma_jax.inspection import rendering
+from paligemma_jax.inspection import overlay, rendering
 from paligemma_jax.inspection.embeddings import grid_side
 from paligemma_jax.inspection.findings import Findings, TopTokens
 from paligemma_jax.inspection.maps import head_name, layer_name, select_head, select_layer
+from paligemma_jax.tasks.detection import Detection
 
 _MAX_TOKENS_EACH = {"nearest": 5, "patch_lens": 3, "text_lens": 3}  # tokens listed at a position, of each layer
 _MAX_TOKENS = 50_000  # in all; with many patches and layers fewer each
@@ -32,13 +33,22 @@ _WIDE = 1800  # pixels: a wider figure, full of words, keeps its size and is scr
 _MARK = re.compile(r"\{\{(\w+)\}\}")
 
 
-def report(findings: Findings, figures: Mapping[str, Image.Image], source: str = "", head: int | None = None) -> str:
+def report(
+    findings: Findings,
+    figures: Mapping[str, Image.Image],
+    source: str = "",
+    head: int | None = None,
+    objects: Sequence[Detection] = (),
+    loc_scale: int = 1023,
+) -> str:
     """The page.
 
     Args:
       figures: all figures by title, for readers without scripts, and to be copied.
       source: names of the model and of the image's file, to be shown.
       head: whose attention is shown, counted from 0; None means the mean of all.
+      objects: of the answer, in pixels of the findings' image, drawn over it.
+      loc_scale: the location that means the far edge.
     """
     image = rendering.displayed(findings.image)
     described = [source, f"{len(findings.norms)} patches", f"{findings.num_layers} layers"]
@@ -49,7 +59,8 @@ def report(findings: Findings, figures: Mapping[str, Image.Image], source: str =
         "image": _data_uri(image),
         "words": "\n".join(map(_word, (word.text for word in findings.words), _word_probabilities(findings))),
         "figures": "\n".join(_figure(title, image) for title, image in figures.items()),
-        "data": _json(_data(findings, head)),
+        "objects": overlay.objects_layer(objects, findings.image.size),
+        "data": _json(_data(findings, head, loc_scale)),
         "style": _filled(_read("style.css"), {"gradient": ",".join(rendering.INFERNO), "width": str(image.width)}),
         "script": _read("script.js"),
     }
@@ -71,7 +82,7 @@ def _json(value: Any) -> str:
     return json.dumps(value, separators=(",", ":")).replace("<", "\\u003c").replace("&", "\\u0026")
 
 
-def _data(findings: Findings, head: int | None) -> dict[str, Any]:
+def _data(findings: Findings, head: int | None, loc_scale: int) -> dict[str, Any]:
     """What the script needs."""
     texts: dict[str, int] = {}
     ranked = {
@@ -91,6 +102,7 @@ def _data(findings: Findings, head: int | None) -> dict[str, Any]:
         "norms": [_rounded(value) for value in findings.norms],
         "kinds": _kinds(findings, head),
         "spans": _spans(findings),
+        "locations": overlay.locations(findings.words, findings.image.size, loc_scale),
         "patch_similarity": _pair_similarity(findings.patch_similarity),
         **{name: _ranked(ranked[name], count, texts) for name, count in most.items()},
         "texts": list(texts),
@@ -125,6 +137,7 @@ def _kinds(findings: Findings, head: int | None) -> list[dict[str, Any]]:
                 "maps": [_maps(_by_word(findings, layer)) for layer in layers],
                 "layers": [upper, *after],
                 "words": True,
+                "unit": "attention probability",
             }
         )
     if findings.hidden_similarity is not None:
@@ -135,16 +148,20 @@ def _kinds(findings: Findings, head: int | None) -> list[dict[str, Any]]:
                 "title": f"Similarity of hidden states to “{findings.text}”",
                 "maps": [_maps(layer[None]) for layer in layers],
                 "layers": [upper, "before layer 1", *(f"after {name}" for name in after)],
+                "unit": "cosine",
             }
         )
     if findings.occlusion is not None:
         title = "Log-probability that is lost where the picture is hidden"
         summed = np.concatenate([findings.occlusion.sum(axis=0)[None], findings.word_means(findings.occlusion)])
-        kinds.append({"name": "Occlusion", "title": title, "maps": [_maps(summed)], "words": True})
+        kinds.append({"name": "Occlusion", "title": title, "maps": [_maps(summed)], "words": True, "unit": "nats"})
     if findings.table_similarity is not None:
         title = f"Similarity of soft tokens to the table’s “{findings.text}”"
-        kinds.append({"name": "Table", "title": title, "maps": [_maps(findings.table_similarity[None])]})
-    kinds.append({"name": "Norms", "title": "Norms of the soft tokens", "maps": [_maps(findings.norms[None])]})
+        kinds.append(
+            {"name": "Table", "title": title, "maps": [_maps(findings.table_similarity[None])], "unit": "cosine"}
+        )
+    norms = _maps(findings.norms[None])
+    kinds.append({"name": "Norms", "title": "Norms of the soft tokens", "maps": [norms], "unit": "norm"})
     return kinds
 
 

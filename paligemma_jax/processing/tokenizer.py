@@ -135,6 +135,10 @@ class Tokenizer:
         """UTF-8 of one id, which may be a part of a character; nothing for an id without text."""
         return self._vocabulary.token_bytes(int(id_))
 
+    def name(self, id_: int) -> str:
+        """An id's token as the vocabulary writes it, control tokens too; nothing for what is no id."""
+        return self._vocabulary.content(int(id_)) or ""
+
 
 class StreamDecoder:
     """Decodes ids one at a time into whole characters; all results joined equal `Tokenizer.decode` of all ids."""

@@ -116,8 +116,6 @@ def _in_a_worker(values: dict[str, Any], job: Job, count: int) -> Annotator:
     environment.quiet()
     environment.collect_garbage_seldom()
     environment.select_platform(config)
-    if config.compilation_cache:
-        environment.enable_compilation_cache()
     return _annotator(config, job, count)
 
 

@@ -1,18 +1,25 @@
 """The command line: arguments to a config, a config to a run, and whatever goes wrong to one clear line."""
 
 import importlib
+import platform
 import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+import jax
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
+import paligemma_jax as pj
 from paligemma_jax.errors import ConfigError, UserError, error_line
-from paligemma_jax.runs import environment
+from paligemma_jax.files import data_folder
+from paligemma_jax.loading import keep_compiled
+from paligemma_jax.runs import base, environment
 from paligemma_jax.runs.notes import note
 from paligemma_jax.runs.settings import did_you_mean, one_of
+
+_DEFAULT_CONFIG = "tiny.py"
 
 RUNS = {  # config.run: module in paligemma_jax/runs, and what it does
     "generate": "answer prompts about one picture or many",
@@ -42,7 +49,7 @@ _PALIGEMMA = ("checkpoint", "hub_id", "dtype", "seed")
 UNUSED = {  # by run, keys of its config that change nothing in it
     "generate": _EVALUATION,
     "chat": (*_EVALUATION, "prompt", "stream", "batch_size", "video_fps", "embeddings"),
-    "inspect": (*_EVALUATION, *_SELECTION, "video_fps", "embeddings", "batch_size", "mask_vae"),
+    "inspect": (*_EVALUATION, "min_score", "nms", "video_fps", "embeddings", "batch_size"),
     "swap": (*_EVALUATION, *_SELECTION, "video_fps", "mask_vae"),
     "heatmap": (*_PALIGEMMA, *_SEARCH, *_LOCATE),
     "compare": ("seed", *_SEARCH, *_LOCATE, "prompt", "windows", "output"),
@@ -59,23 +66,25 @@ _OVERRIDE = re.compile(r"--?(?:no)?config\.([^=]*)")
 _EXPECTED = {int: "an integer", float: "a number", bool: "true or false"}
 
 
-def main(arguments: Sequence[str], default_config: Path) -> int:
+def main(arguments: Sequence[str]) -> int:
     """Run the program.
 
     Args:
       arguments: without the program's name.
-      default_config: the config file when none is named; its folder is the one whose files --help lists.
 
     Returns:
       The exit status: 1 for what a user can mend.
     """
+    if "--version" in arguments:
+        print(f"paligemma_jax {pj.__version__} (jax {jax.__version__}, Python {platform.python_version()})")
+        return 0
     rest = [a for a in arguments if a not in ("--debug", "--help", "-h")]
     debug = "--debug" in arguments
     try:
-        file, overrides = _config_file(rest, default_config)
+        file, overrides = _config_file(rest)
         config = _read_config(file, overrides)
         if "--help" in arguments or "-h" in arguments:
-            print(_help(file, config, default_config))
+            print(_help(file, config))
             return 0
         name = one_of(config, "run", RUNS)
         if unused := sorted(set(_keys(overrides)) & set(UNUSED.get(name, ()))):
@@ -85,7 +94,7 @@ def main(arguments: Sequence[str], default_config: Path) -> int:
         environment.collect_garbage_seldom()
         environment.select_platform(config)
         if config.compilation_cache:
-            environment.enable_compilation_cache()
+            keep_compiled()
         return importlib.import_module(f"paligemma_jax.runs.{name}").run(config)
     except BrokenPipeError:
         raise  # no fault of the user
@@ -98,7 +107,7 @@ def main(arguments: Sequence[str], default_config: Path) -> int:
     except AttributeError as error:
         if not isinstance(error.obj, ConfigDict):
             raise
-        own = default_config.with_name(f"{name}.py")
+        own = _configs() / f"{name}.py"
         remedy = f"take --config=configs/{own.name}" if own.exists() else "take a config made for it, --help lists them"
         return _fail(f"{file} lacks the key {error.name!r}, which run={name} needs: {remedy}", debug)
     except RuntimeError as error:
@@ -112,9 +121,14 @@ def _fail(message: str, debug: bool) -> int:
     return 1
 
 
-def _config_file(arguments: Sequence[str], default: Path) -> tuple[str, list[str]]:
+def _configs() -> Path:
+    """The folder of the config files that are shipped."""
+    return data_folder("configs")
+
+
+def _config_file(arguments: Sequence[str]) -> tuple[str, list[str]]:
     """The config file and the overrides, which may stand in any order."""
-    file, overrides = str(default), []
+    file, overrides = str(_configs() / _DEFAULT_CONFIG), []
     remaining = iter(arguments)
     for argument in remaining:
         name, equals, value = argument.partition("=")
@@ -124,9 +138,9 @@ def _config_file(arguments: Sequence[str], default: Path) -> tuple[str, list[str
             overrides.append(argument)
     path, colon, variant = file.partition(":")
     if not Path(path).is_file():
-        beside = default.parent.parent / path  # so that configs/mix224.py works from any folder
+        beside = _configs().parent / path  # so that configs/mix224.py works from any folder
         if not beside.is_file():
-            known = [f"configs/{name}.py" for name in _descriptions(default.parent)]
+            known = [f"configs/{name}.py" for name in _descriptions()]
             raise ConfigError(f"there is no config file {path!r}{did_you_mean(path, known)}")
         path = str(beside)
     return f"{path}{colon}{variant}", overrides
@@ -168,21 +182,22 @@ def _parse(file: str, overrides: Sequence[str]) -> tuple[ConfigDict, list[str]]:
     return values["config"].value, positional
 
 
-def _descriptions(directory: Path) -> dict[str, str]:
+def _descriptions() -> dict[str, str]:
     """Name and first line of each config file."""
-    texts = {path.stem: path.read_text(encoding="utf-8") for path in sorted(directory.glob("[!_]*.py"))}
-    return {name: text.split('"""')[1].splitlines()[0] for name, text in texts.items() if name != "base"}
+    texts = {path.stem: path.read_text(encoding="utf-8") for path in sorted(_configs().glob("[!_]*.py"))}
+    return {name: text.split('"""')[1].splitlines()[0] for name, text in texts.items()}
 
 
-def _help(file: str, config: ConfigDict, default: Path) -> str:
+def _help(file: str, config: ConfigDict) -> str:
     path = Path(file.partition(":")[0])
     comments: dict[str, str] = {}
-    for source in (default.parent / "base.py", path):
+    for source in (Path(base.__file__), path):
         comments |= _KEY_COMMENT.findall(source.read_text(encoding="utf-8"))
-    lines = ["usage: python main.py [--config=FILE] [--config.KEY=VALUE ...] [--help] [--debug]", "", "runs:"]
+    usage = "usage: paligemma-jax [--config=FILE] [--config.KEY=VALUE ...] [--help] [--version] [--debug]"
+    lines = [usage, "", "runs:"]
     lines += [f"  --config.run={name:<10} {text}" for name, text in RUNS.items()]
-    lines += ["", f"config files ({default.stem}.py when none is given):"]
-    lines += [f"  --config=configs/{f'{name}.py':<12} {text}" for name, text in _descriptions(default.parent).items()]
+    lines += ["", f"config files ({_DEFAULT_CONFIG} when none is given):"]
+    lines += [f"  --config=configs/{f'{name}.py':<12} {text}" for name, text in _descriptions().items()]
     lines += ["", f"keys of {path.name}, with their values:"]
     order = {key: i for i, key in enumerate(comments)}
     keys = sorted(config, key=lambda key: order.get(key, len(order)))  # as in the files

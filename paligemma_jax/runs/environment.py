@@ -3,7 +3,6 @@
 import contextlib
 import gc
 import logging
-import os
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -47,17 +46,6 @@ def select_platform(config: ConfigDict) -> None:
     if (found := jax.default_backend()) != name:
         remedy = f"`{_INSTALL[name]}` on a machine that has one, or platform=auto"
         raise ConfigError(f"platform={name} is not available, JAX found {found} only: {remedy}")
-
-
-def enable_compilation_cache() -> None:
-    """Keep compiled programs in the user's cache directory, unless JAX was told of another place."""
-    if jax.config.jax_compilation_cache_dir is None:
-        root = os.environ.get("XDG_CACHE_HOME", "")
-        root = Path(root) if os.path.isabs(root) else expanded("~/.cache")
-        if root.is_absolute():  # a user may have no home
-            jax.config.update("jax_compilation_cache_dir", str(root / "paligemma_jax" / "compiled"))
-    if "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS" not in os.environ:
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)  # small programs add up
 
 
 def collect_garbage_seldom() -> None:

@@ -8,7 +8,7 @@ from ml_collections import ConfigDict
 from PIL import Image
 
 import paligemma_jax as pj
-from paligemma_jax.errors import ConfigError, ImageError
+from paligemma_jax.errors import CheckpointError, ConfigError, ImageError
 from paligemma_jax.files import expanded, replacing, write_array, write_json, write_text
 from paligemma_jax.inspection import embeddings, rendering
 from paligemma_jax.inspection.figures import Figure, figures
@@ -16,6 +16,7 @@ from paligemma_jax.inspection.findings import KINDS, Findings, TopTokens, inspec
 from paligemma_jax.inspection.maps import head_name, layer_name, select_head, select_layer
 from paligemma_jax.inspection.occlusion import WAYS, squares
 from paligemma_jax.inspection.report import report
+from paligemma_jax.models import mask_vae
 from paligemma_jax.processing.fetch import label
 from paligemma_jax.processing.find import find_images
 from paligemma_jax.processing.image import load_image
@@ -23,6 +24,7 @@ from paligemma_jax.runs import environment, settings
 from paligemma_jax.runs import model as models
 from paligemma_jax.runs.notes import note
 from paligemma_jax.tasks.prompts import plain, read_prompt
+from paligemma_jax.tasks.segmentation import attach_masks
 
 _MAX_WORDS = 100
 _UNUSED = ("prompts_file", "split_classes", "prompt_form", "stream", "export", "save_embeddings", "load_embeddings")
@@ -37,7 +39,7 @@ def run(config: ConfigDict) -> int:
         return _draw_embeddings(expanded(alone), directory)
     kinds = _kinds(config)
     settings.refuse(config, _UNUSED, "inspect looks into one answer to one prompt about one picture")
-    layer, head = _number(config, "layer"), _number(config, "head")
+    layer, head, scale = _number(config, "layer"), _number(config, "head"), settings.loc_scale(config)
     options = settings.generate_options(config)
     text = _text(config) if "similarity" in kinds else config.text
     models.check_weights(config)
@@ -59,10 +61,23 @@ def run(config: ConfigDict) -> int:
         write_json(files[-1][0], _lens(findings))
     if config.report:
         files.append([directory / "report.html"])
-        page = report(findings, {figure.title: figure.image for figure in made}, f"{config.checkpoint}, {name}", head)
+        titled = {figure.title: figure.image for figure in made}
+        objects = _objects(model, findings, scale)
+        page = report(findings, titled, f"{config.checkpoint}, {name}", head, objects, scale)
         write_text(files[-1][0], page)
     print("\n".join([answer, *_summary(findings, layer, head), *map(_wrote, files)]), flush=True)
     return 0
+
+
+def _objects(model: pj.PaliGemma, findings: Findings, loc_scale: int) -> list[pj.Detection]:
+    """The objects of the answer, with masks if they can be decoded."""
+    size = findings.image.size
+    found, _ = pj.parse(findings.answer, size, loc_scale, read_prompt(findings.prompt).labels)
+    try:
+        return attach_masks(found, size, lambda codes: mask_vae.decode(model.mask_decoder(), codes))
+    except CheckpointError as error:
+        note(f"note: boxes only, {error}")
+        return found
 
 
 def _kinds(config: ConfigDict) -> list[str]:

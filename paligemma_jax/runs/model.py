@@ -35,6 +35,7 @@ def load(config: ConfigDict, warm_up: Sequence[pj.Request] = (), batch_size: int
         batch_size=batch_size * config.get("num_beams", 1),
         warm_up=warm_up,
         adapter=config.adapter or None,
+        compilation_cache=config.compilation_cache,
     )
     if resample != "auto":
         settings = dataclasses.replace(model.processor.image_settings, resample=resample)

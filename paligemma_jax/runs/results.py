@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -68,7 +69,9 @@ class Results:
         """
         about = f"{source.name}: {question.prompt}: " if self._several else ""
         answered = list(zip(outputs, question.parts, strict=True))
+        start = time.perf_counter()
         parsed = [self._objects(output, part, source.image.size, about) for output, part in answered]
+        masks_s = time.perf_counter() - start
         dropped = [texts for _, texts in parsed]
         chosen = select([item for found, _ in parsed for item in found], self._config.min_score, self._config.nms)
         objects = chosen.kept
@@ -76,12 +79,15 @@ class Results:
         as_json = self._config.format == "json" and not streamed
         if not (as_json or streamed):
             print(answer.text, flush=True)
+        start = time.perf_counter()
         files = self._draw(source, question.prompt, objects)
+        draw_s = time.perf_counter() - start
         if self._exports:
             self._exports.add(source, objects)
         if as_json:
             texts = list(itertools.chain.from_iterable(dropped))
             record = export.record(source.name, question.prompt, answer, objects, texts, files, self._model.load_s)
+            record["timing"] |= {"masks_ms": 1e3 * masks_s, "draw_ms": 1e3 * draw_s}
             print(json.dumps(record, ensure_ascii=False), flush=True)
         for item in () if as_json else objects:
             note(f"  {about}{describe(item)}")

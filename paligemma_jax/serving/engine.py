@@ -6,6 +6,7 @@ request is the one that `PaliGemma.generate` gives it alone.
 """
 
 import collections
+import dataclasses
 import itertools
 import logging
 import math
@@ -21,14 +22,16 @@ import numpy as np
 import paligemma_jax as pj
 from paligemma_jax.engine.state import DecodeState
 from paligemma_jax.errors import Cancelled, Closed, EngineFailed, Expired, SamplingError, UserError, one_line
+from paligemma_jax.processing.request import integer
 from paligemma_jax.serving import scheduler
 from paligemma_jax.serving.answer import Answer
 from paligemma_jax.serving.events import Finished, Stats
 from paligemma_jax.serving.job import Job, Tokens, check_stop, lay_out
 from paligemma_jax.serving.pictures import SoftTokenCache
-from paligemma_jax.serving.programs import Programs, Shown, Size
+from paligemma_jax.serving.programs import Programs, Size
 from paligemma_jax.serving.scheduler import Entry
 from paligemma_jax.serving.settings import EngineSettings
+from paligemma_jax.serving.shown import MOST_TOP, Shown
 
 _COMPILE_EVENT = "backend_compile"
 _log = logging.getLogger(__name__)
@@ -71,17 +74,22 @@ class Engine:
 
     @property
     def ready(self) -> bool:
-        """Whether all programs are compiled."""
+        """Whether requests are answered."""
         return self._ready.is_set() and self._failure is None
 
-    def start(self) -> None:
-        """Compile all programs and answer requests, in a thread of its own; those submitted before wait for it."""
+    def start(self, early: bool = False) -> None:
+        """Compile programs and answer requests, in a thread of its own; those submitted before wait for it.
+
+        Args:
+          early: be ready with the programs of a usual request. The others are compiled meanwhile, and the first
+            requests that need one of them wait for it.
+        """
         if self._thread is None:
-            self._thread = threading.Thread(target=self._run, name="paligemma-engine", daemon=True)
+            self._thread = threading.Thread(target=self._run, args=(early,), name="paligemma-engine", daemon=True)
             self._thread.start()
 
     def wait_ready(self, timeout: float | None = None) -> None:
-        """Wait until all programs are compiled; EngineFailed when they cannot be, or it takes longer."""
+        """Wait until programs are compiled; EngineFailed when they cannot be, or it takes longer."""
         if not self._ready.wait(timeout):
             raise EngineFailed(f"the engine was not ready after {timeout} s: give it more time to compile")
         if self._failure is not None:
@@ -94,6 +102,7 @@ class Engine:
         client: str = "",
         timeout_s: float | None = None,
         stop: str | Sequence[str] = (),
+        top_logprobs: int = 0,
     ) -> Answer:
         """Ask for an answer.
 
@@ -102,13 +111,14 @@ class Engine:
           client: clients take turns.
           timeout_s: seconds after which the request ends, waiting or running, by Expired.
           stop: strings that end the answer, and are no part of its text.
+          top_logprobs: how many of the most likely tokens to tell in the place of each token.
 
         Raises:
           PromptError, ImageError, SamplingError: a request that cannot be answered.
           Busy: as many wait as may.
           Closed: the engine is closing.
         """
-        stop = check_stop(stop)
+        stop, num_top = check_stop(stop), integer("top_logprobs", top_logprobs, 0, MOST_TOP)
         if timeout_s is not None and not timeout_s > 0:
             raise SamplingError(f"timeout_s={timeout_s!r} is not possible: give seconds above 0")
         submitted = self._clock()
@@ -121,7 +131,7 @@ class Engine:
             answer = Answer(lambda: self._cancel(id_))
             deadline = math.inf if timeout_s is None else submitted + timeout_s
             self._schedule = scheduler.submit(self._schedule, Entry(id_, client, deadline))
-            self._jobs[id_] = Job(self.model, id_, laid, answer, stop, submitted)
+            self._jobs[id_] = Job(self.model, id_, laid, answer, stop, submitted, num_top)
             self._wake.notify_all()
         return answer
 
@@ -158,11 +168,13 @@ class Engine:
                 self._cancelled.add(id_)
                 self._wake.notify_all()
 
-    def _run(self) -> None:
+    def _run(self, early: bool) -> None:
         """The thread."""
         jax.monitoring.register_event_duration_secs_listener(self._count_compile)
         try:
-            self._programs.warm(lambda: self._closing == math.inf)
+            self._programs.warm(self._is_open, only_first=early)
+            if early:
+                threading.Thread(target=self._compile_rest, name="paligemma-compiler", daemon=True).start()
             self._ready.set()
             while self._turn():
                 pass
@@ -175,6 +187,15 @@ class Engine:
             self._state = None
             self._images.clear()
             jax.monitoring.unregister_event_duration_listener(self._count_compile)
+
+    def _is_open(self) -> bool:
+        return self._closing == math.inf
+
+    def _compile_rest(self) -> None:
+        try:
+            self._programs.warm(self._is_open)
+        except Exception:  # whoever needs the program is told
+            _log.exception("a program could not be compiled")
 
     def _count_compile(self, event: str, duration_secs: float, **_: Any) -> None:
         if _COMPILE_EVENT in event and threading.current_thread() is self._thread and self._ready.is_set():
@@ -234,8 +255,9 @@ class Engine:
         running = {id_: slot for id_, slot in self._schedule.running.items() if id_ in self._jobs}
         shown = None
         if running:
-            needs = frozenset().union(*(self._jobs[id_].laid.needs for id_ in running))
-            self._state, shown = self._programs.decode(self._state, self._size, needs)
+            jobs = [self._jobs[id_] for id_ in running]
+            needs, with_top = frozenset().union(*(job.laid.needs for job in jobs)), any(job.num_top for job in jobs)
+            self._state, shown = self._programs.decode(self._state, self._size, needs, with_top)
         self._say()
         for jobs, first in firsts:
             self._read(first, list(enumerate(jobs)))
@@ -277,6 +299,7 @@ class Engine:
                 [[soft_tokens[key] for key, _ in each.images] for each in laid],
                 [each.options for each in laid],
                 [each.table for each in laid],
+                any(job.num_top for job in jobs),
             )
             self._counts["prompt_tokens"] += sum(len(each.prompt) for each in laid)
             self._counts["padded_tokens"] += len(group) * bucket(group[0])[1]
@@ -315,18 +338,12 @@ class Engine:
 
     def _read(self, shown: Shown, rows: list[tuple[int, Job]]) -> None:
         """Wait for what a program shows, and note the new tokens of some of its rows; those that are done are free."""
-        shown = jax.device_get(shown)
-        now, over = self._clock(), set()
-        width = shown.tokens.shape[1]
-        for row, job in rows:
-            step, done = int(shown.status[0, row]), bool(shown.status[1, row])
-            new = slice(width - (step - job.said), width)
-            arrays = (shown.tokens, shown.scores.logprobs, shown.scores.near, shown.scores.expected)
-            job.said = step
-            self._unsaid.append((job, Tokens(*(array[row, new] for array in arrays), done, now)))
-            if done:
-                over.add(job.id)
-        self._free(over)
+        with_top = any(job.num_top for _, job in rows)
+        shown = jax.device_get(shown if with_top else dataclasses.replace(shown, top=None))
+        now = self._clock()
+        new = [(job, job.read(shown, row, now)) for row, job in rows]
+        self._unsaid += new
+        self._free({job.id for job, tokens in new if tokens.done})
 
     def _say(self) -> None:
         """Tell clients of all tokens that they do not know of yet."""

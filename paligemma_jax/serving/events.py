@@ -4,6 +4,7 @@ import dataclasses
 
 import numpy as np
 
+from paligemma_jax.serving.shown import TopLogprobs
 from paligemma_jax.tasks.output import Output
 
 
@@ -14,11 +15,13 @@ class Piece:
     text: whole characters only, never a part of a stop string; may be empty while tokens come.
     tokens: i32 [n], those since the last piece, <eos> included.
     logprobs: f32 [n].
+    top: the most likely tokens in the place of each [n, K], where they were asked for.
     """
 
     text: str
     tokens: np.ndarray
     logprobs: np.ndarray
+    top: TopLogprobs | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,6 +32,7 @@ class Finished:
     reason: "eos", "length" or "stop".
     queue_s, first_token_s, total_s: seconds since the request was submitted until it had a slot, until its first token,
       and until its last one.
+    top: the most likely tokens in the place of each token [n, K], where they were asked for.
     """
 
     output: Output
@@ -36,6 +40,7 @@ class Finished:
     queue_s: float
     first_token_s: float
     total_s: float
+    top: TopLogprobs | None = None
 
 
 Event = Piece | Finished

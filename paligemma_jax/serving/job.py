@@ -4,6 +4,7 @@ import dataclasses
 import math
 from collections.abc import Iterator, Sequence
 
+import jax
 import numpy as np
 
 import paligemma_jax as pj
@@ -18,6 +19,7 @@ from paligemma_jax.serving.events import Event, Finished, Piece
 from paligemma_jax.serving.pictures import digest
 from paligemma_jax.serving.programs import Programs, needs_of, table_fits
 from paligemma_jax.serving.settings import EngineSettings
+from paligemma_jax.serving.shown import Shown, TopLogprobs
 from paligemma_jax.serving.text import StoppingText
 from paligemma_jax.tasks.output import Output, Timing
 from paligemma_jax.tasks.prompts import Prompt
@@ -29,6 +31,7 @@ class Tokens:
 
     done: nothing follows.
     time: when they were there.
+    top: the most likely tokens in the place of each [n, K], where the request asks for them.
     """
 
     ids: np.ndarray
@@ -37,6 +40,7 @@ class Tokens:
     expected: np.ndarray
     done: bool
     time: float
+    top: TopLogprobs | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -112,12 +116,20 @@ class Job:
       laid: the request.
       stop: strings that end the answer.
       submitted: when it came.
+      num_top: how many of the most likely tokens it asks for.
     """
 
     def __init__(
-        self, model: pj.PaliGemma, id_: int, laid: Laid, answer: Answer, stop: Sequence[str], submitted: float
+        self,
+        model: pj.PaliGemma,
+        id_: int,
+        laid: Laid,
+        answer: Answer,
+        stop: Sequence[str],
+        submitted: float,
+        num_top: int,
     ):
-        self.id, self.laid, self.answer = id_, laid, answer
+        self.id, self.laid, self.answer, self.num_top = id_, laid, answer, num_top
         self.admitted = self.first = math.nan
         self.said = 0  # tokens that the device has chosen
         self.ended = False
@@ -132,6 +144,15 @@ class Job:
     def num_positions(self) -> int:
         """Positions that are in use."""
         return len(self.laid.prompt) + self.said
+
+    def read(self, shown: Shown, row: int, now: float) -> Tokens:
+        """What a program shows of the job's row that was not read before."""
+        step, done = int(shown.status[0, row]), bool(shown.status[1, row])
+        count, self.said = step - self.said, step
+        new = slice(shown.tokens.shape[1] - count, None)
+        arrays = (shown.tokens, shown.scores.logprobs, shown.scores.near, shown.scores.expected)
+        top = shown.top_of(row, count) if self.num_top else None
+        return Tokens(*(array[row, new] for array in arrays), done, now, top)
 
     def grow(self, new: Tokens) -> Iterator[Event]:
         """What the client hears of new tokens; NumericsError when they were chosen without reason."""
@@ -153,10 +174,11 @@ class Job:
             if new.done:
                 text += self._stopping.feed(self._decoder.finish()) + self._stopping.finish()
         arrays = (array[:count] for array in (new.ids, new.logprobs, new.near, new.expected))
-        new = Tokens(*arrays, new.done or self._stopping.stopped, new.time)
+        top = jax.tree.map(lambda x: x[:count, : self.num_top], new.top)
+        new = Tokens(*arrays, new.done or self._stopping.stopped, new.time, top)
         self._text.append(text)
         self._parts.append(new)
-        yield Piece(text, new.ids, new.logprobs)
+        yield Piece(text, new.ids, new.logprobs, top)
         if new.done:
             self.ended = True
             yield self._finished(new.time)
@@ -170,7 +192,8 @@ class Job:
         timing = Timing(0.0, 1e3 * (self.first - self.admitted), per_token, len(ids))
         output = Output("".join(self._text), ids, logprobs, reason, timing, near, expected)
         seconds = (time - self._submitted for time in (self.admitted, self.first, now))
-        return Finished(output, reason, *seconds)
+        top = jax.tree.map(lambda *parts: np.concatenate(parts), *(part.top for part in self._parts))
+        return Finished(output, reason, *seconds, top)
 
 
 def check_stop(stop: str | Sequence[str]) -> tuple[str, ...]:

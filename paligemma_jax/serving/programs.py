@@ -11,25 +11,28 @@ tokens, W tokens of a row that are shown, M tokens of an answer, D decoder width
 import dataclasses
 import functools
 import os
+import threading
 from collections.abc import Callable, Hashable, Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 
 import paligemma_jax as pj
 from paligemma_jax import buckets, ops
 from paligemma_jax.config import PaliGemmaConfig
 from paligemma_jax.engine import steps
-from paligemma_jax.engine.sampling import RowOptions, StepConfig, TokenScores, row_keys, row_options
+from paligemma_jax.engine.sampling import RowOptions, StepConfig, row_keys, row_options
 from paligemma_jax.engine.state import DecodeState, answer_size, empty, fresh, insert, say
 from paligemma_jax.engine.steps import Params
 from paligemma_jax.ops import pad_cache
 from paligemma_jax.processing.request import GenerateOptions
 from paligemma_jax.serving.scheduler import split
 from paligemma_jax.serving.settings import EngineSettings
+from paligemma_jax.serving.shown import Shown, TopLogprobs, most_likely, show
 
 _SHORT_TEXTS = (16, 64)  # sizes that the text of a prompt is padded to; in the largest state to the last, or the most
 _SHORT_ANSWER = 128  # tokens that the usual size has room for, behind an image and the longest short text
@@ -52,16 +55,6 @@ class Size:
     num_slots: int
     num_nodes: int
     num_single: int
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class Shown:
-    """What the host looks at: the last tokens of each row [B, W], their scores [B, W], and (step, done) i32 [2, B]."""
-
-    tokens: jax.Array
-    scores: TokenScores
-    status: jax.Array
 
 
 class Programs:
@@ -95,7 +88,8 @@ class Programs:
         whole = StepConfig(config, loc_start, True, ("top_k", "top_p", "min_p"), constrained=True, delayed=True)
         plain = StepConfig(config, loc_start)
         self._plain, self._objects, self._whole = plain, dataclasses.replace(plain, constrained=True), whole
-        self._compiled: dict[Hashable, jax.stages.Compiled] = {}
+        self._lock = threading.Lock()
+        self._compiled: dict[Hashable, Future[jax.stages.Compiled]] = {}  # or being compiled
 
     def __len__(self) -> int:
         return len(self._compiled)
@@ -114,10 +108,15 @@ class Programs:
         most = steps.most_at_once(self.config.vision.num_tokens)
         return split(count, [size for size in _BATCHES if size <= most])
 
-    def warm(self, is_wanted: Callable[[], bool] = lambda: True) -> None:
-        """Compile all programs, as long as they are wanted; with this, serving compiles nothing."""
+    def warm(self, is_wanted: Callable[[], bool] = lambda: True, only_first: bool = False) -> None:
+        """Compile all programs, as long as they are wanted; with this, serving compiles nothing.
+
+        Args:
+          only_first: those that a usual request needs when it is alone.
+        """
+        keys = self._first() if only_first else dict.fromkeys([*self._first(), *self._all()])
         with ThreadPoolExecutor(min(_COMPILERS, os.cpu_count() or 1)) as pool:
-            for _ in pool.map(lambda key: is_wanted() and self._get(*key), list(self._all())):
+            for _ in pool.map(lambda key: is_wanted() and self._get(*key), keys):
                 pass
         for count in _BATCHES:
             jax.block_until_ready(row_keys([0] * count, range(count)))
@@ -143,6 +142,7 @@ class Programs:
         soft_tokens: Sequence[Sequence[jax.Array]],
         options: Sequence[GenerateOptions],
         tables: Sequence[np.ndarray],
+        with_top: bool = False,
     ) -> tuple[DecodeState, Shown]:
         """Run prompts, choose the first token of each, and put them into slots; the old state is gone.
 
@@ -150,6 +150,7 @@ class Programs:
           prompts: i32, tokens of each, those of its images included; all of one `prompt_size`.
           soft_tokens: [N, D] of the images of each prompt; all have as many.
           tables: of their grammars, [nodes, F].
+          with_top: show the most likely tokens too.
         """
         count, num_images = len(prompts), len(soft_tokens[0])
         length = self.prompt_size(size, num_images, max(map(len, prompts)))
@@ -165,23 +166,33 @@ class Programs:
         flat = tuple(soft for row in soft_tokens for soft in row)
         prefill, join = self._get("prefill", size, count, num_images, length), self._get("join", size, count)
         logits, cache = prefill(self.params, flat, tokens, image_slots, lengths)
-        return join(state, np.array(slots, np.int32), logits, cache, lengths, given)
+        return join(state, np.array(slots, np.int32), logits, cache, lengths, given, np.bool_(with_top))
 
-    def decode(self, state: DecodeState, size: Size, needs: Iterable[str]) -> tuple[DecodeState, Shown]:
+    def decode(
+        self, state: DecodeState, size: Size, needs: Iterable[str], with_top: bool = False
+    ) -> tuple[DecodeState, Shown]:
         """Lengthen each answer by up to `num_steps` tokens; the old state is gone.
 
         Args:
           needs: what the rows in use ask for, as of `needs_of`.
+          with_top: show the most likely tokens too.
         """
         config = next(config for config in self._steps(size) if all(getattr(config, name) for name in needs))
-        return self._get("decode", size, config)(self.params, state)
+        return self._get("decode", size, config)(self.params, state, np.bool_(with_top))
 
     def _steps(self, size: Size) -> tuple[StepConfig, ...]:
         """Of decode, the cheapest first."""
         return (self._plain, self._objects, self._whole) if size == self.usual else (self._plain, self._whole)
 
+    def _first(self) -> list[tuple[Hashable, ...]]:
+        """What `_get` takes, for the programs of a usual request alone."""
+        size, lengths = self.usual, self._lengths[self.usual, 1]
+        decodes = [("decode", size, config) for config in (self._plain, self._objects)]
+        prefills = [("prefill", size, 1, 1, length) for length in lengths]
+        return [*decodes, ("join", size, 1), *prefills, ("blank", size), ("embed", 1)]
+
     def _all(self) -> Iterable[tuple[Hashable, ...]]:
-        """What `_get` takes, for each program that serving needs; those for the first request come first."""
+        """What `_get` takes, for each program that serving needs."""
         for size in (self.usual, self.largest):
             yield "blank", size
             yield from (("decode", size, config) for config in self._steps(size))
@@ -197,9 +208,16 @@ class Programs:
         yield from (("resize", *pair) for pair in ((self.usual, self.largest), (self.largest, self.usual)))
 
     def _get(self, name: str, *key: Any) -> jax.stages.Compiled:
-        if (name, *key) not in self._compiled:
-            self._compiled[name, *key] = getattr(self, f"_compile_{name}")(*key)
-        return self._compiled[name, *key]
+        with self._lock:
+            program = self._compiled.get((name, *key))
+            if is_new := program is None:
+                program = self._compiled[name, *key] = Future()
+        if is_new:
+            try:
+                program.set_result(getattr(self, f"_compile_{name}")(*key))
+            except BaseException as error:
+                program.set_exception(error)
+        return program.result()
 
     def _compile(self, function: Any, *args: Any, **static: Any) -> jax.stages.Compiled:
         return ops.compiled(self._target, function, *args, **static)
@@ -222,11 +240,12 @@ class Programs:
         prompts = self._prompts(count, 1, self.config.vision.num_tokens + 1)
         logits, cache = jax.eval_shape(functools.partial(_prefill, **self._static(size)), self.params, *prompts)
         slots = length = np.zeros(count, np.int32)
-        arguments = self._shapes(size), slots, logits, cache, length, self._options(size, count)
+        arguments = self._shapes(size), slots, logits, cache, length, self._options(size, count), np.bool_(False)
         return self._compile(_join, *arguments, config=self._whole, num_tokens=self._num_tokens)
 
     def _compile_decode(self, size: Size, config: StepConfig) -> jax.stages.Compiled:
-        return self._compile(_decode, self.params, self._shapes(size), config=config, num_steps=self.num_steps)
+        arguments = self.params, self._shapes(size), np.bool_(False)
+        return self._compile(_decode, *arguments, config=config, num_steps=self.num_steps)
 
     def _static(self, size: Size) -> dict[str, Any]:
         return {"config": self.config, "num_slots": size.num_slots}
@@ -290,16 +309,6 @@ def _fit(x: Any, axis: int, size: int, fill: int, xp: Any) -> Any:
     return xp.pad(kept, more, constant_values=fill)
 
 
-def _show(state: DecodeState, width: int) -> Shown:
-    columns = jnp.maximum(state.step[:, None] - width + jnp.arange(width)[None], 0)
-
-    def take(x: jax.Array) -> jax.Array:
-        return jnp.take_along_axis(x, columns, axis=1)
-
-    status = jnp.stack([state.step, state.done.astype(jnp.int32)])
-    return Shown(take(state.tokens), jax.tree.map(take, state.scores), status)
-
-
 @functools.partial(jax.jit, static_argnames="config")
 def _embed(params: Params, pixels: jax.Array, *, config: PaliGemmaConfig) -> tuple[jax.Array, ...]:
     soft_tokens = steps.run(params, pixels, config=config, method="embed_image")
@@ -334,19 +343,26 @@ def _join(
     cache: ops.Cache,
     length: jax.Array,
     options: RowOptions,
+    with_top: jax.Array,
     *,
     config: StepConfig,
     num_tokens: int,
 ) -> tuple[DecodeState, Shown]:
     """Choose the first token of prompts, and put them into slots; compiled once for prompts of all lengths."""
     prefix = say(fresh(cache, length, options, config, num_tokens), logits, config)
-    return insert(state, slots, prefix), _show(prefix, 1)
+    return insert(state, slots, prefix), show(prefix, 1, most_likely(logits[None], with_top))
 
 
 @functools.partial(jax.jit, static_argnames=("config", "num_steps"), donate_argnames="state")
-def _decode(params: Params, state: DecodeState, *, config: StepConfig, num_steps: int) -> tuple[DecodeState, Shown]:
-    state = steps.decode(params, state, config=config, num_steps=num_steps)
-    return state, _show(state, num_steps)
+def _decode(
+    params: Params, state: DecodeState, with_top: jax.Array, *, config: StepConfig, num_steps: int
+) -> tuple[DecodeState, Shown]:
+    def step(state: DecodeState, _: None) -> tuple[DecodeState, TopLogprobs]:
+        state, logits = steps.decode_step(params, state, config)
+        return state, most_likely(logits, with_top)
+
+    state, top = lax.scan(step, state, None, length=num_steps)
+    return state, show(state, num_steps, top)
 
 
 @functools.partial(jax.jit, static_argnames="size")

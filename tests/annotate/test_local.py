@@ -35,7 +35,7 @@ def test_pictures_are_read_ahead_but_not_all(threads):
     kept, watched = [], Watched()
     local.annotate(watched, SOURCES, iter(GROUPS), threads, lambda group, rows: kept.append((group, len(rows))))
     assert kept == [(group, 4) for group in GROUPS]
-    assert all(4 * i < count <= 4 * (i + 3) for i, count in enumerate(watched.read_before))
+    assert all(4 * i < count <= 4 * (i + 4) for i, count in enumerate(watched.read_before))
 
 
 def test_what_was_answered_before_an_interrupt_is_kept():
@@ -56,4 +56,4 @@ def test_a_full_disk_ends_the_run_at_once(when):
 
     with pytest.raises(OSError, match="No space left"):
         local.annotate(watched, SOURCES, iter(GROUPS), 2, keep)
-    assert len(watched.asked) <= when + 2
+    assert len(watched.asked) <= when + 3

@@ -31,7 +31,7 @@ def test_the_table_states_what_must_hold():
         "kl": [0.0, 1e-12],
     }
     settings = {"clients": 64, "seconds": 60.0, "slots": 16, "max_new_tokens": 96}
-    about = {"cpu": "a processor", "cores": 2, "jax": "0.1"}
+    about = {"cpu": "a processor", "cores": 2, "python": "3.12", "jax": "0.1"}
     entry = {"date": "2026-01-02", "machine": about, "device": "cpu", "settings": settings, "found": found}
     text = serving.document({"tiny": entry})
     assert "| one request at a time | 10.0, 12.0 | 11.0 | 5.00 |" in text

@@ -7,7 +7,6 @@ import pytest
 
 import paligemma_jax as pj
 from benchmarks import speed, workers
-from paligemma_jax.runs import environment
 
 TINY = Path(__file__).parents[2] / "assets" / "tiny"
 
@@ -22,7 +21,6 @@ def job(tmp_path_factory) -> dict:
 
 @pytest.fixture
 def ours(job, monkeypatch) -> workers.Ours:
-    monkeypatch.setattr(environment, "enable_compilation_cache", lambda: None)
     return workers.Ours(job, lambda *args: None)
 
 
@@ -67,7 +65,6 @@ def test_logits_are_those_of_the_networks_and_follow_given_tokens(ours, job):
 
 
 def test_what_is_measured_has_a_name_for_each_batch_size(job, monkeypatch):
-    monkeypatch.setattr(environment, "enable_compilation_cache", lambda: None)
     monkeypatch.setattr(workers, "_LONG_S", 0.0)
     found = {}
     settings = job | {"side": "ours", "new_tokens": 20}  # it says less

@@ -175,7 +175,7 @@ def checkpoint(tmp_path: Path, config: PaliGemmaConfig, tensors: Callable) -> Ca
 @pytest.fixture
 def understood(monkeypatch: pytest.MonkeyPatch) -> None:
     """The converter's --verify finds a tokenizer that fits; these geometries are too small for any."""
-    monkeypatch.setattr("convert.verify.read_tokenizer", lambda source: None)
+    monkeypatch.setattr("paligemma_jax.runs.verify.read_tokenizer", lambda source: None)
 
 
 @pytest.fixture

@@ -8,10 +8,10 @@ import pytest
 from flax.traverse_util import flatten_dict
 from safetensors.numpy import load_file
 
-from convert.__main__ import main as convert
 from paligemma_jax import checkpoints
 from paligemma_jax.checkpoints import big_vision
 from paligemma_jax.errors import CheckpointError
+from paligemma_jax.runs.convert import main as convert
 
 TABLE = "language_model/embed_tokens/weight"
 

@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 from flax.traverse_util import flatten_dict
 
-from convert.__main__ import main as convert
 from paligemma_jax import checkpoints
 from paligemma_jax.checkpoints import big_vision
 from paligemma_jax.errors import CheckpointError, ConfigError
+from paligemma_jax.runs.convert import main as convert
 
 Q = "model.language_model.layers.{i}.self_attn.q_proj"
 TEXT_Q = "language_model/layers_{i}/self_attn/q_proj/weight"

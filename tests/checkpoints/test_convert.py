@@ -6,8 +6,8 @@ import shutil
 import numpy as np
 import pytest
 
-from convert.__main__ import main
 from paligemma_jax import checkpoints
+from paligemma_jax.runs.convert import main
 
 
 def refused(capsys, *arguments):

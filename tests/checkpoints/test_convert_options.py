@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from convert.__main__ import main
 from paligemma_jax import checkpoints
 from paligemma_jax.errors import CheckpointError
+from paligemma_jax.runs.convert import main
 
 
 @pytest.fixture

@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 
 import paligemma_jax as pj
-from convert.__main__ import main as convert
 from paligemma_jax import checkpoints
 from paligemma_jax.errors import CheckpointError, ConfigError
+from paligemma_jax.runs.convert import main as convert
 
 FILES = [
     ("model-q4_0.gguf", b"GGUF\x03\x00", "a GGUF file (llama.cpp, Ollama), which is not read: give the original"),

@@ -13,11 +13,11 @@ import pytest
 from flax.traverse_util import flatten_dict
 from safetensors.numpy import load_file, save_file
 
-from convert.__main__ import main as convert
 from paligemma_jax import checkpoints
 from paligemma_jax.checkpoints import config_json
 from paligemma_jax.checkpoints.mask_vae import load_mask_vae, save_mask_vae
 from paligemma_jax.config import PaliGemmaConfig
+from paligemma_jax.runs.convert import main as convert
 
 Arrays = dict[str, np.ndarray]
 

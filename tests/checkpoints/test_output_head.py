@@ -9,11 +9,11 @@ import pytest
 from flax.traverse_util import flatten_dict
 from safetensors.numpy import load_file
 
-from convert.__main__ import main as convert
 from paligemma_jax import checkpoints, ops
 from paligemma_jax.checkpoints import big_vision, huggingface
 from paligemma_jax.errors import CheckpointError
 from paligemma_jax.models.gemma import Gemma
+from paligemma_jax.runs.convert import main as convert
 
 HEAD = "lm_head.weight"
 EMBED = "language_model.model.embed_tokens.weight"

@@ -11,9 +11,9 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 import paligemma_jax as pj
-from convert.__main__ import main as convert
 from paligemma_jax.checkpoints import big_vision
 from paligemma_jax.errors import UserError
+from paligemma_jax.runs.convert import main as convert
 
 NORM = "language_model.model.norm.weight"
 WEIGHTS = "model.safetensors"

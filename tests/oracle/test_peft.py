@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 from test_transformers import GEOMETRIES, ROWS, TOLERANCE
 
-from convert.__main__ import main as convert
 from paligemma_jax import checkpoints
 from paligemma_jax.checkpoints import tensor_files
 from paligemma_jax.checkpoints.adapter_config import read_config
 from paligemma_jax.checkpoints.adapter_targets import is_targeted
 from paligemma_jax.config import PaliGemmaConfig
+from paligemma_jax.runs.convert import main as convert
 
 pytestmark = [pytest.mark.oracle, pytest.mark.filterwarnings("default")]
 

@@ -59,7 +59,7 @@ def main(monkeypatch, capsys):
     def run(*arguments: str) -> tuple[int, str, str]:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", r"the load_module\(\)", DeprecationWarning)  # in ml_collections
-            status = command_line.main(arguments, ROOT / "configs" / "tiny.py")
+            status = command_line.main(arguments)
         captured = capsys.readouterr()
         return status, captured.out, captured.err
 

@@ -12,9 +12,10 @@ from pathlib import Path
 import jax
 import pytest
 
-from configs import base, patch_vit
+from configs import patch_vit
 from paligemma_jax.errors import ImageError
-from paligemma_jax.runs import command_line, environment
+from paligemma_jax.loading import keep_compiled
+from paligemma_jax.runs import base, command_line
 
 ROOT = Path(__file__).resolve().parents[2]
 PHRASE_RUNS = ("heatmap", "compare", "search", "locate")
@@ -162,11 +163,11 @@ def test_a_reader_that_leaves_is_no_error():
 
 def test_ctrl_c_is_quiet(checkpoint, pictures):
     with _start("--config.run=chat", f"--config.checkpoint={checkpoint}", f"--config.image={pictures}") as chat:
-        while chat.stderr.readline() != "type a prompt, or help\n":
-            assert chat.poll() is None
+        while (line := chat.stderr.readline()) != "type a prompt, or /help\n":
+            assert line
         chat.send_signal(signal.SIGINT)  # while it waits for a prompt
-        assert (chat.stdout.read(), chat.stderr.read()) == ("", "\n")
-    assert chat.returncode == 0
+        assert (chat.stdout.read(), chat.stderr.read()) == ("", "")
+    assert chat.returncode == 130
 
 
 def test_ctrl_c_is_130(monkeypatch):
@@ -205,11 +206,13 @@ def test_compiled_programs_are_kept_where_there_is_a_home(monkeypatch, home, exp
     """A container may run as a user without one."""
     told = {"jax_compilation_cache_dir": jax.config.jax_compilation_cache_dir}
     told |= {"jax_persistent_cache_min_compile_time_secs": jax.config.jax_persistent_cache_min_compile_time_secs}
+    told |= {"jax_enable_compilation_cache": jax.config.jax_enable_compilation_cache}
     monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
     monkeypatch.setattr(os.path, "expanduser", lambda path: path.replace("~", home) if home else path)
     try:
         jax.config.update("jax_compilation_cache_dir", None)
-        environment.enable_compilation_cache()
+        jax.config.update("jax_enable_compilation_cache", True)
+        keep_compiled()
         assert jax.config.jax_compilation_cache_dir == expected
     finally:
         for name, value in told.items():

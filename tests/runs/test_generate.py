@@ -14,7 +14,7 @@ from paligemma_jax.tasks.prompts import read_prompt
 BOX = "<loc0000><loc0000><loc1023><loc0512>"
 MASK = "".join(f"<seg{i:03d}>" for i in range(16))
 KEYS = ["image", "prompt", "text", "finish_reason", "mean_logprob", "boxes", "masks", "details", "dropped", "timing"]
-TIMING_KEYS = ["load_s", "compile_s", "prefill_ms", "decode_ms_per_token", "new_tokens"]
+TIMING_KEYS = ["load_s", "compile_s", "prefill_ms", "decode_ms_per_token", "new_tokens", "masks_ms", "draw_ms"]
 
 
 def records(out: str) -> list[dict]:

@@ -112,8 +112,10 @@ def test_platform_and_compilation_cache_are_told_to_jax(generate, loaded_with, m
     generate(platform="cpu")
     assert updates == {"jax_platforms": "cpu"} and len(loaded_with) == 1
     updates.clear()
+    kept = []
+    monkeypatch.setattr("paligemma_jax.runs.command_line.keep_compiled", lambda: kept.append(True))
     generate(compilation_cache=True)
-    assert str(updates["jax_compilation_cache_dir"]).endswith("compiled") and "jax_platforms" not in updates
+    assert kept and not updates and [call["compilation_cache"] for call in loaded_with] == [False, True]
 
 
 # Which objects are kept, and where they are

@@ -1,6 +1,7 @@
 """The engine: each answer is the one that `generate` gives alone, whatever else runs, fails, ends or is taken back."""
 
 import dataclasses
+import functools
 import threading
 
 import jax
@@ -14,66 +15,7 @@ from paligemma_jax.serving import programs
 from paligemma_jax.serving.engine import Engine, EngineSettings
 from paligemma_jax.serving.events import Finished, Piece
 from paligemma_jax.serving.pictures import digest
-
-HOT = {"temperature": 1.5, "seed": 3}
-REQUESTS = [  # prompt, number of images, options
-    ("caption en", 1, {"max_new_tokens": 14}),
-    ("detect a red circle", 1, {"constrain": True, "max_new_tokens": 24}),
-    ("answer en how many", 1, {"sampling": pj.Sampling(**HOT), "max_new_tokens": 9}),
-    ("segment a ; two blue squares", 1, {"constrain": True, "sampling": pj.Sampling(**HOT), "max_new_tokens": 32}),
-    ("caption en", 2, {"sampling": pj.Sampling(**HOT, top_k=7), "max_new_tokens": 12, "min_new_tokens": 12}),
-    ("detect red", 1, {"max_new_tokens": 1}),
-    ("segment the circle", 1, {"sampling": pj.Sampling(**HOT, top_p=0.6), "max_new_tokens": 11}),
-    ("what color", 2, {"sampling": pj.Sampling(temperature=0.7, min_p=0.2), "max_new_tokens": 20}),
-    ("caption en", 1, {"max_new_tokens": 40, "min_new_tokens": 40}),  # outgrows the usual state
-    ("detect " + " ; ".join("abcdefghi"), 1, {"constrain": True, "max_new_tokens": 20}),  # a large grammar
-    ("detect a red circle", 1, {"constrain": True, "max_new_tokens": 24, "speculate": True}),
-]
-SETTINGS = EngineSettings(num_slots=2, max_waiting=20, max_new_tokens=40, max_prompt_tokens=32, max_images=2)
-
-
-@pytest.fixture(scope="module")
-def model(make_model) -> pj.PaliGemma:
-    return make_model("gemma2")
-
-
-@pytest.fixture(scope="module")
-def requests() -> list[pj.Request]:
-    images = np.random.default_rng(0).integers(0, 256, (4, 20, 30, 3), np.uint8)
-    return [
-        pj.Request.of([images[(i + k) % 4] for k in range(count)], prompt, **options)
-        for i, (prompt, count, options) in enumerate(REQUESTS)
-    ]
-
-
-@pytest.fixture(scope="module")
-def expected(model, requests) -> list[pj.Output]:
-    """Tokens do not depend on the batch: tests/engine/test_slots.py."""
-    plain = [dataclasses.replace(r, options=dataclasses.replace(r.options, speculate=None)) for r in requests]
-    return model.answer(plain)
-
-
-@pytest.fixture(scope="module")
-def engine(model):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(programs, "_SHORT_ANSWER", 16)
-        patch.setattr(programs, "_SHORT_TEXTS", (32,))
-        engine = Engine(model, SETTINGS)
-    engine.start()
-    engine.wait_ready(120)
-    yield engine
-    engine.close()
-    assert engine.stats().compiles_while_serving == 0
-
-
-def assert_same(finished: Finished, expected: pj.Output) -> None:
-    output = finished.output
-    assert output.tokens.tolist() == expected.tokens.tolist()
-    assert (output.text, output.finish_reason) == (expected.text, expected.finish_reason)
-    for name in ("logprobs", "near", "expected"):
-        np.testing.assert_allclose(getattr(output, name), getattr(expected, name), rtol=1e-3, atol=1e-4)
-    assert finished.reason == output.finish_reason and output.timing.new_tokens == len(output.tokens)
-    assert 0 <= finished.queue_s <= finished.first_token_s <= finished.total_s
+from tests.serving.conftest import SETTINGS, assert_same
 
 
 def test_each_answer_is_that_of_generate_alone(engine, requests, expected):
@@ -169,7 +111,11 @@ def test_what_cannot_be_answered_is_refused_at_once(engine, change, error, words
 
 
 @pytest.mark.parametrize(
-    "options", [{"stop": [""]}, {"stop": [3]}, {"timeout_s": 0}, {"timeout_s": -1.0}, {"timeout_s": float("nan")}]
+    "options",
+    [
+        *({"stop": [""]}, {"stop": [3]}, {"timeout_s": 0}, {"timeout_s": -1.0}, {"timeout_s": float("nan")}),
+        *({"top_logprobs": 21}, {"top_logprobs": -1}, {"top_logprobs": 1.5}),
+    ],
 )
 def test_options_without_meaning_are_refused(engine, requests, options):
     with pytest.raises(errors.SamplingError):
@@ -272,6 +218,34 @@ def test_a_program_that_is_compiled_while_serving_is_counted(small_engine, reque
     assert small_engine.stats().compiles_while_serving == 1
 
 
+def test_an_early_engine_answers_usual_requests_first_and_all_of_them(model, engine, requests, expected, monkeypatch):
+    early, done = Engine(model, SETTINGS), engine._programs
+    go_on, names = threading.Event(), []
+
+    def compiled(name, *key):
+        names.append(name)
+        if (name, *key) not in early._programs._first():
+            assert go_on.wait(60)
+        return done._get(name, *key)
+
+    monkeypatch.setattr(early, "_programs", programs.Programs(model, SETTINGS))
+    early._programs.__dict__.update({k: v for k, v in done.__dict__.items() if k not in ("_lock", "_compiled")})
+    for name in {name for name, *_ in done._all()}:
+        monkeypatch.setattr(early._programs, f"_compile_{name}", functools.partial(compiled, name))
+    early.start(early=True)
+    early.wait_ready(60)
+    answers = [early.submit(requests[i]) for i in (0, 1)]
+    assert "resize" not in names  # the last of the rest
+    assert_same(answers[0].result(), expected[0])
+    answers.append(early.submit(requests[8]))  # outgrows the usual state
+    go_on.set()
+    for i, answer in zip((0, 1, 8), answers, strict=True):
+        assert_same(answer.result(), expected[i])
+    early.close()
+    assert len(names) == len(set(done._all()))
+    assert early.stats().compiles_while_serving == 0
+
+
 def test_closing_finishes_what_runs_in_time_and_refuses_what_is_new(small_engine, requests, expected):
     small_engine.start()
     answers = [small_engine.submit(requests[i]) for i in (0, 1, 6)]
@@ -305,7 +279,7 @@ def test_an_engine_that_never_started_can_be_closed(small_engine, requests):
 def test_programs_that_cannot_be_compiled_are_an_error_for_all(model, requests, monkeypatch):
     engine = Engine(model, SETTINGS)
 
-    def warm(is_wanted):
+    def warm(is_wanted, only_first):
         raise MemoryError("no room")
 
     monkeypatch.setattr(engine._programs, "warm", warm)

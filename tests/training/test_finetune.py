@@ -6,7 +6,6 @@ import io
 import json
 import re
 import warnings
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -21,7 +20,6 @@ from paligemma_jax.runs import command_line
 from paligemma_jax.training.data import Batches
 from paligemma_jax.training.finetune import Recipe, make_optimizer
 
-ROOT = Path(__file__).resolve().parents[2]
 ANSWERS = ("a red star", "two blue circles")
 
 
@@ -48,7 +46,7 @@ def train(checkpoint, data):
         arguments = [f"--config.{key}={value}" for key, value in (defaults | keys).items()]
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", r"the load_module\(\)", DeprecationWarning)  # in ml_collections
-            return command_line.main(["--config=configs/finetune.py", *arguments], ROOT / "configs" / "tiny.py")
+            return command_line.main(["--config=configs/finetune.py", *arguments])
 
     return run
 

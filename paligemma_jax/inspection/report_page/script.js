@@ -81,6 +81,7 @@
     context.putImageData(image, 0, 0);
     $("low").textContent = show(map.low);
     $("high").textContent = show(map.high);
+    $("unit").textContent = map.title ? "cosine" : kind.unit;
     $("caption").textContent = map.title || caption(shown);
     $("layers").hidden = !kind.layers;
     if (kind.layers) {
@@ -88,7 +89,7 @@
       $("layer-name").textContent = kind.layers[layer];
     }
     words.forEach((word, i) => {
-      word.classList.toggle("on", kind.words && i === state.word);
+      word.classList.toggle("on", Boolean(kind.words) && i === state.word);
       word.classList.toggle("held", i === state.heldWord);
       word.setAttribute("aria-pressed", i === state.heldWord);
     });
@@ -106,6 +107,8 @@
   function describeWord(line) {
     const [start, stop] = data.spans[state.word];
     $("patch-title").textContent = "Said in place of \u201c" + data.words[state.word] + "\u201d";
+    const location = data.locations[state.word];
+    if (location) line("means", location.text);
     data.text_lens.forEach((layer, i) => {
       const tokens = layer.slice(start, stop);
       ranked(line(where(i)), tokens.length > 1 ? tokens.map(token => token[0]) : tokens[0]);
@@ -114,7 +117,19 @@
 
   const where = i => i ? "after layer " + i : "before layer 1";
 
+  // A location is shown as the edge of the box that it is.
+  function showEdge() {
+    const location = data.locations[state.word], edge = $("edge");
+    edge.hidden = !location;
+    if (!location) return;
+    const across = location.edge % 2 === 0;
+    edge.className = across ? "across" : "down";
+    edge.style.top = across ? "calc(" + 100 * location.share + "% - 1px)" : "";
+    edge.style.left = across ? "" : "calc(" + 100 * location.share + "% - 1px)";
+  }
+
   function describe() {
+    showEdge();
     const patch = state.patch, shown = current(), panel = $("patch");
     const word = data.text_lens && state.word >= 0 && (patch < 0 || state.word !== state.heldWord);
     cell.hidden = patch < 0;
@@ -155,6 +170,12 @@
   $("layer").addEventListener("input", event => { state.layer = Number(event.target.value); refresh(); });
   $("strength").addEventListener("input", paint);
   $("follow").addEventListener("change", refresh);
+  const objects = $("objects");
+  $("objects-row").hidden = !objects;
+  $("about-locations").hidden = !data.locations.some(Boolean);
+  if (objects) {
+    $("show-objects").addEventListener("change", event => { objects.style.display = event.target.checked ? "" : "none"; });
+  }
   $("follow-row").hidden = !pairs;
 
   // Words: hovering and focus show their map, a click holds it.

@@ -1,6 +1,5 @@
 """The ASGI application: all routes behind one gate."""
 
-import importlib.metadata
 from typing import Any
 
 from fastapi import FastAPI, Request, Response
@@ -8,6 +7,7 @@ from pydantic.json_schema import models_json_schema
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 
+import paligemma_jax as pj
 from paligemma_jax.serving.http import chat, info, label_studio, moondream, responses
 from paligemma_jax.serving.http.bodies import SCHEMAS, Json
 from paligemma_jax.serving.http.errors import ApiError
@@ -22,7 +22,7 @@ _BODIES = (
 
 def make_app(service: Service) -> FastAPI:
     """The application of a service; its pages load nothing from elsewhere."""
-    app = FastAPI(title="paligemma_jax", version=_version(), docs_url=None, redoc_url=None, redirect_slashes=False)
+    app = FastAPI(title="paligemma_jax", version=pj.__version__, docs_url=None, redoc_url=None, redirect_slashes=False)
     for module in (chat, responses, moondream, label_studio, info):
         app.include_router(module.routes(service))
 
@@ -55,10 +55,3 @@ def make_app(service: Service) -> FastAPI:
             expose_headers=["x-request-id", "retry-after"],
         )
     return app
-
-
-def _version() -> str:
-    try:
-        return importlib.metadata.version("paligemma-jax")
-    except importlib.metadata.PackageNotFoundError:  # used out of a clone
-        return "0"

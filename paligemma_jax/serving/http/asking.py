@@ -13,6 +13,7 @@ from paligemma_jax.serving.http.bodies import Body, to_json
 from paligemma_jax.serving.http.errors import ApiError
 from paligemma_jax.serving.http.formats import Form
 from paligemma_jax.serving.http.service import Service, Wanted, request_of
+from paligemma_jax.serving.shown import MOST_TOP
 from paligemma_jax.tasks.prompts import Prompt, read_prompt
 
 USUAL_TOKENS = 256  # of an answer, where the request does not say
@@ -36,6 +37,7 @@ class Asking(Body):
     min_p: float = pydantic.Field(0.0, ge=0, le=1)
     seed: Seed | None = None
     constrain: bool = False
+    top_logprobs: int = pydantic.Field(0, ge=0, le=MOST_TOP)
     stream: bool = False
     user: str | None = None
     safety_identifier: str | None = None
@@ -102,7 +104,7 @@ def wanted_of(
     for number in range(n):
         sampling = pj.Sampling(body.temperature, body.top_k, body.top_p, body.min_p, seed=(seed + number) % 2**32)
         options = pj.GenerateOptions(count, sampling, body.constrain or form is not None)
-        found.append(Wanted(request_of(loaded, prompt.text, options), tuple(stop)))
+        found.append(Wanted(request_of(loaded, prompt.text, options), tuple(stop), body.top_logprobs))
     return found
 
 

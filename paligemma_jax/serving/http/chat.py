@@ -9,6 +9,7 @@ import pydantic
 from fastapi import APIRouter, Request, Response
 
 from paligemma_jax.serving.events import Finished
+from paligemma_jax.serving.http import logprobs
 from paligemma_jax.serving.http.asking import Asked, Asking, ImageUrl, check_tokens, content_of, prompt_of, wanted_of
 from paligemma_jax.serving.http.bodies import Body, Json, read, takes
 from paligemma_jax.serving.http.errors import ApiError
@@ -63,7 +64,6 @@ class ChatRequest(Asking):
     n: int = pydantic.Field(1, ge=1)
     stop: Stop | list[Stop] | None = None
     logprobs: bool = False
-    top_logprobs: int = pydantic.Field(0, ge=0, le=20)
     stream_options: StreamOptions | None = None
     response_format: Format | None = None
 
@@ -102,8 +102,8 @@ async def _asked(service: Service, body: ChatRequest) -> Asked:
     stops = [body.stop] if isinstance(body.stop, str) else body.stop or []
     if len(stops) > MOST_STOPS:
         raise ApiError(400, f"{len(stops)} stop strings are too many: at most {MOST_STOPS}", "stop")
-    if body.top_logprobs:
-        raise ApiError(400, "top_logprobs above 0 are not supported: logprobs are of the chosen tokens", "top_logprobs")
+    if body.top_logprobs and not body.logprobs:
+        raise ApiError(400, "top_logprobs needs logprobs=true", "top_logprobs")
     if body.stream_options is not None and not body.stream:
         raise ApiError(400, "stream_options need stream=true", "stream_options")
     form = form_of(body.response_format, prompt, "response_format")
@@ -146,9 +146,8 @@ class _Completion:
         choices = []
         for index, end in enumerate(ends):
             message = {"role": "assistant", "content": await self._asked.text(self._service, end), "refusal": None}
-            tokens, scores = end.output.tokens, end.output.logprobs
-            logprobs = self._logprobs(tokens, scores) if self._body.logprobs else None
-            finished = {"finish_reason": FINISHED[end.reason], "logprobs": logprobs}
+            scores = self._logprobs(end.output.tokens, end.output.logprobs, end.top)
+            finished = {"finish_reason": FINISHED[end.reason], "logprobs": scores}
             choices.append({"index": index, "message": message} | finished)
         return self._common | {"object": "chat.completion", "choices": choices, "usage": self._usage(ends)}
 
@@ -164,8 +163,8 @@ class _Completion:
                     yield self._chunk(index, {"content": await self._asked.text(self._service, event)})
                 yield self._chunk(index, {}, finish_reason=FINISHED[event.reason])
             elif self._asked.form is None and (event.text or (self._body.logprobs and len(event.tokens))):
-                logprobs = self._logprobs(event.tokens, event.logprobs) if self._body.logprobs else None
-                yield self._chunk(index, {"content": event.text}, logprobs)
+                scores = self._logprobs(event.tokens, event.logprobs, event.top)
+                yield self._chunk(index, {"content": event.text}, scores)
         if self._with_usage:
             yield data(self._common | {"object": "chat.completion.chunk", "choices": [], "usage": self._usage(ends)})
         yield DONE
@@ -174,20 +173,16 @@ class _Completion:
     def _with_usage(self) -> bool:
         return self._body.stream_options is not None and self._body.stream_options.include_usage
 
-    def _chunk(self, index: int, delta: dict[str, Any], logprobs: Any = None, finish_reason: str | None = None) -> str:
-        choice = {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": finish_reason}
+    def _chunk(self, index: int, delta: dict[str, Any], scores: Any = None, finish_reason: str | None = None) -> str:
+        choice = {"index": index, "delta": delta, "logprobs": scores, "finish_reason": finish_reason}
         usage = {"usage": None} if self._with_usage else {}
         return data(self._common | {"object": "chat.completion.chunk", "choices": [choice]} | usage)
 
-    def _logprobs(self, tokens: Sequence[int], scores: Sequence[float]) -> dict[str, Any]:
-        """Each token but <eos> with its text and log-probability."""
-        tokenizer = self._service.model.processor.tokenizer
-        content = []
-        for token, score in zip(tokens, scores, strict=True):
-            if text := tokenizer.token_bytes(token):
-                written = {"token": text.decode("utf-8", "replace"), "bytes": list(text)}
-                content.append(written | {"logprob": max(float(score), -9999.0), "top_logprobs": []})
-        return {"content": content, "refusal": None}
+    def _logprobs(self, *scored: Any) -> dict[str, Any] | None:
+        """Of tokens, their log-probabilities and the most likely ones, where they are asked for."""
+        if not self._body.logprobs:
+            return None
+        return {"content": logprobs.written(self._service.model.processor.tokenizer, *scored), "refusal": None}
 
     def _usage(self, ends: Sequence[Finished]) -> dict[str, Any]:
         request = self._asked.wanted[0].request

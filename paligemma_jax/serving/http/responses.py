@@ -9,12 +9,15 @@ import pydantic
 from fastapi import APIRouter, Request, Response
 
 from paligemma_jax.serving.events import Finished
+from paligemma_jax.serving.http import logprobs
 from paligemma_jax.serving.http.asking import Asked, Asking, check_tokens, content_of, prompt_of, wanted_of
 from paligemma_jax.serving.http.bodies import Body, Json, read, takes
 from paligemma_jax.serving.http.errors import ApiError
 from paligemma_jax.serving.http.formats import FlatSchemaFormat, ObjectFormat, TextFormat, form_of
 from paligemma_jax.serving.http.service import Answer, Service, cancel
 from paligemma_jax.serving.http.streams import EventStream, data
+
+_LOGPROBS = "message.output_text.logprobs"  # the one thing that may be included
 
 
 class InputText(Body):
@@ -48,13 +51,13 @@ class ResponsesRequest(Asking):
         "store": (False,),
         "background": (False,),
         "truncation": ("disabled",),
-        "include": ([],),
         "service_tier": ("auto", "default"),
     }
 
     input: str | list[Item]
     max_output_tokens: int | None = pydantic.Field(None, ge=1)
     text: Text | None = None
+    include: list[Literal[_LOGPROBS]] = pydantic.Field([])
 
 
 def routes(service: Service) -> APIRouter:
@@ -84,6 +87,10 @@ async def _asked(service: Service, body: ResponsesRequest) -> Asked:
         raise ApiError(400, "there is no picture: send one as an input_image part", "input[0].content")
     check_tokens(service, body.max_output_tokens, "max_output_tokens")
     form = form_of(body.text.format if body.text else None, prompt, "text.format")
+    if body.top_logprobs and not body.include:
+        raise ApiError(400, f"top_logprobs needs include={[_LOGPROBS]}", "top_logprobs")
+    if body.include and form is not None:
+        raise ApiError(400, "logprobs are of the model's text: not with a text.format of JSON", "include")
     loaded = await service.load(urls)
     return Asked(prompt, loaded, wanted_of(service, body, prompt, loaded, form, body.max_output_tokens), form)
 
@@ -122,11 +129,12 @@ class _Response:
             "instructions": None,
             "metadata": self._body.metadata or {},
             "model": self._service.settings.model_name,
-            "output": [] if end is None else [self._message(text, status)],
+            "output": [] if end is None else [self._message(status, self._part(text, end))],
             "parallel_tool_calls": False,
             "temperature": self._body.temperature,
             "tool_choice": "none",
             "tools": [],
+            "top_logprobs": self._body.top_logprobs,
             "top_p": self._body.top_p,
             "max_output_tokens": self._body.max_output_tokens,
             "usage": None if end is None else self._usage(end),
@@ -143,25 +151,34 @@ class _Response:
         place = {"item_id": self._item, "output_index": 0, "content_index": 0}
         yield event("response.created", response=self.whole(None))
         yield event("response.in_progress", response=self.whole(None))
-        empty = self._message("", "in_progress") | {"content": []}
-        yield event("response.output_item.added", output_index=0, item=empty)
-        yield event("response.content_part.added", **place, part=_part(""))
+        yield event("response.output_item.added", output_index=0, item=self._message("in_progress"))
+        yield event("response.content_part.added", **place, part=self._part(""))
         async for _, news in self._service.events(answers):
             if not isinstance(news, Finished):
-                if news.text and self._asked.form is None:
-                    yield event("response.output_text.delta", **place, delta=news.text, logprobs=[])
+                scores = self._logprobs(news.tokens, news.logprobs, news.top)
+                if (news.text or scores) and self._asked.form is None:
+                    yield event("response.output_text.delta", **place, delta=news.text, logprobs=_brief(scores))
                 continue
             text = await self._asked.text(self._service, news)
             status = "incomplete" if news.reason == "length" else "completed"
             if self._asked.form is not None:
                 yield event("response.output_text.delta", **place, delta=text, logprobs=[])
-            yield event("response.output_text.done", **place, text=text, logprobs=[])
-            yield event("response.content_part.done", **place, part=_part(text))
-            yield event("response.output_item.done", output_index=0, item=self._message(text, status))
+            part = self._part(text, news)
+            yield event("response.output_text.done", **place, text=text, logprobs=_brief(part["logprobs"]))
+            yield event("response.content_part.done", **place, part=part)
+            yield event("response.output_item.done", output_index=0, item=self._message(status, part))
             yield event(f"response.{status}", response=self.whole(news, text))
 
-    def _message(self, text: str, status: str) -> dict[str, Any]:
-        return {"id": self._item, "type": "message", "role": "assistant", "status": status, "content": [_part(text)]}
+    def _message(self, status: str, *parts: dict[str, Any]) -> dict[str, Any]:
+        return {"id": self._item, "type": "message", "role": "assistant", "status": status, "content": [*parts]}
+
+    def _part(self, text: str, end: Finished | None = None) -> dict[str, Any]:
+        scores = [] if end is None else self._logprobs(end.output.tokens, end.output.logprobs, end.top)
+        return {"type": "output_text", "text": text, "annotations": [], "logprobs": scores}
+
+    def _logprobs(self, *scored: Any) -> list[dict[str, Any]]:
+        """Of tokens, their log-probabilities and the most likely ones, where they are asked for."""
+        return logprobs.written(self._service.model.processor.tokenizer, *scored) if self._body.include else []
 
     def _usage(self, end: Finished) -> dict[str, Any]:
         prompt, answer = self._service.prompt_tokens(self._asked.wanted[0].request), len(end.output.tokens)
@@ -174,5 +191,10 @@ class _Response:
         }
 
 
-def _part(text: str) -> dict[str, Any]:
-    return {"type": "output_text", "text": text, "annotations": [], "logprobs": []}
+def _brief(scores: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Log-probabilities as events have them: without bytes."""
+
+    def brief(token: dict[str, Any]) -> dict[str, Any]:
+        return {name: token[name] for name in ("token", "logprob")}
+
+    return [brief(each) | {"top_logprobs": [brief(other) for other in each["top_logprobs"]]} for each in scores]

@@ -6,8 +6,10 @@ import dataclasses
 import functools
 import threading
 from collections.abc import AsyncIterator, Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Protocol, TypeVar
 
+import anyio
 import anyio.to_thread
 import numpy as np
 from fastapi import Request
@@ -41,17 +43,24 @@ class Engine(Protocol):
     ready: bool
 
     def submit(
-        self, request: pj.Request, *, client: str = "", timeout_s: float | None = None, stop: Sequence[str] = ()
+        self,
+        request: pj.Request,
+        *,
+        client: str = "",
+        timeout_s: float | None = None,
+        stop: Sequence[str] = (),
+        top_logprobs: int = 0,
     ) -> Answer: ...
     def stats(self) -> Stats: ...
 
 
 @dataclasses.dataclass(frozen=True)
 class Wanted:
-    """One answer: the request, and the texts that end it."""
+    """One answer: the request, the texts that end it, and how many of the most likely tokens to tell with each."""
 
     request: pj.Request
     stop: tuple[str, ...] = ()
+    top_logprobs: int = 0
 
 
 class Service:
@@ -68,7 +77,7 @@ class Service:
         self.draining = False
         self._warming: threading.Thread | None = None
         self._fetchers = asyncio.Semaphore(_FETCHERS)
-        self._decoders = asyncio.Semaphore(_DECODERS)
+        self._decoders = ThreadPoolExecutor(_DECODERS, "paligemma-decoder")
         self._embedders = asyncio.Semaphore(1)
 
     def warm_up(self) -> None:
@@ -102,8 +111,7 @@ class Service:
                         file = await _in_thread(pictures.content, url, param, self.settings)
                 else:
                     file = pictures.content(url, param, self.settings)
-                async with self._decoders:
-                    found.append(await _in_thread(pictures.decoded, file, param, self.settings))
+                found.append(await self._decode(pictures.decoded, file, param, self.settings))
             except ApiError:
                 self.metrics.pictures_refused.inc()
                 raise
@@ -116,10 +124,13 @@ class Service:
         try:
             for item in wanted:
                 submit = functools.partial(
-                    self.engine.submit, client=client, timeout_s=self.settings.request_timeout_s, stop=item.stop
+                    self.engine.submit,
+                    client=client,
+                    timeout_s=self.settings.request_timeout_s,
+                    stop=item.stop,
+                    top_logprobs=item.top_logprobs,
                 )
-                async with self._decoders:
-                    answers.append(await _in_thread(submit, item.request))
+                answers.append(await self._decode(submit, item.request))
         except BaseException:
             cancel(answers)
             raise
@@ -166,9 +177,14 @@ class Service:
     ) -> list[pj.Detection]:
         """The complete objects of an answer about a picture of `size`, in pixels."""
         find = functools.partial(self.model.objects, masks=masks, labels=labels, loc_scale=self.settings.loc_scale)
-        async with self._decoders if masks else contextlib.nullcontext():
-            found, _ = await _in_thread(find, event.output, size)
+        found, _ = await (self._decode if masks else _in_thread)(find, event.output, size)
         return found
+
+    async def _decode(self, function: Callable[..., T], *arguments: Any) -> T:
+        """Run what takes much memory in one of few threads that stay: new ones would not reuse what old ones freed."""
+        with anyio.CancelScope(shield=True):  # or nobody would cancel an answer that was submitted meanwhile
+            call = functools.partial(function, *arguments)
+            return await asyncio.get_running_loop().run_in_executor(self._decoders, call)
 
     async def embed(self, loaded: Sequence[Image.Image], projected: bool) -> Any:
         """Soft tokens or features of pictures, f32 [I, N, D]."""

@@ -22,6 +22,7 @@ from paligemma_jax.serving.http.app import make_app
 from paligemma_jax.serving.http.server import Server, listen
 from paligemma_jax.serving.http.service import Service
 from paligemma_jax.serving.http.settings import HttpSettings
+from paligemma_jax.serving.shown import TopLogprobs
 from paligemma_jax.tasks.confidence import read_objects
 from paligemma_jax.tasks.segmentation import attach_masks
 
@@ -86,33 +87,48 @@ class FakeEngine:
         self.answers: list[FakeAnswer] = []
 
     def submit(
-        self, request: pj.Request, *, client: str = "", timeout_s: float | None = None, stop: Sequence[str] = ()
+        self,
+        request: pj.Request,
+        *,
+        client: str = "",
+        timeout_s: float | None = None,
+        stop: Sequence[str] = (),
+        top_logprobs: int = 0,
     ) -> FakeAnswer:
         refusal = self.refusal(request) if callable(self.refusal) else self.refusal
         if refusal is not None:
             raise refusal
         self.requests.append(request)
         self.asked.append({"client": client, "timeout_s": timeout_s, "stop": stop})
-        self.answers.append(FakeAnswer(self._events(self.say(request)), self.held))
+        self.answers.append(FakeAnswer(self._events(self.say(request), top_logprobs), self.held))
         return self.answers[-1]
 
     def stats(self) -> Stats:
         return Stats(2, 3, 14, {"eos": 7}, 0, 100, 160, 40, 5, 1, 5, 1000)
 
-    def _events(self, said: str | BaseException) -> list[Event | BaseException]:
+    def _events(self, said: str | BaseException, num_top: int = 0) -> list[Event | BaseException]:
         if isinstance(said, BaseException):
             return [said]
         words = [f"{' ' * (i > 0)}{word}" for i, word in enumerate(said.split(" "))]
         pieces = [np.array(self._tokenizer.encode(word), np.int32) for word in words]
         events: list[Event | BaseException] = [
-            Piece(word, ids, np.full(len(ids), -0.5, np.float32)) for word, ids in zip(words, pieces, strict=True)
+            Piece(word, ids, np.full(len(ids), -0.5, np.float32), self._top(ids, num_top))
+            for word, ids in zip(words, pieces, strict=True)
         ]
         tokens = np.concatenate([*pieces, [self._tokenizer.eos_id] if self.reason == "eos" else []]).astype(np.int32)
         half = np.full(len(tokens), 0.5, np.float32)
         finish = "eos" if self.reason == "stop" else self.reason
         timing = pj.Timing(0.0, 1.0, 1.0, len(tokens))
         output = pj.Output(said, tokens, np.full(len(tokens), -0.5, np.float32), finish, timing, half, half)
-        return [*events, Finished(output, self.reason, 0.01, 0.02, 0.1)]
+        return [*events, Finished(output, self.reason, 0.01, 0.02, 0.1, self._top(tokens, num_top))]
+
+    def _top(self, ids: np.ndarray, count: int) -> TopLogprobs | None:
+        """The token itself and then <eos> again and again, each half as likely as the one before."""
+        if not count:
+            return None
+        found = np.full((len(ids), count), self._tokenizer.eos_id, np.int32)
+        found[:, 0] = ids
+        return TopLogprobs(found, -np.arange(1, count + 1, dtype=np.float32) * np.ones((len(ids), 1)))
 
 
 class StandIn:

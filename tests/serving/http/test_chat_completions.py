@@ -75,6 +75,18 @@ def test_logprobs_are_of_all_tokens_but_the_end(client, engine, helpers):
     assert all(item["logprob"] == -0.5 and item["top_logprobs"] == [] for item in content)
 
 
+@pytest.mark.parametrize("stream", [False, True])
+def test_the_most_likely_tokens_of_each_place(client, helpers, stream):
+    response = post(client, helpers.chat(logprobs=True, top_logprobs=3, stream=stream))
+    choices = [chunk["choices"][0] for chunk in (events(response) if stream else [response.json()])]
+    content = [item for choice in choices if choice["logprobs"] for item in choice["logprobs"]["content"]]
+    assert "".join(item["token"] for item in content) == "a red circle"
+    for item in content:
+        first, *others = item["top_logprobs"]
+        assert first == {"token": item["token"], "bytes": item["bytes"], "logprob": -1.0}
+        assert others == [{"token": "<eos>", "bytes": [], "logprob": logprob} for logprob in (-2.0, -3.0)]
+
+
 def test_a_stream_grows_and_ends_with_its_reason(client, engine, helpers):
     body = helpers.chat(stream=True, n=2, logprobs=True, stream_options={"include_usage": True})
     *chunks, last = events(post(client, body))
@@ -167,8 +179,9 @@ def test_json_that_cannot_be(client, helpers, prompt, fields, param):
         ({"max_tokens": 3, "max_completion_tokens": 4}, "max_tokens"),
         ({"stop": ["a"] * 5}, "stop"),
         ({"stop": ""}, "stop"),
-        ({"logprobs": True, "top_logprobs": 5}, "top_logprobs"),
-        ({"top_logprobs": 21}, "top_logprobs"),
+        ({"top_logprobs": 5}, "top_logprobs"),
+        ({"logprobs": True, "top_logprobs": 21}, "top_logprobs"),
+        ({"logprobs": True, "top_logprobs": -1}, "top_logprobs"),
         ({"stream_options": {"include_usage": True}}, "stream_options"),
         ({"messages": []}, "messages"),
         ({"messages": None}, "messages"),
@@ -253,7 +266,7 @@ def test_one_failed_of_n_takes_the_others_back(client, engine, helpers):
 
 def test_infinite_logprobs_are_written_as_numbers(client, engine, helpers, monkeypatch):
     plain = engine._events
-    monkeypatch.setattr(engine, "_events", lambda said: [_certain(event) for event in plain(said)])
+    monkeypatch.setattr(engine, "_events", lambda *said: [_certain(event) for event in plain(*said)])
     content = post(client, helpers.chat(logprobs=True)).json()["choices"][0]["logprobs"]["content"]
     assert {item["logprob"] for item in content} == {-9999.0}
 

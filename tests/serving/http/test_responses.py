@@ -46,6 +46,27 @@ def test_a_stream_has_all_events_in_order(client, helpers):
 
 
 @pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("count", [0, 2])
+def test_logprobs_are_included_when_asked_for(client, helpers, stream, count):
+    wanted = {"include": ["message.output_text.logprobs"], "top_logprobs": count, "stream": stream}
+    response = client.post("/v1/responses", json=body(helpers, **wanted))
+    values = [json.loads(event.partition("data: ")[2]) for event in response.text.split("\n\n") if event and stream]
+    answer = values[-1]["response"] if stream else response.json()
+    content = answer["output"][0]["content"][0]["logprobs"]
+    assert "".join(item["token"] for item in content) == "a red circle" and answer["top_logprobs"] == count
+    first, eos = {"logprob": -1.0}, {"token": "<eos>", "bytes": [], "logprob": -2.0}
+    for item in content:
+        own = {name: item[name] for name in ("token", "bytes")}
+        assert item == own | {"logprob": -0.5, "top_logprobs": [own | first, eos][:count]}
+    if stream:
+        heard = [item for value in values if value["type"].endswith("text.delta") for item in value["logprobs"]]
+        done = next(value for value in values if value["type"].endswith("text.done"))["logprobs"]
+        assert heard == done and [item["token"] for item in heard] == [item["token"] for item in content]
+        assert all(set(item) == {"token", "logprob", "top_logprobs"} for item in heard)
+        assert all(set(other) == {"token", "logprob"} for item in heard for other in item["top_logprobs"])
+
+
+@pytest.mark.parametrize("stream", [False, True])
 def test_objects_as_json(client, engine, helpers, stream):
     engine.say = lambda request: BOX
     item = {"type": "object", "properties": {"label": {"type": "string"}}}
@@ -66,6 +87,9 @@ def test_objects_as_json(client, engine, helpers, stream):
         ({"instructions": "be nice"}, "instructions"),
         ({"previous_response_id": "resp_1"}, "previous_response_id"),
         ({"store": True}, "store"),
+        ({"top_logprobs": 3}, "top_logprobs"),
+        ({"include": ["message.output_text.logprobs"], "top_logprobs": 21}, "top_logprobs"),
+        ({"include": ["reasoning.encrypted_content"]}, "include[0]"),
         ({"max_output_tokens": 10**6}, "max_output_tokens"),
         ({"text": {"format": {"type": "json_object"}}}, "text.format"),
         ({"text": {"verbosity": "high"}}, "text.verbosity"),

@@ -5,8 +5,8 @@ from pathlib import Path
 from ml_collections import ConfigDict
 
 from paligemma_jax.errors import ConfigError
+from paligemma_jax.files import data_folder
 
-_ROOT = Path(__file__).resolve().parents[1]
 _FAMILIES = ("paligemma-3b", "paligemma2-3b", "paligemma2-10b", "paligemma2-28b")
 
 
@@ -79,6 +79,6 @@ def released(family: str, kind: str) -> ConfigDict:
 
 
 def shipped(name: str) -> str:
-    """Path of a file in assets/, short when seen from here."""
-    path = _ROOT / "assets" / name
+    """Path of a file that is shipped, short when seen from here."""
+    path = data_folder("assets") / name
     return str(path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path)
