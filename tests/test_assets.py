@@ -61,6 +61,5 @@ def test_the_shipped_patch_vit_finds_scenes_and_shapes(pair):
     """Far above chance; the numbers on 500 scenes are in benchmarks/results/patch_vit.md."""
     patch_vit.check_pair(*pair)
     found = evaluate(*pair, num_scenes=25)
-    assert found["student"]["recall_5"] > 0.6 and found["teacher"]["recall_5"] > 0.8
-    assert found["student"]["pointing"] > 3 * found["chance"]["pointing"]
+    assert found["student"]["recall_1"] > 5 * found["chance"]["recall_1"] and found["teacher"]["recall_1"] > 0.8
     assert found["student"]["inside"] > 2 * found["chance"]["inside"]
