@@ -7,6 +7,8 @@ import pytest
 from PIL import Image
 
 import paligemma_jax as pj
+from paligemma_jax import patch_vit
+from paligemma_jax.shapes_world.patch_evaluation import evaluate
 
 ASSETS = Path(__file__).resolve().parents[1] / "assets"
 
@@ -48,3 +50,17 @@ def test_masks_of_the_shipped_model_lie_in_their_boxes(model, outputs):
         x0, y0, x1, y1 = thing.box
         assert x0 - 1 <= columns.min() and columns.max() <= x1 and y0 - 1 <= rows.min() and rows.max() <= y1
         assert 0.2 < thing.mask.sum() / ((x1 - x0) * (y1 - y0)) < 0.6  # a star fills about a third of its box
+
+
+@pytest.fixture(scope="module")
+def pair() -> tuple[patch_vit.Student, patch_vit.Clip]:
+    return patch_vit.load(ASSETS / "patch_vit" / "student"), patch_vit.load_clip(ASSETS / "patch_vit" / "teacher")
+
+
+def test_the_shipped_patch_vit_finds_scenes_and_shapes(pair):
+    """Far above chance; the numbers on 500 scenes are in benchmarks/results/patch_vit.md."""
+    patch_vit.check_pair(*pair)
+    found = evaluate(*pair, num_scenes=25)
+    assert found["student"]["recall_5"] > 0.6 and found["teacher"]["recall_5"] > 0.8
+    assert found["student"]["pointing"] > 3 * found["chance"]["pointing"]
+    assert found["student"]["inside"] > 2 * found["chance"]["inside"]
