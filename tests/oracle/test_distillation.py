@@ -43,7 +43,7 @@ def test_steps_are_those_of_torch_in_float64(variant):
     loss = functools.partial(distill_loss, PatchViT(cfg), "float32")
     optimizer = make_optimizer(recipe, trained)
     state, step = init_state(jax.tree.map(np.array, student.params), optimizer), make_step(loss, optimizer)
-    rng = np.random.default_rng(0)
+    rng, counted = np.random.default_rng(0), {}
     for number, value in enumerate(VALIDATION):
         pixels = rng.normal(size=(4, cfg.image_size, cfg.image_size, 3)).astype(np.float32)
         targets = rng.normal(size=(4, cfg.embed_dim)).astype(np.float32)
@@ -67,7 +67,10 @@ def test_steps_are_those_of_torch_in_float64(variant):
         np.testing.assert_allclose(metrics["loss"], expected.item(), rtol=1e-5)
         np.testing.assert_allclose(schedule.learning_rate, adamw.param_groups[0]["lr"], rtol=1e-6)
         for key, value in keyed(state.params).items():
-            found, wanted = value, theirs.state_dict()[key].numpy()
-            if key.endswith("in_proj_bias"):  # that of the keys changes nothing: its steps have the signs of roundings
-                found, wanted = (np.delete(x, np.s_[len(x) // 3 : 2 * len(x) // 3]) for x in (found, wanted))
-            np.testing.assert_allclose(found, wanted, atol=1e-5 if number == 0 else 1e-4, err_msg=key)
+            wanted = theirs.state_dict()[key].numpy()
+            # What the loss does not depend on, such as the keys' bias: Adam makes steps of the roundings of 0.
+            counts = np.abs(named[key].grad.numpy()) > 1e-9 if key in named else np.ones(value.shape, bool)
+            counted[key] = counted.get(key, True) & counts
+            tolerance = 1e-5 if number == 0 else 1e-4
+            np.testing.assert_allclose(value[counted[key]], wanted[counted[key]], atol=tolerance, err_msg=key)
+            assert counted[key].mean() > 0.6, key
