@@ -30,9 +30,10 @@ _WIDTH, _TOP, _GROUP = 512, 5, 1000
 _HEADER = """# Search
 
 A query is a vector among unit vectors of 512 numbers; the time is that of one ranking of the best 5, one query after
-the other, after loading. `exact` is one matrix product and a partial sort, `flat` and `ivf` are faiss, ivf with as many
-lists as the square root of the number of vectors. Recall is the share of the exact best 5 that is found. "Random" are
-directions drawn alike, "groups" lie near one of a centre for 1,000 vectors.
+the other, after loading. `exact` is a dot product with each and a partial sort, `flat` and `ivf` are faiss, ivf with as
+many lists as the square root of the number of vectors. Recall is the share of the exact best 5 that is found. "Random"
+are directions drawn alike, "groups" lie near one of a centre for 1,000 vectors. Other programs ran on the machine at
+the same time: the slowest query says more about them; threads that wait for each other, as in flat, suffer most.
 
 """
 

@@ -1,4 +1,4 @@
-"""The best of many vectors for a query: exactly, by one matrix product, or by faiss where there are millions.
+"""The best of many vectors for a query: exactly, by a dot product with each, or by faiss where there are millions.
 
 Axes: N vectors, D width, Q queries, k results.
 """
@@ -49,7 +49,7 @@ def top_k(vectors: np.ndarray, queries: np.ndarray, k: int) -> tuple[np.ndarray,
     k = min(k, len(vectors))
     scores, rows = np.empty((len(queries), k), np.float32), np.empty((len(queries), k), np.int64)
     for i, query in enumerate(np.asarray(queries, np.float32)):
-        products = vectors @ query
+        products = np.vecdot(vectors, query)  # as fast as `@`, whose threads wait for each other on a busy machine
         least = np.partition(products, len(products) - k)[len(products) - k]
         candidates = np.flatnonzero(products >= least)
         rows[i] = candidates[np.argsort(-products[candidates], kind="stable")[:k]]
