@@ -2,12 +2,14 @@
 
 import contextlib
 import errno
+import glob
+import hashlib
 import json
 import os
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -78,6 +80,33 @@ def write_array(path: Path, values: np.ndarray) -> None:
         np.save(file, values, allow_pickle=False)
 
 
+def write_arrays(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
+    """Write arrays, of numbers or texts, under their names as a .npz, whole or not at all."""
+    with replacing(path) as temporary, temporary.open("wb") as file:
+        np.savez(file, **arrays)
+
+
+_WHOLE = 2**26  # bytes of a file up to which all of them count
+_BLOCKS, _BLOCK = 256, 2**16  # of a larger one: so many, evenly spread
+
+
+def digest(path: Path) -> bytes:
+    """SHA-256 of the contents of a file; of one above 64 MiB, of 16 MiB that are evenly spread.
+
+    To hash all of a large model would take longer than to load it.
+    """
+    size = path.stat().st_size
+    found = hashlib.sha256()
+    with path.open("rb") as file:
+        if size <= _WHOLE:
+            found.update(file.read())
+        else:
+            for i in range(_BLOCKS):
+                file.seek((size - _BLOCK) * i // (_BLOCKS - 1))
+                found.update(file.read(_BLOCK))
+    return found.digest()
+
+
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """A temporary path beside `path`: renamed to it when the block ends well, removed otherwise."""
@@ -87,6 +116,14 @@ def replacing(path: Path) -> Iterator[Path]:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def remove_leftovers(path: Path, after_s: float = 3600.0) -> None:
+    """Remove the temporary files of `replacing(path)` that killed processes left: those untouched for an hour."""
+    for left in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
+        with contextlib.suppress(FileNotFoundError):  # another process was faster
+            if time.time() - left.stat().st_mtime > after_s:
+                left.unlink()
 
 
 class Stems:

@@ -6,6 +6,7 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from paligemma_jax import files
@@ -144,3 +145,27 @@ def test_a_pipe_keeps_nobody_waiting(tmp_path):
     os.mkfifo(tmp_path / "config.json")
     with pytest.raises(CheckpointError, match=r"config.json cannot be read \(not a regular file\)"):
         files.read_json(tmp_path / "config.json")
+
+
+def test_arrays_and_texts_are_read_back_without_pickles(tmp_path):
+    files.write_arrays(tmp_path / "x.npz", {"a": np.arange(3), "names": np.array(["red", "grün"])})
+    with np.load(tmp_path / "x.npz", allow_pickle=False) as found:
+        assert found["a"].tolist() == [0, 1, 2] and found["names"].tolist() == ["red", "grün"]
+    assert [path.name for path in tmp_path.iterdir()] == ["x.npz"]
+
+
+def test_a_digest_is_of_the_contents(tmp_path):
+    for name, data in (("a", b"x"), ("b", b"x"), ("c", b"y")):
+        (tmp_path / name).write_bytes(data)
+    a, b, c = (files.digest(tmp_path / name) for name in "abc")
+    assert a == b != c and len(a) == 32
+
+
+def test_leftovers_of_killed_processes_go_when_they_are_old(tmp_path):
+    names = (".x[1].npz.12.tmp", ".x[1].npz.13.tmp", ".x1.npz.12.tmp", "x[1].npz")
+    for name in names:
+        (tmp_path / name).write_bytes(b"")
+        os.utime(tmp_path / name, (1, 1))
+    os.utime(tmp_path / names[1])  # of a process that writes now
+    files.remove_leftovers(tmp_path / "x[1].npz")
+    assert {path.name for path in tmp_path.iterdir()} == set(names[1:])

@@ -4,18 +4,16 @@ import dataclasses
 import hashlib
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import paligemma_jax as pj
 from paligemma_jax import checkpoints, loading
 from paligemma_jax.annotate import rows
+from paligemma_jax.files import digest as digest_of
 from paligemma_jax.processing.request import GenerateOptions
 from paligemma_jax.tasks.prompts import Prompt
 
 _SUFFIXES = (".safetensors", ".json", ".model", ".npz")  # of the files that an answer depends on
-_WHOLE = 2**26  # bytes of a file up to which all of them count
-_BLOCKS, _BLOCK = 256, 2**16  # of a larger one: so many, evenly spread
 
 Fingerprint = dict[str, Any]
 
@@ -32,8 +30,7 @@ def of_inputs(names: Iterable[str]) -> str:
 def of_weights(checkpoint: str, adapter: str = "", mask_vae: str = "") -> str:
     """Of the contents of a checkpoint, its tokenizer and settings, wherever they lie.
 
-    Of files above 64 MiB the size and 16 MiB of the contents, evenly spread, count: hashing all of a large model would
-    take longer than loading it.
+    Of files above 64 MiB the size and a part of the contents count, see `files.digest`.
 
     Raises:
       CheckpointError: as for `checkpoints.locate` and `loading.find_mask_vae`.
@@ -46,21 +43,8 @@ def of_weights(checkpoint: str, adapter: str = "", mask_vae: str = "") -> str:
     digest = hashlib.sha256()
     for file in (*files, *([masks] if masks else ())):
         if file.is_file():
-            digest.update(f"{file.name} {file.stat().st_size} ".encode() + _of_file(file))
+            digest.update(f"{file.name} {file.stat().st_size} ".encode() + digest_of(file))
     return digest.hexdigest()
-
-
-def _of_file(path: Path) -> bytes:
-    size = path.stat().st_size
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        if size <= _WHOLE:
-            digest.update(file.read())
-        else:
-            for i in range(_BLOCKS):
-                file.seek((size - _BLOCK) * i // (_BLOCKS - 1))
-                digest.update(file.read(_BLOCK))
-    return digest.digest()
 
 
 def of_answers(

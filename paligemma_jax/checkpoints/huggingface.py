@@ -111,7 +111,7 @@ def scan(directory: Path) -> Contents:
     if named := foreign.recognize(directory):
         raise CheckpointError(named)
     config = read_config(directory)
-    headers = _read_headers(directory)
+    headers = read_headers(directory)
     foreign.check_tensors(headers, directory)
     tensors = {}
     for key, tensor in headers.items():
@@ -200,7 +200,7 @@ def _hint(tensors: Mapping[str, Any], config: PaliGemmaConfig) -> str:
     return f" (these are weights of {names[version]}, but text_config.model_type says {names[config.version]})"
 
 
-def _read_headers(directory: Path) -> dict[str, tensor_files.Tensor]:
+def read_headers(directory: Path) -> dict[str, tensor_files.Tensor]:
     if (directory / SINGLE).is_file():
         return tensor_files.read_header(directory / SINGLE)
     index = directory / INDEX

@@ -89,6 +89,11 @@ def read_header(path: Path) -> dict[str, Tensor]:
     return {name: tensor._replace(offset=start + tensor.offset) for name, tensor in found.items()}
 
 
+def read_note(path: Path) -> dict[str, str]:
+    """The texts in a file that `read_header` can read."""
+    return safe_open(path, "np", backend="pread").metadata() or {}
+
+
 def read(tensor: Tensor, dtype: np.dtype | None = None, advance: Callable[[int], None] | None = None) -> np.ndarray:
     """One tensor as an array, cast piece by piece to `dtype` (None: as stored); `advance` is told of bytes read.
 
@@ -156,8 +161,14 @@ def same_values(first: Tensor, second: Tensor) -> bool:
         return all(np.array_equal(a.astype(np.float32), b.astype(np.float32)) for (_, a), (_, b) in pairs)
 
 
-def write(path: Path, tensors: Mapping[str, Any], dtype: np.dtype | None = None, uncast: Collection[str] = ()) -> None:
-    """Write arrays (numpy or JAX) under their names, whole or not at all.
+def write(
+    path: Path,
+    tensors: Mapping[str, Any],
+    dtype: np.dtype | None = None,
+    uncast: Collection[str] = (),
+    note: Mapping[str, str] | None = None,
+) -> None:
+    """Write arrays (numpy or JAX) under their names, whole or not at all, with one or two texts that `read_note` gives.
 
     All are cast to `dtype` if given, those named in `uncast` excepted. The package takes all arrays of a file at once:
     arrays that are in host memory and need no cast are not copied, the others take memory until the file is written.
@@ -173,7 +184,8 @@ def write(path: Path, tensors: Mapping[str, Any], dtype: np.dtype | None = None,
         name: TensorSpec(dtype=x.dtype.name, shape=x.shape, data_ptr=x.ctypes.data, data_len=x.nbytes)
         for name, x in arrays.items()
     }
-    note = _NOTE | {"padding": " " * _padding(arrays)}
+    note = _NOTE | dict(note or {})
+    note |= {"padding": " " * _padding(arrays, note)}
     try:
         with replacing(path) as temporary:
             temporary.touch()
@@ -198,14 +210,14 @@ def _host_array(array: Any, dtype: np.dtype, name: str) -> np.ndarray:
     return out
 
 
-def _padding(arrays: Mapping[str, np.ndarray]) -> int:
+def _padding(arrays: Mapping[str, np.ndarray], note: Mapping[str, str]) -> int:
     """How many spaces in the header align most bytes of large tensors (those that are mapped).
 
     All tensors cannot be aligned: they lie one behind the other, and a bias may have any size.
     """
     order = list(STORED)
     names = sorted(arrays, key=lambda name: (order.index(_CODES[arrays[name].dtype]), name))
-    header: dict[str, Any] = {"__metadata__": _NOTE | {"padding": ""}}
+    header: dict[str, Any] = {"__metadata__": {**note, "padding": ""}}
     aligned, end = [0] * ALIGNMENT, 0  # padding -> bytes of large tensors that it aligns
     for name in names:
         array = arrays[name]
@@ -223,11 +235,11 @@ def _padding(arrays: Mapping[str, np.ndarray]) -> int:
 
 
 def _order_note(path: Path, note: Mapping[str, str]) -> None:
-    """Put the two entries of the metadata in order: the package's is random, and equal weights give equal files."""
-    ours, reverse = (
+    """Put the entries of the metadata in order: the package's is random, and equal weights give equal files."""
+    ours, *others = (
         json.dumps(dict(entries), separators=(",", ":")).encode() for entries in permutations(note.items())
     )
     with path.open("r+b") as file:
         head = file.read(8 + len('{"__metadata__":') + len(ours))
         file.seek(0)
-        file.write(head.replace(reverse, ours))
+        file.write(next((head.replace(other, ours) for other in others if other in head), head))

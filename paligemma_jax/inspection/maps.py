@@ -78,10 +78,15 @@ def patch_similarity(trace: Trace) -> np.ndarray:
     total = np.zeros((is_patch.sum(), is_patch.sum()), np.float32)
     upper = num_upper_layers(num_layers)
     for hidden in trace.hidden[-upper:]:
-        directions = _unit(np.asarray(hidden, np.float32)[is_patch])
-        centred = _unit(directions - directions.mean(axis=0))
-        total += centred @ centred.T / upper
+        total += similarity_between(np.asarray(hidden, np.float32)[is_patch]) / upper
     return total
+
+
+def similarity_between(patches: np.ndarray) -> np.ndarray:
+    """Cosine similarity f32 [N, N] between patches [N, D] whose unit vectors' mean is subtracted first."""
+    directions = _unit(patches)
+    centred = _unit(directions - directions.mean(axis=0))
+    return centred @ centred.T
 
 
 def attention(trace: Trace, renormalize: bool = False) -> np.ndarray:

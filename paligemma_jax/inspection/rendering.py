@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import numpy as np
 from PIL import Image, ImageDraw
 
-from paligemma_jax.tasks.draw import Font, font_for
+from paligemma_jax.tasks.draw import Font, cut_to_width, font_for
 
 Bounds = tuple[float, float]
 
@@ -94,7 +94,7 @@ def sheet(
         x, y = i % columns * across, i // columns * down
         text = printable(caption)
         font = font_for(text, 13)
-        pen.text((x, y), _shortened(text, font, across - _GAP), font=font, fill=_INK)
+        pen.text((x, y), cut_to_width(text, font, across - _GAP), font=font, fill=_INK)
         body.paste(overlay(small, item, bounds), (x, y + head))
     return _titled(body, title, bounds)
 
@@ -115,7 +115,7 @@ def worded(image: Image.Image, words: Sequence[Sequence[str]], values: np.ndarra
             fonts = [font_for(text, size) for size in (16, 14, 12, 10)]
             font = next((font for font in fonts if font.getlength(text) <= across - 4), fonts[-1])
             middle = ((column + 0.5) * across, (row + 0.5) * down)
-            pen.text(middle, _shortened(text, font, across - 4), font=font, fill="white", anchor="mm")
+            pen.text(middle, cut_to_width(text, font, across - 4), font=font, fill="white", anchor="mm")
     return _titled(body, title, extremes(values))
 
 
@@ -131,7 +131,7 @@ def table(
         text = printable(text)
         suited = font_for(text, 13)
         corner = (column * across + 4, (row + 0.5) * down)
-        pen.text(corner, _shortened(text, suited, across - 8), font=suited, fill=ink, anchor="lm")
+        pen.text(corner, cut_to_width(text, suited, across - 8), font=suited, fill=ink, anchor="lm")
 
     for i, name in enumerate(columns):
         pen.text(((i + 1) * across + 4, down / 2), name, font=font, fill=_FAINT, anchor="lm")
@@ -222,13 +222,4 @@ def _wrapped(text: str, font: Font, width: float) -> list[str]:
             lines[-1] = longer
         else:
             lines.append(word)
-    return [_shortened(line, font, width) for line in lines]
-
-
-def _shortened(text: str, font: Font, width: float) -> str:
-    """The text, or as much of it as `width` pixels hold."""
-    if font.getlength(text) <= width:
-        return text
-    while text and font.getlength(text + "...") > width:
-        text = text[:-1]
-    return text + "..."
+    return [cut_to_width(line, font, width) for line in lines]

@@ -126,8 +126,7 @@ def to_rgb(image: Image.Image, name: str, max_pixels: int = MAX_PIXELS) -> Image
         raise _too_many_pixels(name, max_pixels, image.size)
     try:
         image.load()
-        if (turn := _UPRIGHT.get(_orientation(image))) is not None:
-            image = image.transpose(turn)
+        image = upright(image)
         info = {STORED_MODE: image.mode, STORED_NAME: name}  # a stale profile says nothing about the new pixels
         info |= {key: image.info[key] for key in info if key in image.info}  # it was converted before
         converted = _convert(image, name)
@@ -137,6 +136,12 @@ def to_rgb(image: Image.Image, name: str, max_pixels: int = MAX_PIXELS) -> Image
         raise _damaged(name, error) from None
     converted.info = info
     return converted
+
+
+def upright(image: Image.Image) -> Image.Image:
+    """A picture turned as its EXIF data says; itself where there is nothing to turn."""
+    turn = _UPRIGHT.get(_orientation(image))
+    return image if turn is None else image.transpose(turn)
 
 
 def _orientation(image: Image.Image) -> int:

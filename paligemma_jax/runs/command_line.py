@@ -29,9 +29,15 @@ RUNS = {  # config.run: module in paligemma_jax/runs, and what it does
     "evaluate": "measure the shipped model on pictures it has not seen",
     "inspect": "draw what an answer is based on: attention, similarity, logit lens (needs configs/inspect.py)",
     "swap": "answer about a picture with another one's embeddings (needs configs/swap.py)",
+    "heatmap": "draw where phrases are in a picture (this and the next three need configs/patch_vit.py)",
+    "compare": "draw where a patch ViT, its teacher and a PaliGemma look",
+    "search": "find pictures of a folder by phrases and by pictures",
+    "locate": "find boxes and masks of phrases without a language model",
     "serve": "answer requests over HTTP (needs configs/serve.py)",
     "ui": "show a web page in which a model is asked (needs configs/ui.py)",
     "make_tiny": "build the shipped model from a seed (needs configs/make_tiny.py)",
+    "patch_vit_distill": "distil a patch ViT from a CLIP (needs configs/patch_vit_distill.py)",
+    "make_patch_vit": "build the shipped patch ViT and its teacher from a seed (needs configs/make_patch_vit.py)",
 }
 
 _EVALUATION = ("measure", "data", "num_scenes", "scenes_seed", "output")
@@ -39,11 +45,18 @@ _SELECTION = ("min_score", "nms", "loc_scale")
 _SAMPLING = ("temperature", "top_k", "top_p", "min_p", "seed", "max_new_tokens", "speculate")
 _GOING_ON = ("resume", "overwrite")
 _FILES = (*_GOING_ON, "stream", "export", "output_dir", "save_embeddings", "load_embeddings", "embeddings")
+_SEARCH = ("index", "query_image", "top", "refresh", "overwrite", "ranking", "save_every_s")
+_LOCATE = ("background", "threshold", "min_score", "nms", "export")
+_PALIGEMMA = ("checkpoint", "hub_id", "dtype", "seed")
 UNUSED = {  # by run, keys of its config that change nothing in it
     "generate": _EVALUATION,
     "chat": (*_EVALUATION, "prompt", "stream", "batch_size", "video_fps", "embeddings", *_GOING_ON),
     "inspect": (*_EVALUATION, "min_score", "nms", "video_fps", "embeddings", "batch_size", *_GOING_ON),
     "swap": (*_EVALUATION, *_SELECTION, "video_fps", "mask_vae", *_GOING_ON),
+    "heatmap": (*_PALIGEMMA, *_SEARCH, *_LOCATE),
+    "compare": ("seed", *_SEARCH, *_LOCATE, "prompt", "windows", "output"),
+    "search": (*_PALIGEMMA, *_LOCATE, "windows", "output"),
+    "locate": (*_PALIGEMMA, *_SEARCH, "output"),
     "evaluate": (
         *("image", "prompt", "prompts_file", "prompt_form", "split_classes", "video_fps", "batch_size"),
         *(*_SELECTION, *_SAMPLING, *_FILES),

@@ -1,6 +1,6 @@
 """Files of all objects of a run, for other tools, made of its records."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,9 @@ from paligemma_jax.annotate.exports import export
 from paligemma_jax.annotate.rows import OK, Row
 from paligemma_jax.runs.folder import Folder, Record
 from paligemma_jax.runs.notes import note
+from paligemma_jax.runs.sources import Source
 from paligemma_jax.tasks import coco
+from paligemma_jax.tasks.detection import Detection
 from paligemma_jax.tasks.prompts import Prompt
 
 
@@ -30,9 +32,30 @@ def write(kinds: Iterable[str], folder: Folder, prompts: Iterable[Prompt]) -> No
         note(f"wrote {', '.join(map(str, written))}, of {count:,} picture{'s' * (count != 1)}")
 
 
+def write_rows(kinds: Iterable[str], directory: Path, rows: Sequence[Row], labels: Sequence[str]) -> None:
+    """The same for rows of `row_of`; classes are numbered as `labels`, then as they turn up."""
+    asked = [Prompt(" ; ".join(labels), None, tuple(labels))]
+    if written := export(kinds, directory, lambda: iter(rows), asked, tell=note):
+        note(f"wrote {', '.join(map(str, written))}, of {len(rows):,} picture{'s' * (len(rows) != 1)}")
+
+
+def row_of(source: Source, objects: Sequence[Detection], with_masks: bool) -> Row:
+    """The objects of a picture as a row of `run=annotate`; masks need pycocotools."""
+    corners = [dict(zip(("x0", "y0", "x1", "y1"), item.box, strict=True)) for item in objects]
+    boxes = [{"label": item.label, "score": item.score} | at for item, at in zip(objects, corners, strict=True)]
+    masks = [coco.encode_mask(item.mask) if with_masks and item.mask is not None else None for item in objects]
+    return _about(source.name, source.image.size, source.stem) | {"boxes": boxes, "masks": masks if any(masks) else []}
+
+
+def _about(name: str, size: Sequence[int], stem: str, text: str = "", model: str = "") -> Row:
+    return {
+        **{"image": name, "width": size[0], "height": size[1], "stem": stem, "status": OK},
+        **{"text": text, "model": model},
+    }
+
+
 def _row(directory: Path, record: Record) -> Row:
     """A record as a row of `run=annotate`."""
-    width, height = record["size"]
     boxes, masks = [], iter(record["masks"])
     coming, found = next(masks, None), []
     for box, exact in zip(record["boxes"], record["exact_boxes"], strict=True):
@@ -42,11 +65,8 @@ def _row(directory: Path, record: Record) -> Row:
         coming = next(masks, None) if has_mask else coming
         corners = dict(zip(("x0", "y0", "x1", "y1"), exact, strict=True))
         boxes.append({"label": box["label"], "score": box["score"]} | corners)
-    return {
-        **{"image": record["image"], "width": width, "height": height, "stem": record["stem"], "status": OK},
-        **{"text": record["text"], "model": record["model"]},
-        **{"boxes": boxes, "masks": found if any(found) else []},
-    }
+    about = _about(record["image"], record["size"], record["stem"], record["text"], record["model"])
+    return about | {"boxes": boxes, "masks": found if any(found) else []}
 
 
 def _mask(directory: Path, entry: dict[str, Any]) -> coco.Record:

@@ -24,13 +24,12 @@ def load(config: ConfigDict, warm_up: Sequence[pj.Request] = (), batch_size: int
     Raises:
       UserError: see the message; nothing is fetched from the hub unless `checkpoint` names it.
     """
-    dtype = one_of(config, "dtype", ("bfloat16", "float16", "float32"))
     quantization = one_of(config, "quantization", ("none", "int8", "int4"))
     resample = one_of(config, "resample", ("auto", "bicubic", "bilinear"))
     check_weights(config)
     model = pj.load(
         config.checkpoint,
-        dtype=dtype,
+        dtype=dtype(config),
         quantization=None if quantization == "none" else quantization,
         mask_vae=config.mask_vae or None,
         batch_size=batch_size * config.get("num_beams", 1),
@@ -42,6 +41,11 @@ def load(config: ConfigDict, warm_up: Sequence[pj.Request] = (), batch_size: int
         settings = dataclasses.replace(model.processor.image_settings, resample=resample)
         model.processor = dataclasses.replace(model.processor, image_settings=settings)
     return model
+
+
+def dtype(config: ConfigDict) -> str:
+    """The format of weights and activations."""
+    return one_of(config, "dtype", ("bfloat16", "float16", "float32"))
 
 
 def check_weights(config: ConfigDict) -> None:

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from ml_collections import ConfigDict
+from PIL import Image
 
 import paligemma_jax as pj
 from paligemma_jax.errors import CheckpointError, ImageError, error_line
@@ -102,7 +103,7 @@ class Results:
                 | {"exact_boxes": [item.box for item in objects], "files": [file.name for file in (*drawn, *files)]}
             )
         for item in () if as_json else objects:
-            note(f"  {about}{_describe(item)}")
+            note(f"  {about}{describe(item)}")
         oddities = (self._oddities(*pair, *read, len(outputs) > 1) for pair, read in zip(answered, parsed, strict=True))
         for oddity in itertools.chain(self._left_out(chosen), *oddities):
             note(f"note: {about}{oddity}")
@@ -142,12 +143,7 @@ class Results:
         films = [self._films.add(source, prompt, drawn)] if source.video else []
         if not objects:
             return films, []
-        stem = self._stems.new(plain(source.stem))
-        path = self._directory / f"{stem}{_DRAWN}.png"
-        with replacing(path) as temporary:
-            drawn.save(temporary, format="PNG")
-        files = export.save_masks(objects, self._directory, stem)
-        note(f"wrote {path}" + (f" and {len(files)} mask{'s' * (len(files) > 1)}" if files else ""))
+        path, files = write_drawn(drawn, objects, self._directory, self._stems.new(plain(source.stem)))
         return [*films, path], files
 
     def _left_out(self, chosen: Selection) -> Iterator[str]:
@@ -169,7 +165,20 @@ class Results:
         yield from (about + remark for remark in remarks(output, prompt, found, dropped, *limits, tokenizer))
 
 
-def _describe(item: pj.Detection) -> str:
+def write_drawn(
+    drawn: Image.Image, objects: Sequence[pj.Detection], directory: Path, stem: str
+) -> tuple[Path, list[Path]]:
+    """Write a picture with its objects drawn on it, and their masks; say so, and return the files of both."""
+    path = directory / f"{stem}{_DRAWN}.png"
+    with replacing(path) as temporary:
+        drawn.save(temporary, format="PNG")
+    files = export.save_masks(objects, directory, stem)
+    note(f"wrote {path}" + (f" and {len(files)} mask{'s' * (len(files) > 1)}" if files else ""))
+    return path, files
+
+
+def describe(item: pj.Detection) -> str:
+    """An object in a line: "circle: x 67..221, y 44..196, score 0.88"."""
     x0, y0, x1, y1 = (round(v) for v in item.box)
     score = "" if item.score is None else f", score {item.score:.2f}"
     mask = "" if item.mask is None else f", mask of {int(item.mask.sum())} pixels"

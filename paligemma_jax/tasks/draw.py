@@ -99,7 +99,7 @@ def _overlaps(rects: np.ndarray, taken: Sequence[Rect]) -> np.ndarray:
 
 def _fit_label(item: Detection, font_size: float, size: tuple[int, int]) -> tuple[str, Font] | None:
     """The text and font of a label that fits a picture of `size`, made smaller, then shorter; None when none does."""
-    label = " ".join("".join(c if c.isprintable() else " " for c in item.label).split())
+    label = on_one_line(item.label)
     score = "" if item.score is None else f" {item.score:.2f}"
     fonts = [font_for(label, max(_MIN_FONT, font_size * scale)) for scale in (1.0, 0.8, 0.65)]
     fonts = [font for font in fonts if _tag_size("", font)[1] <= size[1]]
@@ -119,6 +119,20 @@ def _fit_label(item: Detection, font_size: float, size: tuple[int, int]) -> tupl
 def _fits(text: str, font: Font, size: tuple[int, int]) -> bool:
     width, height = _tag_size(text, font)
     return width <= size[0] and width * height <= _MAX_SHARE * size[0] * size[1]
+
+
+def on_one_line(text: str) -> str:
+    """A text with single blanks, also where it has what cannot be printed, such as line breaks."""
+    return " ".join("".join(c if c.isprintable() else " " for c in text).split())
+
+
+def cut_to_width(text: str, font: Font, width: float) -> str:
+    """The text, or as much of it as `width` pixels hold, and dots."""
+    if font.getlength(text) <= width:
+        return text
+    # Letters add width one by one: the longest beginning that fits is found by halving.
+    kept = bisect.bisect_left(range(1, len(text)), True, key=lambda n: font.getlength(text[:n] + "...") > width)
+    return text[:kept].rstrip() + "..."
 
 
 def font_for(text: str, size: float) -> Font:

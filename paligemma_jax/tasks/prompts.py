@@ -112,8 +112,12 @@ def read_prompt(prompt: str | Prompt, num_images: int | None = None) -> Prompt:
         return prompt
     word, *rest = plain(prompt, num_images).split(maxsplit=1) or [""]
     task = TASK_WORDS.get(word)
-    names = rest[0].split(";") if rest and task and task.has_objects else []
-    return Prompt(prompt, task, tuple(dict.fromkeys(label for name in names if (label := " ".join(name.split())))))
+    return Prompt(prompt, task, split_labels(rest[0]) if rest and task and task.has_objects else ())
+
+
+def split_labels(text: str) -> tuple[str, ...]:
+    """The names in "cat ; grey dog", each once, in their order, with single blanks."""
+    return tuple(dict.fromkeys(label for name in text.split(";") if (label := " ".join(name.split()))))
 
 
 def class_prompts(

@@ -173,6 +173,11 @@ def make_batches(
             f"{most} pictures in one example and text_length={text_length} make {num_tokens} tokens, the model has "
             f"{limit} positions: lower one of them"
         )
-    order = grain.MapDataset.source(examples).seed(seed).shuffle().repeat(epochs)
-    order = order.batch(batch_size, drop_remainder=True, batch_fn=list)
+    order = shuffled(examples, batch_size, epochs, seed)
     return Batches(order, processor, num_tokens, most * batch_size, num_answers)
+
+
+def shuffled(examples: Sequence[Any], batch_size: int, epochs: int, seed: int) -> grain.MapDataset:
+    """Lists of `batch_size` examples by the step, every epoch in an order of its own; a remainder is left out."""
+    order = grain.MapDataset.source(examples).seed(seed).shuffle().repeat(epochs)
+    return order.batch(batch_size, drop_remainder=True, batch_fn=list)

@@ -110,13 +110,16 @@ def fit(
     name: str = "train",
     log: Callable[[dict[str, float]], None] | None = None,
     explain: Callable[[Tree, Tree], str] | None = None,
+    evaluate: Callable[[TrainState], TrainState] | None = None,
 ) -> TrainState:
     """Train to `num_steps`, resuming from `checkpoints` if any; returns the last state.
 
     `batch_at(step)` gives the batch of a step; the next one is prepared while a step runs. Every `log_every` steps a
     line with the means since the last one goes to stderr, and to `log` as numbers. The state is saved every
     `save_every` steps, and whenever `save_minutes` have passed since. `explain(params, batch)` says why a loss is not
-    finite. Ctrl-C, and a batch that cannot be had, save before they stop the run.
+    finite. `evaluate(state)` is called every `save_every` steps, before they are saved; training goes on with the state
+    that it returns, such as one with another learning rate. Ctrl-C, and a batch that cannot be had, save before they
+    stop the run.
 
     Raises:
       NumericsError: the loss is not finite any more; what led there is not saved.
@@ -155,6 +158,9 @@ def fit(
             is_last = history.step == num_steps
             if is_last or history.step % log_every == 0:
                 history.report()
+            if evaluate is not None and history.step % save_every == 0:
+                history.check_finite()
+                state = evaluate(state)
             if is_last or history.step % save_every == 0 or time.monotonic() - saved > 60 * save_minutes:
                 save()
     return state

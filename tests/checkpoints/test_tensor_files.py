@@ -201,3 +201,13 @@ def test_a_file_may_be_read_by_whom_the_umask_allows(large):
     path, _ = large
     (path.parent / "other").touch()
     assert path.stat().st_mode == (path.parent / "other").stat().st_mode
+
+
+def test_a_note_is_read_back_and_equal_ones_give_equal_files(tmp_path):
+    arrays, note = {"a": np.arange(6, dtype=np.float32)}, {"about": '{"name": "x\\"y"}', "more": "z"}
+    for name in ("first", "second"):
+        tensor_files.write(tmp_path / name, arrays, note=note)
+    assert (tmp_path / "first").read_bytes() == (tmp_path / "second").read_bytes()
+    found = tensor_files.read_note(tmp_path / "first")
+    assert found["format"] == "pt" and {key: found[key] for key in note} == note
+    np.testing.assert_array_equal(tensor_files.read(tensor_files.read_header(tmp_path / "first")["a"]), arrays["a"])

@@ -12,11 +12,13 @@ from pathlib import Path
 import jax
 import pytest
 
+from configs import patch_vit
 from paligemma_jax.errors import ImageError
 from paligemma_jax.loading import keep_compiled
 from paligemma_jax.runs import base, command_line
 
 ROOT = Path(__file__).resolve().parents[2]
+PHRASE_RUNS = ("heatmap", "compare", "search", "locate")
 CONFIGS = ["mix224", "mix448", "pt224", "pt448", "pt896"]
 
 
@@ -179,7 +181,7 @@ def test_ctrl_c_is_130(monkeypatch):
         assert program["main"]() == 130
 
 
-@pytest.mark.parametrize("run", command_line.UNUSED)
+@pytest.mark.parametrize("run", [run for run in command_line.UNUSED if run not in PHRASE_RUNS])
 def test_a_key_that_changes_nothing_is_told(generate, monkeypatch, run):
     """Only where it is set; other keys are those of tests/runs/test_every_key.py."""
     monkeypatch.setattr(f"paligemma_jax.runs.{run}.run", lambda config: 0)
@@ -188,6 +190,15 @@ def test_a_key_that_changes_nothing_is_told(generate, monkeypatch, run):
     _, _, err = generate(config, run=run, **({"temperature": 0.5} if run == "evaluate" else {"scenes_seed": 3}))
     assert f"note: run={run} does not use " in err and ("temperature" if run == "evaluate" else "scenes_seed") in err
     assert set(command_line.UNUSED[run]) <= set(base.get_config())
+
+
+@pytest.mark.parametrize("run", PHRASE_RUNS)
+def test_a_key_that_changes_nothing_for_phrases_is_told(main, monkeypatch, run):
+    monkeypatch.setattr(f"paligemma_jax.runs.{run}.run", lambda config: 0)
+    arguments = ("--config=configs/patch_vit.py", f"--config.run={run}", "--config.compilation_cache=false")
+    assert main(*arguments) == (0, "", "")
+    assert main(*arguments, "--config.seed=1", "--config.student=x")[2] == f"note: run={run} does not use seed\n"
+    assert set(command_line.UNUSED[run]) <= set(patch_vit.get_config())
 
 
 @pytest.mark.parametrize("home, expected", [("/home/me", "/home/me/.cache/paligemma_jax/compiled"), (None, None)])

@@ -13,6 +13,7 @@ _TOLD, _LOADED = (
     f"{_HERE}::test_how_an_answer_is_made_is_told_to_the_model",
     f"{_HERE}::test_what_is_loaded_is_what_the_config_says",
 )
+_PHRASES, _SEARCHED = "runs/test_phrase_runs.py", "runs/test_search_run.py"
 _FINETUNE = "training/test_finetune_options.py"
 COMMON = {
     "run": "runs/test_command_line.py::test_a_config_for_another_run_is_one_line",
@@ -135,6 +136,26 @@ COVERED = {
     | dict.fromkeys(("host", "share"), f"{_UI}::test_models_are_chosen_only_where_nobody_else_comes")
     | dict.fromkeys(("simple", "image", "seed"), f"{_UI}::test_which_page_is_made")
     | {"port": f"{_UI}::test_what_cannot_be_is_one_line"},
+    "patch_vit": COMMON
+    | dict.fromkeys(("checkpoint", "dtype"), f"{_PHRASES}::test_a_paligemma_is_shown_beside_it")
+    | dict.fromkeys(("student", "clip"), f"{_PHRASES}::test_models_in_the_wrong_place_are_one_line")
+    | dict.fromkeys(
+        ("batch_size", "format", "image", "prompt"), f"{_PHRASES}::test_several_pictures_in_batches_of_any_size"
+    )
+    | dict.fromkeys(("threshold", "background", "min_score", "nms"), f"{_PHRASES}::test_options_of_locate_decide")
+    | {
+        "same_norm": f"{_PHRASES}::test_the_same_norm_of_the_student_can_be_set",
+        "windows": f"{_PHRASES}::test_windows_make_finer_maps",
+        "output": f"{_PHRASES}::test_one_file_if_only_that_is_wanted",
+        "output_dir": f"{_PHRASES}::test_a_heat_map_is_drawn_filmed_and_saved",
+        "export": f"{_PHRASES}::test_boxes_and_masks_have_the_keys_of_detect",
+        "index": f"{_SEARCHED}::test_a_damaged_index_is_refused_until_it_may_be_made_again",
+        **dict.fromkeys(("query_image", "top"), f"{_SEARCHED}::test_phrases_and_pictures_find_what_they_name"),
+        "refresh": f"{_SEARCHED}::test_an_index_follows_its_folder_and_says_so",
+        "overwrite": f"{_SEARCHED}::test_an_index_of_another_folder_is_refused_until_it_may_become_one",
+        "ranking": f"{_SEARCHED}::test_faiss_ranks_alike",
+        "save_every_s": f"{_SEARCHED}::test_saving_as_often_as_told",
+    },
     "finetune": COMMON
     | dict.fromkeys(
         ("learning_rate", "warmup_fraction", "weight_decay", "b2", "clip_norm"),
@@ -153,7 +174,7 @@ COVERED = {
 def test_every_key_has_a_test_that_knows_it(name, main, monkeypatch):
     """The test exists, and names the key."""
     seen = []
-    for run in ("annotate", "generate", "inspect", "swap", "train", "serve", "ui"):
+    for run in ("annotate", "generate", "heatmap", "inspect", "swap", "train", "serve", "ui"):
         monkeypatch.setattr(f"paligemma_jax.runs.{run}.run", lambda config: seen.append(set(config)) or 0)
     assert main(f"--config=configs/{name}.py", "--config.compilation_cache=false")[0] == 0
     assert seen == [set(COVERED[name])]

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from paligemma_jax.tasks.detection import Detection
-from paligemma_jax.tasks.draw import draw, label_color, place_tag
+from paligemma_jax.tasks.draw import cut_to_width, draw, font_for, label_color, place_tag
 
 SIZES = [(1, 1), (3, 200), (24, 24), (64, 200), (640, 480), (900, 40)]
 LABELS = ["cat", "a " * 300, "grüner Stern", "一只猫", "قطة", "\x00\ud800", "", "🐈"]
@@ -129,3 +129,17 @@ def test_an_object_without_a_label_is_drawn():
     assert bare.getpixel((40, 50)) == label_color("") != (255, 255, 255)
     assert bare.crop((0, 0, 200, 48)).tobytes() == plain.crop((0, 0, 200, 48)).tobytes()
     assert scored.crop((0, 0, 200, 48)).tobytes() != plain.crop((0, 0, 200, 48)).tobytes()
+
+
+@pytest.mark.parametrize("text", ["", "star", "a rather long label for a small picture", "красный круг и ещё слова"])
+@pytest.mark.parametrize("width", [5, 40, 120, 1000])
+def test_a_cut_text_fits_and_is_as_long_as_possible(text, width):
+    font = font_for(text, 13)
+    cut = cut_to_width(text, font, width)
+    if font.getlength(text) <= width:
+        assert cut == text
+    else:
+        kept = cut.removesuffix("...")
+        assert text.startswith(kept) and (not kept or font.getlength(cut) <= width)
+        longer = text[: len(kept) + 1] if text[len(kept)] != " " else text[: len(kept) + 2]
+        assert font.getlength(longer + "...") > width
