@@ -31,13 +31,20 @@ def choose(page, task):
 
 
 def settings(page, **values):
-    """Type into fields of the settings."""
+    """Type into fields of the settings; they are made when the settings are opened first, and take a moment."""
     if not page.locator("#seed input").is_visible():
         page.locator("#settings button").first.click()
-    for name, value in values.items():
-        field = page.locator(f"#{name} input[type=number]")
-        field.fill(str(value))
-        field.press("Tab")
+        page.locator("#seed input").wait_for()
+    fields = {name: page.locator(f"#{name} input[type=number]") for name in values}
+    for _ in range(50):
+        wrong = [name for name, field in fields.items() if field.input_value() != str(values[name])]
+        if not wrong:
+            return
+        for name in wrong:
+            fields[name].fill(str(values[name]))
+            fields[name].press("Tab")
+        page.wait_for_timeout(200)  # what is typed too early is replaced by the default
+    raise AssertionError(f"{wrong} cannot be set")
 
 
 def answer(page):
