@@ -16,6 +16,8 @@ def get_config() -> ConfigDict:
     config.mask_vae = ""  # file of the mask decoder, if vae-oid.npz is not beside the weights
     config.loc_scale = 1023  # location token of the far edge: 1023, or 1024 for models that were trained so
     config.image = base.shipped("examples/shapes.png")  # picture of the examples
+    config.student = base.shipped("patch_vit/student")  # patch ViT for heat maps of phrases; empty: no such tab
+    config.clip = base.shipped("patch_vit/teacher")  # its teacher
 
     config.seed = 0  # that the page begins with
     config.simple = False  # a page with a picture, a prompt and the answer alone

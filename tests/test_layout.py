@@ -32,7 +32,7 @@ SIDEWAYS = {
     "processing": {"tasks"},
     "loading": {"api"},
     "paligemma_jax": {"api", "loading"},
-    "serving": {"inspection"},
+    "serving": {"inspection", "patch_vit"},
     "patch_vit": {"training"},
     "shapes_world": {"training", "evaluation", "inspection", "patch_vit"},
 }

@@ -1,10 +1,13 @@
 """config.run=ui: a web page."""
 
 import contextlib
+import functools
 import importlib.util
 import os
 import socket
 import tempfile
+from collections.abc import Callable
+from typing import Any
 
 from ml_collections import ConfigDict
 
@@ -13,7 +16,7 @@ from paligemma_jax import checkpoints
 from paligemma_jax.errors import ConfigError
 from paligemma_jax.files import expanded
 from paligemma_jax.runs import model as models
-from paligemma_jax.runs import settings
+from paligemma_jax.runs import pair, settings
 from paligemma_jax.runs.notes import note
 from paligemma_jax.runs.serve import HUB_ID
 from paligemma_jax.serving.engine import EngineSettings
@@ -58,11 +61,19 @@ def _serve(config: ConfigDict, sock: socket.socket, backend: Backend) -> None:
     note(f"the page is at http://{f'[{host}]' if ':' in host else host}:{port}")
     from paligemma_jax.serving.web import page, server, simple  # seconds, while the model is loaded
 
-    make = simple.make if config.simple else page.make
-    blocks = make(backend, config.image, config.max_new_tokens, config.seed)
+    asked = backend, config.image, config.max_new_tokens, config.seed
+    blocks = simple.make(*asked) if config.simple else page.make(*asked, load_pair=_pair(config))
     if config.share:
         note(f"and, for whoever knows it, at {server.share(port)}")
     server.serve(server.make_app(blocks, config.image, is_loopback(config.host) and not config.share), sock)
+
+
+def _pair(config: ConfigDict) -> Callable[[], Any] | None:
+    """What reads the patch ViT and its teacher, once; None without any."""
+    if not (config.student and config.clip):
+        return None
+    named = ConfigDict({"student": config.student, "clip": config.clip, "same_norm": "auto"})
+    return functools.cache(lambda: pair.load(named))
 
 
 def _backend(config: ConfigDict, engine_settings: EngineSettings) -> Backend:

@@ -135,6 +135,7 @@ COVERED = {
     | dict.fromkeys(("server", "api_key"), f"{_UI}::test_a_server_is_asked_instead")
     | dict.fromkeys(("host", "share"), f"{_UI}::test_models_are_chosen_only_where_nobody_else_comes")
     | dict.fromkeys(("simple", "image", "seed"), f"{_UI}::test_which_page_is_made")
+    | dict.fromkeys(("student", "clip"), f"{_UI}::test_phrases_are_shown_by_the_pair_that_is_named")
     | {"port": f"{_UI}::test_what_cannot_be_is_one_line"},
     "patch_vit": COMMON
     | dict.fromkeys(("checkpoint", "dtype"), f"{_PHRASES}::test_a_paligemma_is_shown_beside_it")

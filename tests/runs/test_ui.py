@@ -124,7 +124,7 @@ def test_which_page_is_made(monkeypatch, told):
     serve = ui._serve
     monkeypatch.undo()
     for name, module in (("full", page), ("simple", simple)):
-        monkeypatch.setattr(module, "make", lambda *args, name=name: made.append((name, *args[1:])))
+        monkeypatch.setattr(module, "make", lambda *args, name=name, load_pair=None: made.append((name, *args[1:])))
     monkeypatch.setattr(server, "make_app", lambda *args: made.append(args[1:]))
     monkeypatch.setattr(server, "serve", lambda app, sock: None)
     monkeypatch.setattr(server, "share", lambda port: made.append(port) or "https://x")
@@ -141,6 +141,30 @@ def test_which_page_is_made(monkeypatch, told):
         *(("full", configs.get_config().image, 256, 0), (configs.get_config().image, True)),
         *(("simple", "b.png", 9, 3), port, ("b.png", False)),
     ]
+
+
+@pytest.mark.parametrize("keys", [{}, {"student": "nowhere"}, {"clip": ""}, {"student": ""}])
+def test_phrases_are_shown_by_the_pair_that_is_named(keys):
+    """student and clip."""
+    pytest.importorskip("gradio")
+    from configs import ui as configs
+    from paligemma_jax.serving.web.phrases import heat_maps
+
+    config = configs.get_config()
+    config.update(keys)
+    load = ui._pair(config)
+    assert (load is None) == ("" in keys.values())
+    if keys == {}:
+        found = heat_maps(load, SHAPES, "red circle ; star")
+        assert [name for _, name in found] == ["red circle", "star"] and found[0][0].size == (502, 417)
+        assert load() is load()
+        with pytest.raises(pj.UserError, match="there are no phrases"):
+            heat_maps(load, SHAPES, " ; ")
+        with pytest.raises(pj.UserError, match="there is no picture"):
+            heat_maps(load, None, "star")
+    elif load:
+        with pytest.raises(pj.UserError, match="nowhere"):
+            load()
 
 
 @pytest.mark.parametrize(

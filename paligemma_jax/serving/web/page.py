@@ -1,6 +1,6 @@
 """The full page: model, picture, a button per task, the answer with what can be done with it, and a look inside."""
 
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from typing import Any
 
 import gradio as gr
@@ -10,6 +10,7 @@ from paligemma_jax.serving.web.answering import Visits
 from paligemma_jax.serving.web.backend import Backend
 from paligemma_jax.serving.web.inside import inside_tab
 from paligemma_jax.serving.web.models import model_tab
+from paligemma_jax.serving.web.phrases import Pair, phrases_tab
 from paligemma_jax.serving.web.questions import LANGUAGES, TASKS, Question
 from paligemma_jax.serving.web.snippets import Source
 
@@ -22,8 +23,10 @@ _EXAMPLES = {  # what stands on a button: task, question, things, prompt
 }
 
 
-def make(backend: Backend, example: str, most_tokens: int, seed: int = 0) -> gr.Blocks:
-    """The page; arguments as of `simple.make`."""
+def make(
+    backend: Backend, example: str, most_tokens: int, seed: int = 0, load_pair: Callable[[], Pair] | None = None
+) -> gr.Blocks:
+    """The page; `load_pair` reads a patch ViT and its teacher, others as of `simple.make`."""
     visits = Visits()
     with gr.Blocks(title="PaliGemma", analytics_enabled=False, delete_cache=parts.DELETE_CACHE) as page:
         status = parts.header("Ask a picture: text, boxes and masks", backend)
@@ -52,6 +55,9 @@ def make(backend: Backend, example: str, most_tokens: int, seed: int = 0) -> gr.
                 calls = _calls()
             with gr.Tab("Look inside", elem_id="tab_inside"):
                 inside_tab(last)
+            if load_pair is not None:
+                with gr.Tab("Phrases", elem_id="tab_phrases"):
+                    phrases_tab(picture, load_pair)
             with gr.Tab("History", elem_id="tab_history"):
                 past = gr.HTML(history.history_markup(()), elem_id="history")
             with gr.Tab("Model", elem_id="tab_model"):
