@@ -23,8 +23,11 @@ def write(kinds: Iterable[str], folder: Folder, prompts: Iterable[Prompt]) -> No
     Classes are numbered as the prompts name them, then as they turn up. Several prompts about a picture add up.
     """
 
+    kinds = list(kinds)
+
     def rows() -> Iterator[Row]:
-        return (_row(folder.path, record) for record in folder.records() if "error" not in record)
+        answered = (record for record in folder.records() if "error" not in record)
+        return (_row(folder.path, record, "coco" in kinds) for record in answered)
 
     if written := export(kinds, folder.path, rows, prompts, tell=note):
         folder.own(written)
@@ -54,14 +57,14 @@ def _about(name: str, size: Sequence[int], stem: str, text: str = "", model: str
     }
 
 
-def _row(directory: Path, record: Record) -> Row:
-    """A record as a row of `run=annotate`."""
+def _row(directory: Path, record: Record, with_masks: bool) -> Row:
+    """A record as a row of `run=annotate`; masks need pycocotools."""
     boxes, masks = [], iter(record["masks"])
     coming, found = next(masks, None), []
     for box, exact in zip(record["boxes"], record["exact_boxes"], strict=True):
         # Objects with a mask are listed again, in the same order.
         has_mask = coming is not None and box == {key: coming[key] for key in box}
-        found.append(_mask(directory, coming) if has_mask else None)
+        found.append(_mask(directory, coming) if has_mask and with_masks else None)
         coming = next(masks, None) if has_mask else coming
         corners = dict(zip(("x0", "y0", "x1", "y1"), exact, strict=True))
         boxes.append({"label": box["label"], "score": box["score"]} | corners)

@@ -215,6 +215,13 @@ def test_masks_without_pycocotools_are_refused_before_the_model_is_loaded(refuse
     assert 'pip install -e ".[export]"' in refused(prompt="segment star", output_dir=tmp_path, export="coco")
 
 
+def test_only_coco_needs_pycocotools_for_masks(generate, answer_with, monkeypatch, tmp_path):
+    monkeypatch.setitem(sys.modules, "pycocotools", None)
+    answer_with(f"{BOX}{MASK} star")
+    keys = {"prompt": "segment star", "output_dir": tmp_path, "export": "yolo,fiftyone,labelstudio"}
+    assert generate(**keys)[0] == 0 and (tmp_path / "a_mask_0.png").is_file()
+
+
 def test_boxes_need_no_pycocotools(generate, answer_with, monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "pycocotools", None)
     answer_with(f"{BOX} star")
