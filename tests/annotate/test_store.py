@@ -157,7 +157,7 @@ def test_failed_pictures_are_tried_again_when_asked_for(folder, form, tmp_path):
     draw(mended, 23, BROKEN[2:])
     assert annotate(tmp_path / "out", mended, form).asked == []
     again = annotate(tmp_path / "out", mended, form, retry=True)
-    assert [Path(name).stem for name in again.names] == [str(i) for i in BROKEN]
+    assert sorted(int(Path(name).stem) for name in again.names) == list(BROKEN)  # two groups are answered at once
     annotate(tmp_path / "anew", mended, form)
     assert all_rows(tmp_path / "out") == all_rows(tmp_path / "anew")
 
