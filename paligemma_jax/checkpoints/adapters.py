@@ -135,7 +135,7 @@ def scan(directory: Path, base: Base) -> Contents:
     """
     config = read_config(directory)
     if base.quantization is not None:
-        remedy = "merge it into the original weights first: python -m convert BASE OUT --adapter DIR"
+        remedy = "merge it into the original weights first: paligemma-jax-convert BASE OUT --adapter DIR"
         raise CheckpointError(f"{directory}: an adapter cannot go over {base.quantization} weights: {remedy}")
     if not (directory / WEIGHTS).is_file():
         remedy = f"expected {WEIGHTS}"

@@ -240,7 +240,7 @@ def _infer_config(path: Path, members: Mapping[str, _Member]) -> PaliGemmaConfig
     if decoder is None or size["V"] not in _ROWS:
         raise ConfigError(
             f"{path} has the sizes of no released model, an .npz does not say enough: make a directory of it with "
-            "`python -m convert SRC DST --config config.json`"
+            "`paligemma-jax-convert SRC DST --config config.json`"
         )
     return PaliGemmaConfig(vision, dataclasses.replace(decoder, vocab_size=size["V"]))
 

@@ -45,7 +45,7 @@ def locate(checkpoint: str | Path, adapter: str | Path | None = None) -> Source:
             expected = f"expected a directory with {adapter_config.NAME}, as PEFT writes it"
             raise CheckpointError(f"{directory} is no adapter: {expected}")
         if _is_adapter(found) and found != directory:
-            raise CheckpointError(f"{found} is an adapter itself: merge it first, python -m convert {found} OUT")
+            raise CheckpointError(f"{found} is an adapter itself: merge it first, paligemma-jax-convert {found} OUT")
     else:
         directory = found
     if not _is_adapter(found):

@@ -38,15 +38,36 @@ _MOST_PICKLE_BYTES = 1 << 26
 _REMEDY = "open it with torch where you trust it, and save the weights as safetensors"
 
 
+class _Sealed:
+    """What no pickle can give another state: the opcode BUILD calls this, or would write attributes."""
+
+    def __setstate__(self, state: Any) -> None:
+        raise ValueError("a pickle changes what it did not make")
+
+
+class _Name(_Sealed):
+    """A name in a pickle: what it stands for, or what is called in its place."""
+
+    __slots__ = ("meaning",)
+
+    def __init__(self, meaning: Any):
+        self.meaning = meaning
+
+    def __call__(self, *arguments: Any) -> Any:
+        if not callable(self.meaning):
+            raise ValueError("a pickle calls what is no function")
+        return self.meaning(*arguments)
+
+
 @dataclasses.dataclass(frozen=True)
-class EnumMember:
+class EnumMember(_Sealed):
     """What stands for a member of the enum: its value, or its name."""
 
     value: Any
 
 
 @dataclasses.dataclass(frozen=True)
-class _Storage:
+class _Storage(_Sealed):
     """Numbers of one dtype in an entry of the archive; not read yet."""
 
     dtype: np.dtype
@@ -55,7 +76,7 @@ class _Storage:
 
 
 @dataclasses.dataclass(frozen=True)
-class StoredTensor:
+class StoredTensor(_Sealed):
     """A tensor that was not read yet; strides and offset count numbers."""
 
     storage: _Storage
@@ -153,23 +174,24 @@ class _Unpickler(pickle.Unpickler):
 
     def find_class(self, module: str, name: str) -> Any:
         if module == "torch" and name in _STORAGES:
-            return _STORAGES[name]
+            return _Name(_STORAGES[name])
         if (module, name) == ("collections", "OrderedDict"):
             return collections.OrderedDict
         if (module, name) == ("torch._utils", "_rebuild_tensor_v2"):
-            return _rebuild_tensor
+            return _Name(_rebuild_tensor)
         if (module, name) == ("torch._utils", "_rebuild_parameter"):
-            return _rebuild_parameter
+            return _Name(_rebuild_parameter)
         if module == _ENUM_MODULE and name.isidentifier() and self._enum in (None, name):
             self._enum = name
-            return EnumMember
+            return _Name(EnumMember)
         if (module, name) in (("builtins", "getattr"), ("__builtin__", "getattr")):  # how Python 3.11 pickles enums
-            return _enum_member
+            return _Name(_enum_member)
         named = printable(f"{module}.{name}")[:60]
         raise CheckpointError(f"{self._path} is no plain checkpoint, its pickle asks for {named}: {_REMEDY}")
 
     def persistent_load(self, reference: Any) -> _Storage:
-        kind, dtype, key, _device, size = reference
+        kind, named, key, _device, size = reference
+        dtype = named.meaning if isinstance(named, _Name) else None
         if kind != "storage" or not isinstance(dtype, np.dtype) or not isinstance(key, str) or not _is_count(size):
             raise ValueError("a reference is no storage")
         return _Storage(dtype, key, size)
@@ -195,7 +217,7 @@ def _rebuild_parameter(tensor: Any, *_: Any) -> StoredTensor:
 
 def _enum_member(kind: Callable[..., Any], name: Any) -> EnumMember:
     """In place of getattr, which would reach everything: a member of the enum by name."""
-    if kind is not EnumMember or not isinstance(name, str):
+    if not isinstance(kind, _Name) or kind.meaning is not EnumMember or not isinstance(name, str):
         raise ValueError("getattr of something else than the enum")
     return EnumMember(name)
 

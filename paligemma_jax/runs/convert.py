@@ -99,6 +99,8 @@ def convert(options: argparse.Namespace) -> None:
         raise ConfigError("an .npz holds no quantized weights: give a directory as DST")
     if to_npz and not contents.config.text.tied:
         raise ConfigError("an .npz has no place for an output head of its own: give a directory as DST")
+    if options.rows is not None and options.quantize:
+        raise ConfigError("--rows is for tables that are not quantized: convert with it first, then with --quantize")
     if options.rows is not None:  # before the long part
         _check_rows(contents, directories, options.rows)
     # To narrow while reading takes less memory; weights that are merged or quantized are better rounded once.

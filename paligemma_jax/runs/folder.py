@@ -12,9 +12,10 @@ line is made again.
 import contextlib
 import json
 import os
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from paligemma_jax.annotate.fingerprint import differences
 from paligemma_jax.annotate.store import locked
@@ -25,12 +26,14 @@ Record = dict[str, Any]
 
 _RECORDS, _RUN, _PROGRESS = "records.jsonl", ".run/settings.json", ".run/progress.jsonl"
 _OWN = "files"
-_STRANGE = ("*_drawn.png", "*_drawn.mp4", "*_mask_*.png", "coco_*.json", "classes.txt", _RECORDS, "state", "adapter")
+_STRANGE = ("*_drawn.png", "*_drawn.mp4", "*_mask_*.png", "coco_*.json", "classes.txt", "labels", "fiftyone")
+_STRANGE += ("labelstudio_*", _RECORDS, "state", "adapter")
+_NUMBER = re.compile(r"_\d+$")
 _CHOICE = "name another output_dir, or add overwrite=True to begin anew"
 
 
 class Folder:
-    """Records of a run on disk.
+    """Records of a run on disk. A folder is only looked at and locked until `begin`.
 
     Args:
       path: the folder; made if it is not there.
@@ -51,24 +54,30 @@ class Folder:
         self.path = path
         self.done = self.failed = 0
         self._size = 0  # bytes of the records of all pictures that are done
+        self._settings, self._clears = dict(settings), overwrite
+        self._file: BinaryIO | None = None
         if resume and overwrite:
             raise ConfigError("resume and overwrite exclude each other: leave out one of them")
         (path / _RUN).parent.mkdir(parents=True, exist_ok=True)
         self._lock = locked(path / ".run" / "lock", path)
         try:
-            self._begin(settings, count, resume, overwrite)
+            self._check(count, resume, overwrite)
         except BaseException:
             self._unlock()
             raise
 
-    def _begin(self, settings: Mapping[str, Any], count: int, resume: bool, overwrite: bool) -> None:
+    def _check(self, count: int, resume: bool, overwrite: bool) -> None:
         path, known = self.path, self.path / _RUN
-        if known.exists():
-            self._read_progress()
-        if overwrite or (known.exists() and not self.done):  # nothing is lost
-            self._clear()
+        before = read_json(known) if known.exists() else {}
+        own = before.pop(_OWN, [])
+        if overwrite:
+            return
+        self._read_progress()
+        records = path / _RECORDS
+        if known.exists() and not (own or (records.exists() and records.stat().st_size)):
+            self._clears = True  # it did nothing
         elif known.exists():
-            if changed := differences({k: v for k, v in read_json(known).items() if k != _OWN}, settings):
+            if changed := differences(before, self._settings):
                 named = f"{', '.join(changed[:4])}{' and more' * (len(changed) > 4)}"
                 raise ConfigError(f"{path} has the results of another run, which differs in {named}: {_CHOICE}")
             if not resume:
@@ -76,8 +85,14 @@ class Folder:
                 raise ConfigError(f"{path} has the results of this run, {about}: add resume=True to go on, {_CHOICE}")
         elif strange := next((file for pattern in _STRANGE for file in sorted(path.glob(pattern))), None):
             raise ConfigError(f"{path} has results of something else, such as {strange.name}: {_CHOICE}")
-        if not known.exists():
-            write_json(known, dict(settings))
+
+    def begin(self) -> None:
+        """Have the folder ready for records; with `overwrite` it loses those of the other run now."""
+        path = self.path
+        if self._clears:
+            self._clear()
+        if not (path / _RUN).exists():
+            write_json(path / _RUN, self._settings)
         self._file = (path / _RECORDS).open("ab")
         if self._file.tell() > self._size:
             self._file.truncate(self._size)  # records of pictures that were not finished
@@ -109,11 +124,13 @@ class Folder:
     def own(self, files: Iterable[Path]) -> None:
         """Note files that were made of the records, so that `overwrite` removes them too."""
         known = read_json(self.path / _RUN)
-        write_json(self.path / _RUN, known | {_OWN: [str(file.relative_to(self.path)) for file in files]})
+        names = [str(file.relative_to(self.path)) for file in files]
+        write_json(self.path / _RUN, known | {_OWN: list(dict.fromkeys([*known.get(_OWN, ()), *names]))})
 
     def close(self) -> None:
         """Records can be read still, and none be added."""
-        self._file.close()
+        if self._file is not None:
+            self._file.close()
         self._unlock()
 
     def _unlock(self) -> None:
@@ -131,21 +148,28 @@ class Folder:
                     self.done, self._size, self.failed = entry["names"], entry["bytes"], entry["failed"]
 
     def _clear(self) -> None:
-        """Remove what the run that was here has written, and nothing else."""
-        records = self.path / _RECORDS
-        if not (self.path / _RUN).exists():
+        """Remove what the run that was here has written, and nothing else; the proof that it was here goes last."""
+        self.done = self.failed = self._size = 0
+        known, records = self.path / _RUN, self.path / _RECORDS
+        if not known.exists():
             return  # somebody else's files are replaced where names are the same
-        names = [str(name) for name in read_json(self.path / _RUN).get(_OWN, ())]
+        names, stems = [str(name) for name in read_json(known).get(_OWN, ())], set()
         for line in records.read_bytes().split(b"\n") if records.exists() else ():
             with contextlib.suppress(ValueError):
-                names += json.loads(line).get("files", ())
-        for path in (self.path / name for name in names):
-            for file in path.glob("*.txt") if path.is_dir() else [path]:  # a folder of labels
-                with contextlib.suppress(OSError):
-                    file.unlink()
-        for name in (_PROGRESS, _RECORDS, _RUN):
-            (self.path / name).unlink(missing_ok=True)
-        self.done = self.failed = self._size = 0
+                if isinstance(record := json.loads(line), dict):
+                    names += map(str, record.get("files") or ())
+                    stems.add(str(record.get("stem")))
+        (self.path / _PROGRESS).unlink(missing_ok=True)
+        for name in map(Path, names):
+            if name.is_absolute() or ".." in name.parts:
+                continue
+            path = self.path / name
+            labels = path.glob("*.txt") if path.is_dir() else ()
+            for file in (*(x for x in labels if x.stem in stems or _NUMBER.sub("", x.stem) in stems), path):
+                if not file.is_dir():
+                    file.unlink(missing_ok=True)
+        for path in (records, known):
+            path.unlink(missing_ok=True)
 
 
 def _progress(done: int, size: int, failed: int) -> str:

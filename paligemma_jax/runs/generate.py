@@ -71,6 +71,8 @@ def run(config: ConfigDict) -> int:
             at_once = 1 if config.stream else min(config.batch_size, len(sources) * len(parts))
             model = models.load(config, warm_up[:at_once], at_once)
             begun = time.perf_counter()
+            if folder:
+                folder.begin()
             results = Results(model, config, has_video or len(names) * len(asked) > 1, folder)
             stack.callback(results.close)
             stack.enter_context(profile)
@@ -88,6 +90,8 @@ def run(config: ConfigDict) -> int:
             progress.finish(len(names))
             failed = progress.failed
             embedded.close()  # at the end only: what a stopped run has is not worth the file that may be there
+        elif folder:
+            folder.begin()
         if folder:
             exports.write(kinds, folder, parts)
     if len(names) > 1:

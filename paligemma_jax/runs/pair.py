@@ -11,6 +11,7 @@ from paligemma_jax.files import Stems, expanded
 from paligemma_jax.patch_vit import windows
 from paligemma_jax.processing.find import find_images
 from paligemma_jax.runs import settings, sources
+from paligemma_jax.runs.folder import refuse_used
 from paligemma_jax.runs.notes import note
 from paligemma_jax.tasks.prompts import split_labels
 
@@ -48,6 +49,7 @@ def check(config: ConfigDict) -> None:
 def folder(config: ConfigDict) -> Path:
     """The folder for pictures, which is there: a bad place is known before the work."""
     directory = expanded(config.output_dir)
+    refuse_used(directory)
     directory.mkdir(parents=True, exist_ok=True)
     return directory
 

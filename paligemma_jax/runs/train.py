@@ -1,6 +1,7 @@
 """config.run=train: fine-tune on JSON lines."""
 
 import dataclasses
+import functools
 import hashlib
 import shutil
 from pathlib import Path
@@ -26,9 +27,14 @@ def run(config: ConfigDict) -> int:
     if not config.output_dir:
         raise ConfigError("output_dir is empty: name a folder for the tuned model")
     models.check_weights(config)
+    config = config.copy_and_resolve_references()
+    for key in ("data", "image_root", "output_dir"):
+        config[key] = str(expanded(config[key])) if config[key] else ""
     wanted, recipe = settings.from_config(Settings, config), settings.from_config(Recipe, config)
-    _claim(expanded(config.output_dir), _fingerprint(config, recipe), config.overwrite)
-    finetune(wanted, recipe)
+    directory, made = Path(config.output_dir), _fingerprint(config, recipe)
+    if not config.overwrite:
+        _check(directory, made)
+    finetune(wanted, recipe, functools.partial(_claim, directory, made, config.overwrite))
     return 0
 
 
@@ -36,14 +42,14 @@ def _fingerprint(config: ConfigDict, recipe: Recipe) -> dict[str, Any]:
     """What the tuned weights depend on."""
     keys = ("dtype", "image_root", "epochs", "batch_size", "text_length", "seed")
     try:
-        data = hashlib.sha256(expanded(config.data).read_bytes()).hexdigest()
+        data = hashlib.sha256(Path(config.data).read_bytes()).hexdigest()
     except OSError as error:
         raise DataError(f"{config.data} cannot be read ({error.strerror}): give a .jsonl file as data") from None
     weights = fingerprint.of_weights(config.checkpoint)
     return {"data": data, "checkpoint": weights, **{key: config[key] for key in keys}, **dataclasses.asdict(recipe)}
 
 
-def _claim(directory: Path, made: dict[str, Any], overwrite: bool) -> None:
+def _check(directory: Path, made: dict[str, Any]) -> None:
     """Make sure that a folder has this training or none.
 
     Raises:
@@ -51,14 +57,18 @@ def _claim(directory: Path, made: dict[str, Any], overwrite: bool) -> None:
     """
     known, steps = directory / _RUN, directory / _CHECKPOINTS
     has_work = (steps.is_dir() and any(steps.iterdir())) or (directory / "model.safetensors").exists()
-    if overwrite:
-        shutil.rmtree(steps, ignore_errors=True)
-    elif known.exists() and has_work:
+    if known.exists() and has_work:
         if changed := fingerprint.differences(read_json(known), made):
             named = f"{', '.join(changed[:4])}{' and more' * (len(changed) > 4)}"
             raise ConfigError(f"{directory} has another training, which differs in {named}: {_CHOICE}")
-        return
     elif has_work or (directory / "config.json").exists():
         raise ConfigError(f"{directory} has a model or a training that did not come of this command: {_CHOICE}")
+
+
+def _claim(directory: Path, made: dict[str, Any], overwrite: bool) -> None:
+    """Make a folder that of this training, when nothing about data and model is wrong."""
+    steps = directory / _CHECKPOINTS
+    if overwrite and steps.exists():
+        shutil.rmtree(steps.resolve())
     directory.mkdir(parents=True, exist_ok=True)
-    write_json(known, made)
+    write_json(directory / _RUN, made)

@@ -34,6 +34,13 @@ def run(config: ConfigDict) -> int:
     """Serve the page until SIGTERM or Ctrl-C: it is there while the model is loaded."""
     if importlib.util.find_spec("gradio") is None:
         raise ConfigError('run=ui needs gradio: pip install -e ".[ui]"')
+    example = expanded(config.image)
+    if not example.is_file():  # the page may read this file and no other
+        raise ConfigError(f"image={config.image!r} is not possible: give the file of a picture")
+    config = config.copy_and_resolve_references()
+    config.image = str(example)
+    if config.share and not is_loopback(config.host):
+        raise ConfigError(f"share leads to this machine alone, and host={config.host} is elsewhere: leave out one")
     engine_settings = EngineSettings(
         num_slots=config.num_slots,
         max_waiting=config.max_waiting,

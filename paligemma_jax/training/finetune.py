@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -70,8 +71,11 @@ class Settings:
             raise ConfigError(f"save_minutes={self.save_minutes} is not possible: give a number above 0")
 
 
-def finetune(settings: Settings, recipe: Recipe) -> Path:
+def finetune(settings: Settings, recipe: Recipe, claim: Callable[[], None] = lambda: None) -> Path:
     """Train, going on where an earlier run with the same output_dir stopped.
+
+    Args:
+      claim: called when data and model are read and nothing is wrong with them, before anything is written.
 
     Returns:
       The directory of the tuned model, in Hugging Face layout.
@@ -92,6 +96,7 @@ def finetune(settings: Settings, recipe: Recipe) -> Path:
     optimizer = make_optimizer(recipe, len(batches))
     loss = functools.partial(suffix_loss, PaliGemma(model.config), recipe.label_smoothing, batches.num_answers)
     output = Path(settings.output_dir)
+    claim()
     state = fit(
         init_state(model.params, optimizer),
         make_step(loss, optimizer),

@@ -125,15 +125,15 @@ def _add_and_die(kept: Store, group: Group, made: list[list[rows.Row]]) -> None:
 
 def test_groups_are_the_same_after_a_kill(folder, tmp_path):
     """So that batches are, and with them the last bits of an answer in bfloat16."""
-    whole = annotate(tmp_path / "a", folder).asked
+    whole = sorted(annotate(tmp_path / "a", folder).asked)  # two are answered at once
     pictures, layout = find(str(folder)), Layout(23, 8, "jsonl")
     asked = []
     for _ in range(40):
         fake = Fake()
         with Store(tmp_path / "b", PRINT, layout) as kept, contextlib.suppress(Killed):
             local.annotate(fake, pictures, kept.pending(3), 1, lambda *pair, kept=kept: _add_and_die(kept, *pair))
-        asked += fake.asked[:1]
-    assert asked == whole
+        asked += fake.asked
+    assert {tuple(names) for names in asked} == set(map(tuple, whole))
 
 
 @pytest.mark.parametrize("damage", ["changed", "gone", "mark"])

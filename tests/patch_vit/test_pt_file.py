@@ -1,7 +1,9 @@
+import collections
 import os
 import pickle
 import zipfile
 
+import ml_dtypes
 import numpy as np
 import pytest
 
@@ -144,3 +146,37 @@ def test_other_files_are_refused_by_their_kind(tmp_path):
         PtFile(write_pt(path, {"x": STATE["a"]}, zipfile.ZIP_DEFLATED))
     with pytest.raises(CheckpointError, match="cannot be read"):
         PtFile(tmp_path)
+
+
+_NAMES = ("torch\nBFloat16Storage", "_types\nTeacher", "torch._utils\n_rebuild_tensor_v2", "collections\nOrderedDict")
+_STATES = ({"itemsize": 1, "__init__": 5}, (3, "<", None, None, None, -1, -1, 0), (None, {"meaning": 5}))
+
+
+@pytest.mark.parametrize("name", _NAMES)
+@pytest.mark.parametrize("state", _STATES)
+def test_a_pickle_changes_nothing_that_it_did_not_make(tmp_path, name, state):
+    """The opcode BUILD gives a state to what lies on the stack."""
+    before = (ml_dtypes.bfloat16, np.dtype(ml_dtypes.bfloat16).itemsize, EnumMember("x"), dir(collections.OrderedDict))
+    data = pickle.PROTO + b"\x02" + pickle.GLOBAL + name.encode() + b"\n"
+    data += Writer().one(state) + pickle.BUILD + pickle.STOP
+    path = tmp_path / "built.pt"
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("archive/data.pkl", data)
+    with pytest.raises(CheckpointError, match="damaged"):
+        PtFile(path)
+    assert before == (
+        *(ml_dtypes.bfloat16, np.dtype(ml_dtypes.bfloat16).itemsize),
+        *(EnumMember("x"), dir(collections.OrderedDict)),
+    )
+
+
+def test_a_tensor_cannot_be_moved_out_of_its_storage(tmp_path):
+    writer = Writer()
+    state = writer.one({"offset": 1 << 40})
+    data = pickle.PROTO + b"\x02" + writer.one(np.zeros(4, np.float32)) + state + pickle.BUILD + pickle.STOP
+    path = tmp_path / "moved.pt"
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("archive/data.pkl", data)
+        archive.writestr("archive/data/0", bytes(16))
+    with pytest.raises(CheckpointError, match="damaged"):
+        PtFile(path)

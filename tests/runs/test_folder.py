@@ -146,6 +146,12 @@ def test_chat_does_not_draw_into_the_folder_of_a_run(detect, tmp_path, refused):
     assert "has the results of a run" in refused(run="chat", output_dir=tmp_path / "out")
 
 
+def begun(path: Path, resume: bool = False) -> Folder:
+    folder = Folder(path, SETTINGS, 3, resume, False)
+    folder.begin()
+    return folder
+
+
 def test_only_one_process_writes(tmp_path):
     folder = Folder(tmp_path, SETTINGS, 3, False, False)
     with pytest.raises(DataError, match="another process is writing"):
@@ -156,25 +162,86 @@ def test_only_one_process_writes(tmp_path):
 
 @pytest.mark.parametrize("torn", [b'{"nam', b'{"names": 2, "bytes": 10000, "failed": 0}\n', b"\x00\x00"])
 def test_what_was_not_finished_is_made_again(tmp_path, torn):
-    folder = Folder(tmp_path, SETTINGS, 3, False, False)
+    folder = begun(tmp_path)
     folder.add({"image": "a"})
     folder.commit(1, folder.mark(), 0)
     folder.add({"image": "b"})
     folder.close()  # killed
     with (tmp_path / ".run" / "progress.jsonl").open("ab") as file:
         file.write(torn)
-    again = Folder(tmp_path, SETTINGS, 3, True, False)
+    again = begun(tmp_path, resume=True)
     assert again.done == 1 and list(again.records()) == [{"image": "a"}]
     again.add({"image": "b"})
     again.commit(2, again.mark(), 0)
     again.close()
-    once_more = Folder(tmp_path, SETTINGS, 3, True, False)
+    once_more = begun(tmp_path, resume=True)
     assert once_more.done == 2 and [record["image"] for record in once_more.records()] == ["a", "b"]
     once_more.close()
 
 
 def test_a_run_that_did_nothing_is_in_nobodys_way(tmp_path):
-    Folder(tmp_path, SETTINGS, 3, False, False).close()
-    Folder(tmp_path, SETTINGS | {"image": "other"}, 3, False, False).close()
+    begun(tmp_path).close()
+    other = Folder(tmp_path, SETTINGS | {"image": "other"}, 3, False, False)
+    other.begin()
+    other.close()
+    assert json.loads((tmp_path / ".run" / "settings.json").read_text())["image"] == "other"
     with pytest.raises(ConfigError, match="exclude"):
         Folder(tmp_path, SETTINGS, 3, True, True)
+
+
+def test_a_video_in_progress_is_not_thrown_away(tmp_path):
+    """Its records are there, though it is not done."""
+    folder = begun(tmp_path)
+    folder.add({"image": "clip.mp4 @ 0.00 s"})
+    folder.commit(0, 0, 0)
+    folder.close()
+    with pytest.raises(ConfigError, match="0 of 3 pictures: add resume=True"):
+        Folder(tmp_path, SETTINGS, 3, False, False)
+    assert (tmp_path / "records.jsonl").read_text()
+
+
+@pytest.mark.parametrize(
+    "keys", [{"load_embeddings": "/nowhere.npy"}, {"checkpoint": "/nowhere"}, {"image": "bad.png"}]
+)
+def test_overwriting_begins_when_nothing_else_can_be_wrong(detect, album, tmp_path, keys):
+    detect(tmp_path / "out")
+    before = contents(tmp_path / "out")
+    if "image" in keys:
+        keys = {"image": album / "bad.png"}
+    assert detect(tmp_path / "out", overwrite=True, **keys)[0] == 1
+    assert contents(tmp_path / "out") == before
+
+
+@pytest.mark.parametrize(
+    "line", ['{"files": ["../victim.txt", "/abs"]}', "3", '["x"]', '{"files": null}', '{"files": "xy"}']
+)
+def test_nothing_outside_of_the_folder_is_removed(tmp_path, line):
+    (tmp_path / "victim.txt").write_text("mine")
+    folder = begun(tmp_path / "out")
+    folder.add({"image": "a"})
+    folder.commit(1, folder.mark(), 0)
+    folder.close()
+    with (tmp_path / "out" / "records.jsonl").open("a") as file:
+        file.write(line + "\n")
+    over = Folder(tmp_path / "out", SETTINGS, 3, False, True)
+    over.begin()
+    over.close()
+    assert (tmp_path / "victim.txt").read_text() == "mine" and not (tmp_path / "out" / "records.jsonl").read_text()
+
+
+def test_labels_of_others_and_exports_of_all_runs(detect, tmp_path):
+    out = tmp_path / "out"
+    detect(out, export="coco")
+    detect(out, export="yolo", resume=True)
+    (out / "labels" / "mine.txt").write_text("mine")
+    assert detect(out, overwrite=True, export="", prompts_file="", prompt="detect moon")[0] == 1
+    assert sorted(contents(out)) == ["labels/mine.txt", "records.jsonl"]
+    (tmp_path / "other" / "labels").mkdir(parents=True)
+    assert "such as labels" in detect(tmp_path / "other")[2]
+
+
+def test_phrases_are_not_drawn_into_the_folder_of_a_run(detect, main, tmp_path):
+    detect(tmp_path / "out")
+    keys = (f"--config.output_dir={tmp_path / 'out'}", "--config.run=locate")
+    status, _, err = main("--config=configs/patch_vit.py", *keys)
+    assert status == 1 and "has the results of a run" in err

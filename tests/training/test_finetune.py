@@ -121,6 +121,15 @@ def test_a_folder_with_another_training_is_refused(train, tuned, small, random_p
     assert before == {path: path.read_bytes() for path in tuned.rglob("*") if path.is_file()}
 
 
+@pytest.mark.slow
+def test_overwriting_begins_when_data_and_model_are_right(train, tuned, tmp_path, capsys):
+    (tmp_path / "bad.jsonl").write_text("{")
+    before = {path: path.read_bytes() for path in tuned.rglob("*") if path.is_file()}
+    for keys in ({"data": tmp_path / "bad.jsonl"}, {"checkpoint": tmp_path / "nowhere"}, {"text_length": 5}):
+        assert train(tuned, overwrite=True, **keys) == 1
+    assert before == {path: path.read_bytes() for path in tuned.rglob("*") if path.is_file()}
+
+
 def test_a_training_that_failed_early_is_in_nobodys_way(train, data, tmp_path, capsys):
     assert train(tmp_path / "out", text_length=5) == 1
     assert train(tmp_path / "out", text_length=6) == 1

@@ -1,5 +1,6 @@
 """Choosing another model."""
 
+import dataclasses
 from typing import Any
 
 import gradio as gr
@@ -35,7 +36,11 @@ def model_tab(backend: Backend) -> None:
 
     def start(path: str | None, dtype: str, rounding: str) -> Any:
         try:
-            backend.load(Source((path or "").strip(), dtype, rounding))
+            name, served = (path or "").strip(), backend.served()
+            before = Source("") if served is None else served.source
+            adapter = before.adapter if name == before.checkpoint else ""  # it belongs to that model
+            chosen = dataclasses.replace(before, checkpoint=name, dtype=dtype, quantization=rounding, adapter=adapter)
+            backend.load(chosen)
         except UserError as error:
             return notes_markup([shortened(" ".join(str(error).split()))], "error")
         return notes_markup(["Loading. The model before answers until this one is ready; the line on top tells."])
