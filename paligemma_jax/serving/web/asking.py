@@ -92,6 +92,8 @@ async def with_files(
 
     with tempfile.TemporaryDirectory() as directory:
         written = await anyio.to_thread.run_sync(write, Path(directory))
+        for line in written.notes:
+            gr.Info(line)
         paths = written.json, written.coco, written.png
         updates: Updates = {
             button: gr.update(visible=path is not None, value=None if path is None else str(path))
