@@ -172,6 +172,16 @@ def load(path: Path) -> Index:
     return index
 
 
+def require(path: Path) -> None:
+    """DataError for what cannot even be a damaged index, and so must not be replaced by one."""
+    if path.is_dir():
+        raise DataError(f"{path} is a folder: name a file with index=")
+    with path.open("rb") as file:
+        head = file.read(9)
+    if head and head[8:9] != b"{":  # safetensors: the size of the header, then JSON
+        raise DataError(f"{path} is no index of pictures: name another file with index=")
+
+
 def _index(about: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> Index:
     """What a file holds, checked; ValueError and the like."""
     entries = [_entry(*fields) for fields in json.loads(arrays["files"].tobytes())]

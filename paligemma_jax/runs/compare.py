@@ -20,7 +20,7 @@ def run(config: ConfigDict) -> int:
     """Draw, and return the exit status: 1 when a picture could not be read."""
     pair.check(config)
     pictures = pair.Pictures(config.image)
-    directory = pair.folder(config)
+    directory = pair.folder(config, pictures.names)
     student, clip = pair.load(config)
     paligemma = _paligemma(config) if config.checkpoint else None
     for group in pictures.groups(config.batch_size):

@@ -21,15 +21,18 @@ from paligemma_jax.annotate.fingerprint import differences
 from paligemma_jax.annotate.store import locked
 from paligemma_jax.errors import ConfigError
 from paligemma_jax.files import read_json, write_json, write_text
+from paligemma_jax.processing.fetch import is_url
 
 Record = dict[str, Any]
 
 _RECORDS, _RUN, _PROGRESS = "records.jsonl", ".run/settings.json", ".run/progress.jsonl"
+_LOCK = ".run/lock"
 _OWN = "files"
 _STRANGE = ("*_drawn.png", "*_drawn.mp4", "*_mask_*.png", "coco_*.json", "classes.txt", "labels", "fiftyone")
 _STRANGE += ("labelstudio_*", _RECORDS, "state", "adapter")
 _NUMBER = re.compile(r"_\d+$")
-_CHOICE = "name another output_dir, or add overwrite=True to begin anew"
+_OTHER = "name another output_dir"
+_CHOICE = f"{_OTHER}, or add overwrite=True to begin anew"
 
 
 class Folder:
@@ -58,18 +61,24 @@ class Folder:
         self._file: BinaryIO | None = None
         if resume and overwrite:
             raise ConfigError("resume and overwrite exclude each other: leave out one of them")
-        (path / _RUN).parent.mkdir(parents=True, exist_ok=True)
-        self._lock = locked(path / ".run" / "lock", path)
+        make_folder((path / _RUN).parent, path)
+        self._lock = locked(path / _LOCK, path)
         try:
             self._check(count, resume, overwrite)
         except BaseException:
             self._unlock()
+            if not (path / _RUN).exists():  # leave a folder of somebody else as it was
+                with contextlib.suppress(OSError):
+                    (path / _LOCK).unlink()
+                    (path / _LOCK).parent.rmdir()
             raise
 
     def _check(self, count: int, resume: bool, overwrite: bool) -> None:
         path, known = self.path, self.path / _RUN
         before = read_json(known) if known.exists() else {}
         own = before.pop(_OWN, [])
+        if not known.exists() and (strange := self._strange()) is not None:  # no run says that it is its own
+            raise ConfigError(f"{path} has {strange.name}, which is of no run that is known here: {_OTHER}")
         if overwrite:
             return
         self._read_progress()
@@ -83,8 +92,10 @@ class Folder:
             if not resume:
                 about = f"{self.done:,} of {count:,} picture{'s' * (count > 1)}"
                 raise ConfigError(f"{path} has the results of this run, {about}: add resume=True to go on, {_CHOICE}")
-        elif strange := next((file for pattern in _STRANGE for file in sorted(path.glob(pattern))), None):
-            raise ConfigError(f"{path} has results of something else, such as {strange.name}: {_CHOICE}")
+
+    def _strange(self) -> Path | None:
+        """A file that a run might replace."""
+        return next((file for pattern in _STRANGE for file in sorted(self.path.glob(pattern))), None)
 
     def begin(self) -> None:
         """Have the folder ready for records; with `overwrite` it loses those of the other run now."""
@@ -152,7 +163,7 @@ class Folder:
         self.done = self.failed = self._size = 0
         known, records = self.path / _RUN, self.path / _RECORDS
         if not known.exists():
-            return  # somebody else's files are replaced where names are the same
+            return
         names, stems = [str(name) for name in read_json(known).get(_OWN, ())], set()
         for line in records.read_bytes().split(b"\n") if records.exists() else ():
             with contextlib.suppress(ValueError):
@@ -174,6 +185,23 @@ class Folder:
 
 def _progress(done: int, size: int, failed: int) -> str:
     return json.dumps({"names": done, "bytes": size, "failed": failed}) + "\n"
+
+
+def make_folder(path: Path, named: Path | None = None) -> Path:
+    """A folder, made if it is not there; ConfigError, about the one that was `named`, when that is not possible."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"output_dir={named or path} is not possible: {error.strerror}; name a folder") from None
+    return path
+
+
+def refuse_inputs(path: Path, names: Iterable[str]) -> None:
+    """ConfigError when results would lie among the pictures that they are about."""
+    place = path.resolve()
+    files = (Path(name) for name in names if not is_url(name))
+    if any(file.parent.resolve() == place for file in files):
+        raise ConfigError(f"output_dir={path} is the folder of the pictures: {_OTHER}")
 
 
 def refuse_used(path: Path) -> None:

@@ -20,7 +20,7 @@ from paligemma_jax.processing.video import VIDEO_SUFFIXES, is_video, require
 from paligemma_jax.runs import environment, exports, settings
 from paligemma_jax.runs import model as models
 from paligemma_jax.runs.embedded import Embedded
-from paligemma_jax.runs.folder import Folder
+from paligemma_jax.runs.folder import Folder, refuse_inputs
 from paligemma_jax.runs.notes import note
 from paligemma_jax.runs.questions import Question, questions
 from paligemma_jax.runs.results import Results, warn_about_free_prompts
@@ -114,7 +114,8 @@ def _folder(config: ConfigDict, parts: list[Prompt], options: pj.GenerateOptions
     weights = fingerprint.of_weights(config.checkpoint, config.adapter, config.mask_vae)
     made = fingerprint.of_answers(weights, parts, options, {key: config[key] for key in keys})
     made |= {"image": fingerprint.of_inputs(names)}
-    return Folder(expanded(config.output_dir), made, len(names), config.resume, config.overwrite)
+    refuse_inputs(directory := expanded(config.output_dir), names)
+    return Folder(directory, made, len(names), config.resume, config.overwrite)
 
 
 class _Progress:

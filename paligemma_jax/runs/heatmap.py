@@ -27,7 +27,7 @@ def run(config: ConfigDict) -> int:
     pictures = pair.Pictures(config.image)
     if only and len(pictures.names) > 1:
         raise ConfigError(f"output is one file, and {config.image} {len(pictures.names)} pictures: set output_dir")
-    directory = pair.folder(config) if only is None else only.parent
+    directory = pair.folder(config, pictures.names) if only is None else only.parent
     directory.mkdir(parents=True, exist_ok=True)
     student, clip = pair.load(config)
     for group in pictures.groups(config.batch_size):

@@ -22,6 +22,7 @@ from paligemma_jax.processing.find import find_images
 from paligemma_jax.processing.image import load_image
 from paligemma_jax.runs import environment, settings
 from paligemma_jax.runs import model as models
+from paligemma_jax.runs.folder import make_folder
 from paligemma_jax.runs.notes import note
 from paligemma_jax.tasks.prompts import plain, read_prompt
 from paligemma_jax.tasks.segmentation import attach_masks
@@ -44,7 +45,7 @@ def run(config: ConfigDict) -> int:
     text = _text(config) if "similarity" in kinds else config.text
     models.check_weights(config)
     name, picture = _picture(config)
-    directory.mkdir(parents=True, exist_ok=True)  # a bad place is known before the work
+    make_folder(directory)  # a bad place is known before the work
     profile = environment.profiled(config)
 
     warm_up = [] if config.answer else [pj.Request((picture,), read_prompt(config.prompt), options)]
@@ -217,7 +218,7 @@ def _peak(name: str, values: np.ndarray) -> str:
 def _draw_embeddings(path: Path, directory: Path) -> int:
     """The heat map of a file of embeddings."""
     values = embeddings.load(path)
-    directory.mkdir(parents=True, exist_ok=True)
+    make_folder(directory)
     files = _write(Figure(path.stem, path.stem, rendering.embeddings(values, path.name)), directory)
     low, high = rendering.extremes(values)
     print(f"{' x '.join(map(str, values.shape))} numbers from {low:.3g} to {high:.3g}\n{_wrote(files)}", flush=True)

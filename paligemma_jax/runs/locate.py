@@ -29,7 +29,7 @@ def run(config: ConfigDict) -> int:
     if "coco" in kinds:
         coco.require()
     pictures = pair.Pictures(config.image)
-    directory = pair.folder(config)
+    directory = pair.folder(config, pictures.names)
     student, clip = pair.load(config)
     rows = []
     for group in pictures.groups(config.batch_size):

@@ -1,6 +1,6 @@
 """A patch ViT with its teacher, phrases and pictures, as the runs of configs/patch_vit.py are given them."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from ml_collections import ConfigDict
@@ -11,7 +11,7 @@ from paligemma_jax.files import Stems, expanded
 from paligemma_jax.patch_vit import windows
 from paligemma_jax.processing.find import find_images
 from paligemma_jax.runs import settings, sources
-from paligemma_jax.runs.folder import refuse_used
+from paligemma_jax.runs.folder import make_folder, refuse_inputs, refuse_used
 from paligemma_jax.runs.notes import note
 from paligemma_jax.tasks.prompts import split_labels
 
@@ -46,12 +46,12 @@ def check(config: ConfigDict) -> None:
         raise ConfigError("output_dir is empty: give a folder for the pictures")
 
 
-def folder(config: ConfigDict) -> Path:
-    """The folder for pictures, which is there: a bad place is known before the work."""
+def folder(config: ConfigDict, names: Sequence[str]) -> Path:
+    """The folder for pictures about those of some names, which is there: a bad place is known before the work."""
     directory = expanded(config.output_dir)
     refuse_used(directory)
-    directory.mkdir(parents=True, exist_ok=True)
-    return directory
+    refuse_inputs(directory, names)
+    return make_folder(directory)
 
 
 class Pictures:

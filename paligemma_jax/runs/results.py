@@ -14,7 +14,7 @@ from paligemma_jax.errors import CheckpointError, ImageError, error_line
 from paligemma_jax.files import Stems, expanded, replacing
 from paligemma_jax.processing.fetch import label
 from paligemma_jax.runs.films import Films
-from paligemma_jax.runs.folder import Folder, refuse_used
+from paligemma_jax.runs.folder import Folder, make_folder, refuse_used
 from paligemma_jax.runs.notes import note
 from paligemma_jax.runs.questions import Question, together
 from paligemma_jax.runs.sources import Source, plain
@@ -56,7 +56,7 @@ class Results:
             return
         if folder is None:
             refuse_used(self._directory)
-            self._directory.mkdir(parents=True, exist_ok=True)
+            make_folder(self._directory)
             self._stems = Stems(lambda stem: (self._directory / f"{stem}{_DRAWN}.png").exists())
         else:
             self._stems = Stems()

@@ -52,7 +52,7 @@ def run(config: ConfigDict) -> int:
         raise ConfigError(f"image={config.image} is a URL: search looks through files, give a folder or a glob")
     asked = pair.Pictures(config.query_image) if config.query_image else None
     names = [os.path.abspath(name) for name in find_images(config.image, tell=note)]
-    directory, path = pair.folder(config), expanded(config.index)
+    directory, path = pair.folder(config, ()), expanded(config.index)
     models = {key: _digest(config[key]) for key in ("student", "clip")} | {"same_norm": config.same_norm}
     old = _usable(config, path, models)
     student, clip = pair.load(config)
@@ -81,6 +81,8 @@ def _usable(config: ConfigDict, path: Path, models: dict[str, str]) -> indexes.I
         raise ConfigError("overwrite=true makes an index, and refresh=false leaves it as it is: leave out one of them")
     if config.refresh and not path.exists():
         return None
+    if path.exists():
+        indexes.require(path)
     try:
         old = indexes.load(path)
     except DataError:

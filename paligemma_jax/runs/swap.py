@@ -16,6 +16,7 @@ from paligemma_jax.processing.fetch import label
 from paligemma_jax.processing.image import load_image
 from paligemma_jax.runs import environment, settings
 from paligemma_jax.runs import model as models
+from paligemma_jax.runs.folder import make_folder
 from paligemma_jax.runs.notes import note
 
 
@@ -58,7 +59,7 @@ def run(config: ConfigDict) -> int:
     unused = ("stream", "export", "save_embeddings", "load_embeddings", "prompts_file", "split_classes", "prompt_form")
     settings.refuse(config, unused, "swap asks one prompt about two pictures")
     directory = expanded(config.output_dir)
-    directory.mkdir(parents=True, exist_ok=True)  # a bad place is known before the work
+    make_folder(directory)  # a bad place is known before the work
 
     profile = environment.profiled(config)
     count = 4 + bool(box) + len(shares) + len(bits)  # of trials

@@ -14,6 +14,7 @@ from paligemma_jax.errors import ConfigError, DataError
 from paligemma_jax.files import expanded, read_json, write_json
 from paligemma_jax.runs import model as models
 from paligemma_jax.runs import settings
+from paligemma_jax.runs.notes import note
 from paligemma_jax.training.finetune import Recipe, Settings, finetune
 
 _RUN, _CHECKPOINTS = "training.json", "checkpoints"
@@ -31,10 +32,10 @@ def run(config: ConfigDict) -> int:
     for key in ("data", "image_root", "output_dir"):
         config[key] = str(expanded(config[key])) if config[key] else ""
     wanted, recipe = settings.from_config(Settings, config), settings.from_config(Recipe, config)
-    directory, made = Path(config.output_dir), _fingerprint(config, recipe)
-    if not config.overwrite:
-        _check(directory, made)
-    finetune(wanted, recipe, functools.partial(_claim, directory, made, config.overwrite))
+    directory, fresh = Path(config.output_dir), _fingerprint(config, recipe)
+    _check(directory, fresh, config.overwrite)
+    finetune(wanted, recipe, functools.partial(_claim, directory, fresh, config.overwrite))
+    note(f"wrote {directory}: use it with --config.checkpoint={directory}")
     return 0
 
 
@@ -49,26 +50,32 @@ def _fingerprint(config: ConfigDict, recipe: Recipe) -> dict[str, Any]:
     return {"data": data, "checkpoint": weights, **{key: config[key] for key in keys}, **dataclasses.asdict(recipe)}
 
 
-def _check(directory: Path, made: dict[str, Any]) -> None:
+def _check(directory: Path, fresh: dict[str, Any], overwrite: bool) -> None:
     """Make sure that a folder has this training or none.
 
     Raises:
-      ConfigError: it has another one, or a model that came otherwise.
+      ConfigError: it has another one, or anything that did not come of a training.
     """
     known, steps = directory / _RUN, directory / _CHECKPOINTS
+    if not directory.exists():
+        return
+    if not directory.is_dir():
+        raise ConfigError(f"output_dir={directory} is a file: name a folder")
+    before = read_json(known) if known.exists() else None
+    if not isinstance(before, dict) or "data" not in before:
+        if any(directory.iterdir()):
+            raise ConfigError(f"{directory} is not empty, and holds no training: name another output_dir")
+        return
     has_work = (steps.is_dir() and any(steps.iterdir())) or (directory / "model.safetensors").exists()
-    if known.exists() and has_work:
-        if changed := fingerprint.differences(read_json(known), made):
-            named = f"{', '.join(changed[:4])}{' and more' * (len(changed) > 4)}"
-            raise ConfigError(f"{directory} has another training, which differs in {named}: {_CHOICE}")
-    elif has_work or (directory / "config.json").exists():
-        raise ConfigError(f"{directory} has a model or a training that did not come of this command: {_CHOICE}")
+    if has_work and not overwrite and (changed := fingerprint.differences(before, fresh)):
+        named = f"{', '.join(changed[:4])}{' and more' * (len(changed) > 4)}"
+        raise ConfigError(f"{directory} has another training, which differs in {named}: {_CHOICE}")
 
 
-def _claim(directory: Path, made: dict[str, Any], overwrite: bool) -> None:
+def _claim(directory: Path, fresh: dict[str, Any], overwrite: bool) -> None:
     """Make a folder that of this training, when nothing about data and model is wrong."""
     steps = directory / _CHECKPOINTS
     if overwrite and steps.exists():
         shutil.rmtree(steps.resolve())
     directory.mkdir(parents=True, exist_ok=True)
-    write_json(directory / _RUN, made)
+    write_json(directory / _RUN, fresh)

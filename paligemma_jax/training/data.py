@@ -164,7 +164,9 @@ def make_batches(
             )
         num_answers = max(num_answers, int(row.length[0] - row.prefix_length[0]))
     if len(examples) * epochs < batch_size:
-        raise DataError(f"{len(examples)} examples and epochs={epochs} do not fill one batch of {batch_size}: lower it")
+        raise DataError(
+            f"{len(examples)} examples and epochs={epochs} do not fill one batch of {batch_size}: lower batch_size"
+        )
     most = max(len(example.images) for example in examples)
     num_tokens = most * processor.config.vision.num_tokens + text_length
     limit = processor.config.text.max_positions

@@ -132,8 +132,31 @@ def test_overwriting_leaves_nothing_of_the_other_run_and_all_that_is_not_its_own
 def test_results_of_something_else_are_not_mixed_with(detect, tmp_path, name):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / name).write_text("old")
-    assert f"has results of something else, such as {name}" in detect(tmp_path / "out")[2]
-    assert detect(tmp_path / "out", overwrite=True)[0] == 1
+    for keys in ({}, {"overwrite": True}, {"resume": True}):
+        status, _, err = detect(tmp_path / "out", **keys)
+        assert status == 1 and f"out has {name}, which is of no run that is known here: name another" in err
+    assert contents(tmp_path / "out") == {name: b"old"} and not (tmp_path / "out" / ".run").exists()
+
+
+def test_results_do_not_lie_among_their_pictures(detect, album, tmp_path, main):
+    before = contents(album)
+    for keys in ({}, {"overwrite": True}):
+        assert "is the folder of the pictures" in detect(album, **keys)[2]
+    for run in ("locate", "heatmap", "compare"):
+        keys = (f"--config.image={album}", f"--config.output_dir={album}", f"--config.run={run}")
+        assert "is the folder of the pictures" in main("--config=configs/patch_vit.py", *keys)[2]
+    assert contents(album) == before
+
+
+@pytest.mark.parametrize("run", ["generate", "chat", "inspect", "swap", "locate", "train"])
+def test_a_file_is_no_folder(generate, main, tmp_path, run):
+    (tmp_path / "out").write_text("mine")
+    (tmp_path / "data.jsonl").write_text("{}")
+    config = {"inspect": "inspect", "swap": "swap", "locate": "patch_vit", "train": "finetune"}.get(run, "tiny")
+    keys = (f"--config.output_dir={tmp_path / 'out'}", f"--config.run={run}", "--config.compilation_cache=False")
+    data = (f"--config.data={tmp_path / 'data.jsonl'}",) if run == "train" else ()
+    status, _, err = main(f"--config=configs/{config}.py", *keys, *data)
+    assert status == 1 and "output_dir=" in err and "name a folder" in err and (tmp_path / "out").read_text() == "mine"
 
 
 @pytest.mark.parametrize("key", ["resume", "overwrite"])
@@ -237,7 +260,7 @@ def test_labels_of_others_and_exports_of_all_runs(detect, tmp_path):
     assert detect(out, overwrite=True, export="", prompts_file="", prompt="detect moon")[0] == 1
     assert sorted(contents(out)) == ["labels/mine.txt", "records.jsonl"]
     (tmp_path / "other" / "labels").mkdir(parents=True)
-    assert "such as labels" in detect(tmp_path / "other")[2]
+    assert "other has labels, which is of no run" in detect(tmp_path / "other")[2]
 
 
 def test_phrases_are_not_drawn_into_the_folder_of_a_run(detect, main, tmp_path):

@@ -26,7 +26,7 @@ def test_trains_with_the_recipe(train, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "cats.jsonl").write_text("{}")
     status, err, [(settings, recipe)] = train(data="cats.jsonl", epochs=2, checkpoint="tiny", output_dir="out")
-    assert (status, err) == (0, "")
+    assert (status, err) == (0, "wrote out: use it with --config.checkpoint=out\n")
     assert (settings.data, settings.epochs, settings.batch_size) == ("cats.jsonl", 2, 32)
     assert (recipe.learning_rate, recipe.b2) == (1e-5, 0.999)
 

@@ -146,7 +146,7 @@ def test_the_longest_answer_has_room(examples, processor):
     "changes, message",
     [
         ({"text_length": 4}, r"'caption en' with its suffix has \d+ tokens, more than text_length=4"),
-        ({"batch_size": 25}, "6 examples and epochs=4 do not fill one batch of 25: lower it"),
+        ({"batch_size": 25}, "6 examples and epochs=4 do not fill one batch of 25: lower batch_size"),
         ({"text_length": 250}, "text_length=250 make 266 tokens, the model has 256 positions: lower one"),
     ],
 )
