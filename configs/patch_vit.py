@@ -23,8 +23,8 @@ def get_config() -> ConfigDict:
     config.output_dir = "output/phrases"  # folder for pictures and maps
 
     config.background = ""  # locate: phrases that compete too and are not reported, with " ; " between them
-    config.threshold = 0.5  # locate: of the way from a map's mean to its highest, which an object's points are above
-    config.min_score = 0.4  # locate: objects with a lower score, 0 to 1, are left out
+    config.threshold = 0.6  # locate: of the way from a map's mean to its highest, which an object's points are above
+    config.min_score = 0.55  # locate: objects with a lower score, 0 to 1, are left out
     config.nms = 0.0  # locate: IoU above which the lower scored of two boxes of a phrase is left out
     config.export = ""  # locate: coco, yolo or both with a comma: files of all objects, in `output_dir`
 

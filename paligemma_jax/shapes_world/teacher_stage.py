@@ -2,14 +2,16 @@
 
 The image tower starts from the first layers of the shipped PaliGemma's encoder, and learns in the last of them only, on
 what the others give, which is computed once. Beside CLIP's loss over whole captions, each picture is asked which
-phrases are true of it ("star", "a red circle").
+phrases are true of it ("star", "a red circle"), and embeddings of pictures and captions are drawn to the sum of those
+of the phrases that name their shapes one by one: a student can only say what is a sum over places.
 
-Axes: B pictures, T tokens, Q phrases, P patches, K object slots, D width.
+Axes: B pictures, T tokens, Q phrases, C kinds of shapes (a colour and a shape), P patches, K object slots, D width.
 """
 
 import dataclasses
 import functools
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +41,8 @@ _LAYERS = 5  # of the shipped image encoder that the teacher takes; it learns in
 TEXT = ClipTextConfig(context=32, width=64, num_layers=2, mlp_dim=256, num_heads=4)
 PROJECTION = 96
 _PHRASE_WEIGHT = 4.0
+_SUM_WEIGHT = 4.0
+_NUM_KINDS = len(COLORS) * len(SHAPES)
 _CHUNK = 64
 _TOKEN_SIZE = 1.11  # standard deviation of what enters the layers of the shipped encoder
 
@@ -54,9 +58,14 @@ def phrase_truths(shape: np.ndarray, color: np.ndarray) -> np.ndarray:
     f32 [B, Q]."""
     has_shape = (shape[:, :, None] == np.arange(len(SHAPES))).any(axis=1)
     has_color = (color[:, :, None] == np.arange(len(COLORS))).any(axis=1)
-    kind = np.where(shape >= 0, color * len(SHAPES) + shape, -1)
-    has_kind = (kind[:, :, None] == np.arange(len(COLORS) * len(SHAPES))).any(axis=1)
+    has_kind = kind_counts(shape, color) > 0
     return np.concatenate([has_shape, has_color, has_kind, has_kind], axis=1).astype(np.float32)
+
+
+def kind_counts(shape: np.ndarray, color: np.ndarray) -> np.ndarray:
+    """How many of each kind are in pictures with these shapes and colours i8 [B, K]: f32 [B, C]."""
+    kind = np.where(shape >= 0, color * len(SHAPES) + shape, -1)
+    return (kind[:, :, None] == np.arange(_NUM_KINDS)).sum(axis=1).astype(np.float32)
 
 
 def train_vocabulary(texts: list[str]) -> ClipTokenizer:
@@ -110,12 +119,19 @@ class TeacherTraining(nn.Module):
         self.phrase_scale = self.param("phrase_scale", nn.initializers.constant(2.3), ())
         self.phrase_bias = self.param("phrase_bias", nn.initializers.constant(-3.0), ())
 
-    def __call__(self, hidden: jax.Array, captions: jax.Array, asked: jax.Array) -> dict[str, jax.Array]:
-        """Tokens [B, 1 + P, D], ids of captions [B, T] and of phrases [Q, T] to logits of pictures by captions [B, B]
-        and by phrases [B, Q]."""
+    def __call__(
+        self, hidden: jax.Array, captions: jax.Array, asked: jax.Array, counts: jax.Array
+    ) -> dict[str, jax.Array]:
+        """Tokens [B, 1 + P, D], ids of captions [B, T] and of `phrases` [Q, T], and counts of kinds [B, C] to logits of
+        pictures by captions [B, B] and by phrases [B, Q], and to the mean cosines of pictures and of captions with the
+        sums of their phrases."""
         image = _unit(self.clip.visual_projection(self.clip.vision_model.class_token(hidden)))
         whole, parts = _unit(self.clip.embed_text(captions)), _unit(self.clip.embed_text(asked))
+        kinds = parts[-2 * _NUM_KINDS :].reshape(2, _NUM_KINDS, -1).mean(axis=0)  # without and with an article
+        sums = _unit(counts @ kinds)
         return {
+            "image_sum": (image * sums).sum(axis=-1).mean(),
+            "caption_sum": (whole * sums).sum(axis=-1).mean(),
             "captions": image @ whole.T * jnp.exp(jnp.minimum(self.clip.logit_scale, jnp.log(100.0))),
             "phrases": image @ parts.T * jnp.exp(self.phrase_scale) + self.phrase_bias,
         }
@@ -126,8 +142,9 @@ def _unit(x: jax.Array) -> jax.Array:
 
 
 def teacher_loss(model: TeacherTraining, asked: np.ndarray, params: Any, batch: dict) -> tuple[jax.Array, dict]:
-    """Loss of a batch of `CaptionBatches`: captions and phrases."""
-    out = model.apply({"params": params}, batch["hidden"].astype(jnp.float32), batch["captions"], asked)
+    """Loss of a batch of `CaptionBatches`: captions, phrases and sums."""
+    hidden = batch["hidden"].astype(jnp.float32)
+    out = model.apply({"params": params}, hidden, batch["captions"], asked, batch["counts"])
     same = (batch["captions"][:, None] == batch["captions"][None]).all(axis=-1).astype(jnp.float32)
     targets = same / same.sum(axis=1, keepdims=True)  # pictures with equal captions are equally right
     logits = out["captions"]
@@ -138,7 +155,9 @@ def teacher_loss(model: TeacherTraining, asked: np.ndarray, params: Any, batch: 
     right = ((out["phrases"] > 0) == (batch["phrases"] > 0)).all(axis=1).astype(jnp.float32)
     metrics = {"captions": captions, "phrases": asked_of}
     metrics |= {"recall_1": found.mean(), "phrases_right": right.mean()}
-    return captions + _PHRASE_WEIGHT * asked_of, metrics
+    metrics |= {name: out[name] for name in ("image_sum", "caption_sum")}
+    apart = 2 - out["image_sum"] - out["caption_sum"]
+    return captions + _PHRASE_WEIGHT * asked_of + _SUM_WEIGHT * apart, metrics
 
 
 @dataclasses.dataclass(frozen=True)
@@ -159,6 +178,7 @@ class CaptionBatches:
             "hidden": self.hidden[rows],
             "captions": self.tokenizer(captions(shape, color)),
             "phrases": phrase_truths(shape, color),
+            "counts": kind_counts(shape, color),
         }
 
 
@@ -170,31 +190,33 @@ def captions(shape: np.ndarray, color: np.ndarray) -> list[str]:
 
 def train_teacher(
     work: Path,
-    pool: dict[str, np.ndarray],
+    pools: Sequence[dict[str, np.ndarray]],
     encoder_from: str | Path,
     steps: int,
     learning_rate: float,
     batch_size: int,
     seed: int,
 ) -> Clip:
-    """The CLIP of a pool of scenes; goes on where an earlier run with the same folder stopped.
+    """The CLIP of some pools of scenes; goes on where an earlier run with the same folder stopped.
 
     `encoder_from` is the PaliGemma whose image encoder it starts from.
     """
     base, params = checkpoints.load(encoder_from, "float32", progress=False)
-    asked = phrases()
+    asked, pictures = phrases(), [picture for pool in pools for picture in pool["pixels"]]
+    pool = {key: np.concatenate([pool[key] for pool in pools]) for key in ("shape", "color")}
     tokenizer = train_vocabulary([*asked, *captions(pool["shape"][:2000], pool["color"][:2000])])
     config = geometry(tokenizer, base.vision)
     model = TeacherTraining(config)
     ids = tokenizer(asked, max(map(len, tokenizer.encode(asked))))
     first = Clip(config, _init(config, params["vision_tower"], seed), tokenizer, _settings(config))
-    start = jax.jit(model.init)(jax.random.key(seed), jnp.zeros((1, 2, config.vision.width)), ids[:1], ids)["params"]
+    example = (jnp.zeros((1, 2, config.vision.width)), ids[:1], ids, jnp.ones((1, _NUM_KINDS)))
+    start = jax.jit(model.init)(jax.random.key(seed), *example)["params"]
     start["clip"] = first.params
     optimizer = only_trained(make_optimizer(steps, learning_rate))
     state = fit(
         init_state(start, optimizer),
         make_step(functools.partial(teacher_loss, model, ids), optimizer),
-        CaptionBatches(pool, _hidden(work / "hidden.npy", first, pool["pixels"]), tokenizer, batch_size, seed),
+        CaptionBatches(pool, _hidden(work / "hidden.npy", first, pictures), tokenizer, batch_size, seed),
         steps,
         checkpoints=open_checkpoints(work / "teacher_checkpoints"),
         save_every=500,
@@ -231,15 +253,15 @@ def _settings(config: ClipConfig) -> PixelSettings:
     return PixelSettings(config.vision.image_size, "bicubic", mean=half, std=half)
 
 
-def _hidden(path: Path, clip: Clip, pixels: np.ndarray) -> np.ndarray:
-    """What enters the last layer, f16 [N, 1 + P, D], of pictures u8 [N, S, S, 3]; computed once."""
+def _hidden(path: Path, clip: Clip, pictures: Sequence[np.ndarray]) -> np.ndarray:
+    """What enters the last layer, f16 [N, 1 + P, D], of N pictures u8 [S, S, 3]; computed once."""
     if not path.exists():
         vision = clip.config.vision
         with replacing(path) as temporary:
-            shape = (len(pixels), vision.num_tokens + 1, vision.width)
+            shape = (len(pictures), vision.num_tokens + 1, vision.width)
             out = np.lib.format.open_memmap(temporary, "w+", np.float16, shape)
-            for start in tqdm(range(0, len(pixels), _CHUNK), desc="image tower", unit_scale=_CHUNK, unit="picture"):
-                part = clip.preprocess([np.asarray(image) for image in pixels[start : start + _CHUNK]])
+            for start in tqdm(range(0, len(pictures), _CHUNK), desc="image tower", unit_scale=_CHUNK, unit="picture"):
+                part = clip.preprocess([np.asarray(image) for image in pictures[start : start + _CHUNK]])
                 out[start : start + _CHUNK] = clip.before_last(part)
             out.flush()
     return np.load(path, mmap_mode="r")

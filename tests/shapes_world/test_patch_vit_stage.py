@@ -13,8 +13,9 @@ from paligemma_jax.shapes_world import teacher_stage
 
 TINY = Path(__file__).resolve().parents[2] / "assets" / "tiny"
 RECIPE = stage.Recipe(
-    seed=0, num_scenes=16, num_validation=4, teacher_steps=2, teacher_learning_rate=1e-3, teacher_batch_size=8,
-    epochs=1, batch_size=8, learning_rate=1e-3, masked=True, same_norm=True, encoder_from=str(TINY),
+    seed=0, num_scenes=16, num_validation=4, teacher_scenes=8, teacher_steps=2, teacher_learning_rate=1e-3,
+    teacher_batch_size=8, close_up_epochs=1, epochs=1, last_epochs=1, batch_size=8, learning_rate=1e-3, masked=True,
+    same_norm=True, scale=3.0, encoder_from=str(TINY),
 )  # fmt: skip
 
 
@@ -29,8 +30,38 @@ def test_pictures_are_written_once_and_whole(tmp_path):
     np.testing.assert_array_equal(np.asarray(Image.open(files[1])), pixels[1])
 
 
+def test_close_ups_cut_through_no_shape():
+    """One scene with a shape in each of two corners: a window holds one of them, whole, or is left out."""
+    pixels = np.zeros((1, 12, 12, 3), np.uint8)
+    pixels[0, 1:3, 1:3], pixels[0, 8:11, 8:11] = 1, 2
+    box = np.zeros((1, 4, 4), np.float32)
+    box[0, :2] = np.array([[1, 1, 3, 3], [8, 8, 11, 11]]) / 12
+    pool = {"pixels": pixels, "box": box}
+    pool |= {"shape": np.array([[3, 4, -1, -1]], np.int8), "color": np.array([[0, 1, -1, -1]], np.int8)}
+    pool = {key: np.repeat(values, 50, axis=0) for key, values in pool.items()}
+    found = stage.close_ups(pool, 6, 200, 0)
+    assert 20 < len(found["pixels"]) < 200 and found["pixels"].shape[1:] == (6, 6, 3)
+    for picture, shape, color in zip(found["pixels"], found["shape"], found["color"], strict=True):
+        first = (picture == 1).any()
+        assert (picture > 0).all(axis=-1).sum() == (4 if first else 9)
+        assert shape.tolist() == ([3, -1, -1, -1] if first else [-1, 4, -1, -1])
+        assert (color >= 0).tolist() == (shape >= 0).tolist()
+    assert len(stage.close_ups(pool, 6, 7, 0)["pixels"]) == 7
+
+
+def test_an_enlarged_student_has_its_positions_side_by_side():
+    config = patch_vit.StudentConfig(image_size=4, patch_size=2, embed_dim=6, num_layers=1, num_heads=1, mlp_dim=4)
+    positions = np.arange(4 * 7, dtype=np.float32).reshape(4, 7)
+    large = stage.enlarged(patch_vit.Student(config, {"position_embedding": {"weight": positions}}), 8)
+    found = large.params["position_embedding"]["weight"].reshape(4, 4, 7)
+    assert large.config.grid == 4
+    for row in range(4):
+        for column in range(4):
+            np.testing.assert_array_equal(found[row, column], positions.reshape(2, 2, 7)[row % 2, column % 2])
+
+
 def test_the_pair_fits_together_and_is_small():
-    config = patch_vit.StudentConfig(embed_dim=teacher_stage.PROJECTION, **stage.STUDENT)
+    config = patch_vit.StudentConfig(image_size=120, embed_dim=teacher_stage.PROJECTION, **stage.STUDENT)
     count = sum(int(np.prod(shape)) for shape in weights.student_shapes(config).values())
     tokenizer = teacher_stage.train_vocabulary(teacher_stage.phrases())
     geometry = teacher_stage.geometry(tokenizer, checkpoints.scan(TINY).config.vision)
@@ -43,7 +74,11 @@ def test_all_stages_run_and_go_on(tmp_path, capsys):
     stage.build(tmp_path / "work", tmp_path / "out", RECIPE)
     student, clip = patch_vit.load(tmp_path / "out" / "student"), patch_vit.load_clip(tmp_path / "out" / "teacher")
     patch_vit.check_pair(student, clip)
-    assert student.config.grid == 12 and sum(f.stat().st_size for f in (tmp_path / "out").rglob("*.*")) < 6_000_000
+    assert (
+        student.config.grid == 12
+        and student.params["scale"] == 3
+        and sum(f.stat().st_size for f in (tmp_path / "out").rglob("*.*")) < 6_000_000
+    )
     capsys.readouterr()
     stage.build(tmp_path / "work", tmp_path / "again", RECIPE)
     assert "teacher 2/2" not in capsys.readouterr().err

@@ -36,6 +36,27 @@ def test_phrases_are_true_of_what_they_name():
     assert {"square", "blue", "yellow square", "a blue square"} <= second and "red square" not in second
 
 
+def test_kinds_are_counted_in_the_order_of_the_phrases():
+    names, counts = stage.phrases()[-30:], stage.kind_counts(SHAPE, COLOR)
+    found = [{name: int(n) for name, n in zip(names, row, strict=True) if n} for row in counts]
+    assert found == [{"a red circle": 1, "a purple star": 1}, {"a blue square": 2, "a yellow square": 1}]
+
+
+def test_sums_of_phrases_are_what_the_loss_draws_embeddings_to():
+    """The cosine of a caption of one shape with the sum of its phrases is that with the mean of the two phrases."""
+    tokenizer = stage.train_vocabulary(stage.phrases())
+    model = stage.TeacherTraining(stage.geometry(tokenizer, VisionConfig(28, 14, 16, 6, 24, 2)))
+    ids, texts = tokenizer(stage.phrases(), 8), tokenizer(["a red circle"])
+    counts, hidden = np.eye(1, 30, dtype=np.float32), np.ones((1, 5, 16), np.float32)
+    params = jax.jit(model.init)(jax.random.key(0), hidden, texts, ids, counts)["params"]
+    out = model.apply({"params": params}, hidden, texts, ids, counts)
+    vectors = model.apply({"params": params}, ids, method=lambda m, x: m.clip.embed_text(x))
+    units = np.asarray(vectors / jnp.linalg.norm(vectors, axis=-1, keepdims=True))
+    one, two = (units[stage.phrases().index(name)] for name in ("red circle", "a red circle"))
+    expected = two @ (one + two) / np.linalg.norm(one + two)
+    np.testing.assert_allclose(out["caption_sum"], expected, rtol=1e-4)
+
+
 def test_the_vocabulary_has_a_token_for_each_word_and_every_byte():
     tokenizer = stage.train_vocabulary([*stage.phrases(), "two red circles and a blue star, three green squares"])
     rows = tokenizer.encode(["a red circle", "xyz é 漢", ""])
@@ -91,10 +112,10 @@ def test_the_loss_counts_equal_captions_as_right():
     model = stage.TeacherTraining(stage.geometry(tokenizer, VisionConfig(28, 14, 16, 6, 24, 2)))
     ids = tokenizer(stage.phrases(), 8)
     hidden = np.random.default_rng(0).normal(size=(4, 5, 16)).astype(np.float32)
-    params = jax.jit(model.init)(jax.random.key(0), hidden, ids[:1], ids)["params"]
     shape, color = SHAPE[[0, 1, 0, 1]], COLOR[[0, 1, 0, 1]]
     batch = {"hidden": hidden, "captions": tokenizer(stage.captions(shape, color))}
-    batch["phrases"] = stage.phrase_truths(shape, color)
+    batch |= {"phrases": stage.phrase_truths(shape, color), "counts": stage.kind_counts(shape, color)}
+    params = jax.jit(model.init)(jax.random.key(0), hidden, ids[:1], ids, batch["counts"])["params"]
     loss = jax.jit(functools.partial(stage.teacher_loss, model, ids))
     value = float(loss(params, batch)[0])
     same = {name: values[[2, 1, 0, 3]] for name, values in batch.items()}
