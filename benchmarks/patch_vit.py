@@ -26,7 +26,7 @@ from paligemma_jax.patch_vit import Student, StudentConfig
 from paligemma_jax.patch_vit.distill import distill_loss, trained
 from paligemma_jax.patch_vit.plateau import Recipe, make_optimizer
 from paligemma_jax.patch_vit.student import PatchViT
-from paligemma_jax.training.loop import init_state, make_step
+from paligemma_jax.training.step import init_state, make_step
 
 _BATCHES = {1: 20, 64: 1}  # batch size -> runs of a turn
 _TRAIN_BATCH = 64

@@ -30,8 +30,10 @@ from paligemma_jax.patch_vit.plateau import Recipe, after_validation, make_optim
 from paligemma_jax.patch_vit.student import PatchViT
 from paligemma_jax.patch_vit.teacher_cache import TeacherCache, find_pictures, fingerprint, is_validation
 from paligemma_jax.processing.image import load_image
+from paligemma_jax.training.checkpoints import open_checkpoints
 from paligemma_jax.training.data import shuffled
-from paligemma_jax.training.loop import TrainState, fit, init_state, make_step, open_checkpoints
+from paligemma_jax.training.loop import fit
+from paligemma_jax.training.step import TrainState, init_state, make_step
 
 _LOSS_WEIGHT = 20.0
 _MOST_VALIDATION = 10_000

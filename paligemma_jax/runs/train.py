@@ -15,7 +15,8 @@ from paligemma_jax.files import expanded, read_json, write_json
 from paligemma_jax.runs import model as models
 from paligemma_jax.runs import settings
 from paligemma_jax.runs.notes import note
-from paligemma_jax.training.finetune import Recipe, Settings, finetune
+from paligemma_jax.training.finetune import Settings, finetune
+from paligemma_jax.training.optimizer import Recipe
 
 _RUN, _CHECKPOINTS = "training.json", "checkpoints"
 _CHOICE = "name another output_dir, or add overwrite=True to begin anew"

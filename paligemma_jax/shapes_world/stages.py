@@ -33,7 +33,9 @@ from paligemma_jax.shapes_world.mask_vae_stage import train_mask_vae
 from paligemma_jax.shapes_world.pool import MASK_SIDE, scene_pool
 from paligemma_jax.shapes_world.questions import sample_question
 from paligemma_jax.shapes_world.scenes import MAX_OBJECTS, scene_at
-from paligemma_jax.training.loop import fit, init_state, make_step, open_checkpoints
+from paligemma_jax.training.checkpoints import open_checkpoints
+from paligemma_jax.training.loop import fit
+from paligemma_jax.training.step import init_state, make_step
 
 _MASK_BATCH = 512
 TASKS = ("caption", "answer", "detect", "segment")

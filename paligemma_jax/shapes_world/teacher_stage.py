@@ -35,7 +35,9 @@ from paligemma_jax.shapes_world.language_stage import make_optimizer
 from paligemma_jax.shapes_world.pool import epoch_rows
 from paligemma_jax.shapes_world.questions import article, caption
 from paligemma_jax.shapes_world.scenes import COLORS, SHAPES
-from paligemma_jax.training.loop import fit, init_state, make_step, open_checkpoints
+from paligemma_jax.training.checkpoints import open_checkpoints
+from paligemma_jax.training.loop import fit
+from paligemma_jax.training.step import init_state, make_step
 
 _LAYERS = 5  # of the shipped image encoder that the teacher takes; it learns in the last of them
 TEXT = ClipTextConfig(context=32, width=64, num_layers=2, mlp_dim=256, num_heads=4)

@@ -12,7 +12,7 @@ from paligemma_jax.patch_vit import weights
 from paligemma_jax.patch_vit.distill import distill_loss, trained
 from paligemma_jax.patch_vit.plateau import Recipe, after_validation, make_optimizer
 from paligemma_jax.patch_vit.student import PatchViT
-from paligemma_jax.training.loop import init_state, make_step
+from paligemma_jax.training.step import init_state, make_step
 from tests.patch_vit.small import VARIANTS, small_student
 from tests.patch_vit.test_student import state_of
 

@@ -20,7 +20,8 @@ from paligemma_jax.shapes_world.vision_stage import (
     normalize,
     sinusoidal_positions,
 )
-from paligemma_jax.training.loop import fit, init_state, make_step
+from paligemma_jax.training.loop import fit
+from paligemma_jax.training.step import init_state, make_step
 
 CONFIG = VisionConfig(image_size=28, patch_size=7, width=16, num_layers=2, mlp_dim=24, num_heads=2)
 

@@ -18,7 +18,7 @@ import paligemma_jax as pj
 from paligemma_jax.errors import ConfigError
 from paligemma_jax.runs import command_line
 from paligemma_jax.training.data import Batches
-from paligemma_jax.training.finetune import Recipe, make_optimizer
+from paligemma_jax.training.optimizer import Recipe, make_optimizer
 
 ANSWERS = ("a red star", "two blue circles")
 

@@ -13,7 +13,7 @@ from PIL import Image
 
 from paligemma_jax.runs import command_line
 from paligemma_jax.training import finetune
-from paligemma_jax.training.finetune import Recipe, make_optimizer
+from paligemma_jax.training.optimizer import Recipe, make_optimizer
 
 
 @pytest.fixture(scope="module")

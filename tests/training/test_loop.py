@@ -10,7 +10,9 @@ import optax
 import pytest
 
 from paligemma_jax.errors import CheckpointError, ImageError, NumericsError
-from paligemma_jax.training.loop import fit, init_state, make_step, open_checkpoints, restore
+from paligemma_jax.training.checkpoints import open_checkpoints, restore
+from paligemma_jax.training.loop import fit
+from paligemma_jax.training.step import init_state, make_step
 
 WEIGHTS = np.array([1.0, -2.0, 0.5, 3.0], np.float32)
 OPTIMIZER = optax.adam(0.05)
