@@ -17,6 +17,7 @@ from paligemma_jax.runs import settings
 from paligemma_jax.runs.notes import note
 from paligemma_jax.training.finetune import Settings, finetune
 from paligemma_jax.training.optimizer import Recipe
+from paligemma_jax.training.parallel import is_first
 
 _RUN, _CHECKPOINTS = "training.json", "checkpoints"
 _CHOICE = "name another output_dir, or add overwrite=True to begin anew"
@@ -75,6 +76,8 @@ def _check(directory: Path, fresh: dict[str, Any], overwrite: bool) -> None:
 
 def _claim(directory: Path, fresh: dict[str, Any], overwrite: bool) -> None:
     """Make a folder that of this training, when nothing about data and model is wrong."""
+    if not is_first():  # of several processes that share the folder
+        return
     steps = directory / _CHECKPOINTS
     if overwrite and steps.exists():
         shutil.rmtree(steps.resolve())

@@ -12,11 +12,13 @@ from paligemma_jax import numerics, ops
 from paligemma_jax.errors import ConfigError
 from paligemma_jax.loading import load
 from paligemma_jax.models.paligemma import PaliGemma
+from paligemma_jax.sharding import make_mesh
 from paligemma_jax.training.checkpoints import open_checkpoints
 from paligemma_jax.training.data import check_pictures, make_batches, read_jsonl
 from paligemma_jax.training.loop import fit
 from paligemma_jax.training.loss import suffix_loss
 from paligemma_jax.training.optimizer import Recipe, make_optimizer
+from paligemma_jax.training.parallel import is_first, shard_batch, shard_state, step_shardings, to_host
 from paligemma_jax.training.step import init_state, make_step
 
 
@@ -37,6 +39,7 @@ class Settings:
     save_every: int
     save_minutes: float
     check_pictures: bool
+    mesh: str
 
     def __post_init__(self):
         for name in ("epochs", "batch_size", "text_length", "log_every", "save_every"):
@@ -59,7 +62,9 @@ def finetune(settings: Settings, recipe: Recipe, claim: Callable[[], None] = lam
       UserError: see the message.
     """
     examples = read_jsonl(settings.data, settings.image_root)
-    model = load(settings.checkpoint, settings.dtype, prepare=False)
+    mesh = make_mesh(settings.mesh) if settings.mesh else None
+    model = load(settings.checkpoint, settings.dtype, prepare=False, mesh=mesh)
+    layout = model.runner.layout
     if any(map(ops.is_weight, flatten_dict(model.params).values())):
         raise ConfigError(f"{settings.checkpoint} is quantized and cannot be trained: give the original weights")
     sizes = {name: getattr(settings, name) for name in ("batch_size", "epochs", "text_length", "seed")}
@@ -72,10 +77,12 @@ def finetune(settings: Settings, recipe: Recipe, claim: Callable[[], None] = lam
     loss = functools.partial(suffix_loss, PaliGemma(model.config), recipe.label_smoothing, batches.num_answers)
     output = Path(settings.output_dir)
     claim()
+    params, model.params = model.params, None  # the state has them now
+    state = shard_state(layout, functools.partial(init_state, optimizer=optimizer), params)
     state = fit(
-        init_state(model.params, optimizer),
-        make_step(loss, optimizer),
-        batches,
+        state,
+        make_step(loss, optimizer, step_shardings(layout, state)),
+        lambda step: shard_batch(layout, batches(step)),
         len(batches),
         checkpoints=open_checkpoints(output / "checkpoints"),
         save_every=settings.save_every,
@@ -84,6 +91,7 @@ def finetune(settings: Settings, recipe: Recipe, claim: Callable[[], None] = lam
         name="finetune",
         explain=functools.partial(numerics.explain_batch, model.config),
     )
-    model.params = state.params
-    model.save(output)
+    model.params = to_host(state.params)
+    if is_first():
+        model.save(output)
     return output

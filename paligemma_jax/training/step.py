@@ -29,9 +29,10 @@ def init_state(params: Tree, optimizer: optax.GradientTransformation) -> TrainSt
     return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params))
 
 
-def make_step(loss_fn: LossFn, optimizer: optax.GradientTransformation) -> StepFn:
+def make_step(loss_fn: LossFn, optimizer: optax.GradientTransformation, out_shardings: Any = None) -> StepFn:
     """A jitted update with the old state donated; the metrics gain `loss` and `grad_norm`.
 
+    `out_shardings` are those of the state and of the metrics on several devices (`parallel.step_shardings`).
     Where one of those is not finite, parameters and optimizer state stay as they were.
     """
 
@@ -46,7 +47,8 @@ def make_step(loss_fn: LossFn, optimizer: optax.GradientTransformation) -> StepF
         )
         return TrainState(state.step + 1, *kept), {"loss": loss, **metrics, "grad_norm": norm}
 
-    return jax.jit(step, donate_argnums=0, compiler_options=_compiler_options())
+    placed = {} if out_shardings is None else {"out_shardings": out_shardings}
+    return jax.jit(step, donate_argnums=0, compiler_options=_compiler_options(), **placed)
 
 
 def _compiler_options() -> dict[str, str]:
