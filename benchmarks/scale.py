@@ -13,7 +13,6 @@ nothing runs, and neither collectives nor kernels that wait for each other are i
 """
 
 import argparse
-import collections
 import importlib.metadata
 import json
 import math
@@ -38,11 +37,14 @@ from paligemma_jax import ops
 from paligemma_jax.config import VARIANTS
 from paligemma_jax.errors import UserError, one_line
 from paligemma_jax.files import read_json, write_json, write_text
-from paligemma_jax.sharding import Layout, make_mesh, trace
+from paligemma_jax.sharding import AXES, Layout, make_mesh, parse_mesh, trace
 
 RESULTS = Path(__file__).parent / "results"
+# Without a GPU to try them on, Triton's tiles for some matmuls cannot be chosen; cuBLAS has all.
+OPTIONS: dict[str, dict[str, Any]] = {"cuda": {"xla_gpu_enable_triton_gemm": False}, "tpu": {}}
 COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
 _TOO_MUCH = re.compile(r"Used ([\d.]+)([GM]) of ([\d.]+)([GM]) hbm|allocat\w+ (\d+) bytes", re.IGNORECASE)
+_GOES_ON = ("async-collective-fusion", "async-collective-done")  # parts of one that has started before
 _MEMORY = ("argument", "temp", "output", "alias")
 _FIRST = (  # in this order, then the others
     ("3b", "224"),
@@ -62,14 +64,20 @@ def keys() -> list[str]:
         for pixels in ("224", "448", "896"):
             for machine, chosen in MACHINES.items():
                 for program in PROGRAMS:
-                    axis = "tensor" if program in ("prompt", "decode") else "fsdp"
-                    found.append(f"{size} {pixels} {machine} {program} {axis}={chosen.num_chips}")
+                    found.append(f"{size} {pixels} {machine} {program} {_mesh(size, program, chosen.num_chips)}")
 
     def rank(key: str) -> int:
         parts = key.split()
         return next((i for i, wanted in enumerate(_FIRST) if set(wanted) <= set(parts)), len(_FIRST))
 
     return sorted(found, key=rank)
+
+
+def _mesh(size: str, program: str, num_chips: int) -> str:
+    """What `mesh=auto` gives."""
+    model = VARIANTS[f"paligemma2-{size}-224"].text if program in ("prompt", "decode") else None
+    sizes = zip(AXES, parse_mesh("auto", num_chips, model), strict=True)
+    return ",".join(f"{axis}={n}" for axis, n in sizes if n > 1) or "data=1"
 
 
 def compile_row(key: str) -> dict[str, Any]:
@@ -88,7 +96,7 @@ def compile_row(key: str) -> dict[str, Any]:
     }
     start = time.perf_counter()
     try:
-        compiled = trace(layout, work.function, *work.args).lower().compile()
+        compiled = trace(layout, work.function, *work.args).lower().compile(OPTIONS[chosen.platform])
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
@@ -119,17 +127,23 @@ def _needed(message: str) -> float | None:
 
 
 def collectives(program: Program) -> dict[str, list[int]]:
-    """How many of each collective a program has, and the bytes of their results on a chip."""
-    found: dict[str, list[int]] = collections.defaultdict(lambda: [0, 0])
-    for instruction in (instruction for part in program.values() for instruction in part):
-        kind = instruction.opcode.removesuffix("-start")
-        if kind not in COLLECTIVES:
-            continue
-        found[kind][0] += 1
-        # What starts one gives its operands too, but for an all-reduce.
-        halved = instruction.opcode.endswith("-start") and kind != "all-reduce"
-        found[kind][1] += instruction.num_bytes // (2 if halved else 1)
-    return dict(found)
+    """How many of each collective a program runs, those of a loop once, and the bytes of their results on a chip."""
+    found: dict[str, list[int]] = {}
+
+    def count(computation: str) -> None:
+        for instruction in program.get(computation, ()):
+            kind = instruction.opcode.removesuffix("-start")
+            if kind in COLLECTIVES:
+                # What starts one gives its operands too, but for an all-reduce.
+                halved = instruction.opcode.endswith("-start") and kind != "all-reduce"
+                entry = found.setdefault(kind, [0, 0])
+                entry[0] += 1
+                entry[1] += instruction.num_bytes // (2 if halved else 1)
+            elif instruction.called and not instruction.name.startswith(_GOES_ON):
+                count(instruction.called)
+
+    count("ENTRY")
+    return found
 
 
 def table(rows: dict[str, dict[str, Any]]) -> list[str]:

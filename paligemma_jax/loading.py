@@ -111,7 +111,7 @@ def lay_out(mesh: str | jax.sharding.Mesh | None, config: PaliGemmaConfig) -> La
     """How a model to generate with lies on a mesh; None without one. ConfigError as of `sharding.make_mesh`."""
     if not mesh:
         return None
-    return Layout(make_mesh(mesh, config.text.num_heads) if isinstance(mesh, str) else mesh, config)
+    return Layout(make_mesh(mesh, config.text) if isinstance(mesh, str) else mesh, config)
 
 
 def keep_compiled() -> None:

@@ -20,7 +20,7 @@ import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from paligemma_jax.config import PaliGemmaConfig
+from paligemma_jax.config import PaliGemmaConfig, TextConfig
 from paligemma_jax.errors import ConfigError
 
 AXES = ("data", "fsdp", "tensor")
@@ -97,22 +97,24 @@ def logical_axes(path: str, shape: Sequence[int], num_kv_heads: int) -> _Axes:
     return none
 
 
-def parse_mesh(text: str, num_devices: int, num_heads: int | None = None) -> tuple[int, int, int]:
+def parse_mesh(text: str, num_devices: int, model: TextConfig | None = None) -> tuple[int, int, int]:
     """Sizes of the axes data, fsdp and tensor.
 
     Args:
       text: "data=2,tensor=4", what is not named being 1; or "auto": all devices.
       num_devices: that there are.
-      num_heads: query heads of a model that is to answer: "auto" divides them over as many devices as it can, and rows
-        over the rest. None is training, where "auto" is fsdp alone.
+      model: the decoder that is to answer: "auto" divides its heads over as many devices as it can, and rows over the
+        rest. None is training, where "auto" is fsdp alone.
 
     Raises:
       ConfigError: another text, or more devices than there are.
     """
     if text == "auto":
-        if num_heads is None:
+        if model is None:
             return 1, num_devices, 1
-        tensor = max(n for n in range(1, num_devices + 1) if num_devices % n == 0 and num_heads % n == 0)
+        # A single key-value head is copied; several would be moved at every step where they cannot be divided.
+        heads = math.gcd(model.num_heads, model.num_kv_heads) if model.num_kv_heads > 1 else model.num_heads
+        tensor = math.gcd(num_devices, heads)
         return num_devices // tensor, 1, tensor
     sizes: dict[str, int] = {}
     for part in text.split(","):
@@ -128,10 +130,10 @@ def parse_mesh(text: str, num_devices: int, num_heads: int | None = None) -> tup
     return shape
 
 
-def make_mesh(text: str, num_heads: int | None = None, devices: Sequence[Any] | None = None) -> Mesh:
+def make_mesh(text: str, model: TextConfig | None = None, devices: Sequence[Any] | None = None) -> Mesh:
     """A mesh over the first devices that it needs, see `parse_mesh`; by default those of all processes."""
     devices = jax.devices() if devices is None else list(devices)
-    shape = parse_mesh(text, len(devices), num_heads)
+    shape = parse_mesh(text, len(devices), model)
     count = math.prod(shape)
     if count < len(devices) and jax.process_count() > 1:
         raise ConfigError(f"mesh={text!r} takes {count} devices of {len(devices)}: several processes need all of them")

@@ -9,6 +9,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
 
 from paligemma_jax.errors import ConfigError
 from paligemma_jax.sharding import Layout
@@ -66,29 +67,34 @@ def host_rows(layout: Layout | None, batch_size: int) -> tuple[int, int]:
     return start // (stop - start), batch_size // (stop - start)
 
 
-def shard_batch(layout: Layout | None, batch: dict[str, Any], index: int = 0, count: int = 1) -> dict[str, Any]:
+def shard_batch(
+    layout: Layout | None, batch: dict[str, Any], index: int = 0, count: int = 1, micro: bool = False
+) -> dict[str, Any]:
     """A batch of host arrays, rows first, divided over the devices of the mesh.
 
     Args:
       batch: as of `Batches`; all of it, or the part of `host_rows`, whose `image_slots` count its own pictures.
       index, count: of that part.
+      micro: whether micro-batches come before rows, as the first axis.
     """
     if layout is None:
         return batch
+    first = int(micro)
     if "image_slots" in batch and index:
-        pictures = len(batch["pixels"]) * layout.config.vision.num_tokens
+        pictures = batch["pixels"].shape[first] * layout.config.vision.num_tokens
         slots = batch["image_slots"]
         batch = {**batch, "image_slots": np.where(slots >= 0, slots + index * pictures, slots)}
-    return {name: _global(layout, name, np.asarray(rows), index, count) for name, rows in batch.items()}
+    return {name: _global(layout, name, np.asarray(rows), index, count, first) for name, rows in batch.items()}
 
 
-def _global(layout: Layout, name: str, rows: np.ndarray, index: int, count: int) -> jax.Array:
-    shape = (len(rows) * count, *rows.shape[1:]) if rows.ndim else rows.shape
-    sharding = layout.sharding(name, shape)
+def _global(layout: Layout, name: str, rows: np.ndarray, index: int, count: int, first: int) -> jax.Array:
+    shape = (*rows.shape[:first], rows.shape[first] * count, *rows.shape[first + 1 :])
+    of_rows = layout.sharding(name, shape[first:])
+    sharding = NamedSharding(layout.mesh, PartitionSpec(*(None,) * first, *of_rows.spec))
     if count == 1:
         return jax.make_array_from_callback(shape, sharding, lambda region: rows[region])
     if sharding.is_fully_replicated:
-        raise ConfigError(f"{shape[0]} rows of a batch cannot be divided over {count} processes: change batch_size")
+        raise ConfigError(f"{shape[first]} rows of a batch cannot be divided over {count} processes: change batch_size")
     return jax.make_array_from_process_local_data(sharding, rows, shape)
 
 

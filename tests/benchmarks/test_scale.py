@@ -14,19 +14,30 @@ from paligemma_jax.sharding import AXES, Layout
 
 PROGRAM = """HloModule jit_step
 
-%wrapped (p: bf16[8,4]) -> bf16[4,4] {
+%scatter (p: bf16[8,4]) -> bf16[4,4] {
   %p = bf16[8,4]{1,0} parameter(0)
-  ROOT %scattered = bf16[4,4]{1,0} reduce-scatter(%p), dimensions={0}
+  ROOT %scattered = bf16[4,4]{1,0} reduce-scatter(%p), channel_id=1, dimensions={0}
+}
+
+%scatter.clone (p: bf16[8,4]) -> bf16[4,4] {
+  %p = bf16[8,4]{1,0} parameter(0)
+  ROOT %scattered.2 = bf16[4,4]{1,0} reduce-scatter(%p), channel_id=1, dimensions={0}
+}
+
+%body (x: bf16[8,4]) -> bf16[8,4] {
+  %x = bf16[8,4]{1,0} parameter(0)
+  ROOT %sum = bf16[8,4]{1,0} all-reduce(%x), channel_id=2, to_apply=%add
 }
 
 ENTRY %main (x: bf16[8,4]) -> bf16[8,4] {
   %x = bf16[8,4]{1,0} parameter(0)
-  %sum = bf16[8,4]{1,0} all-reduce(%x), to_apply=%add
-  %both = (bf16[8,4]{1,0}, f32[4]{0}) all-reduce-start(%x, %y), to_apply=%add
-  %gathered = (bf16[4,4]{1,0}, bf16[4,4]{1,0}) all-gather-start(%x), dimensions={0}
+  %loop = bf16[8,4]{1,0} while(%x), condition=%more, body=%body
+  %both = (bf16[8,4]{1,0}, f32[4]{0}) all-reduce-start(%x, %y), channel_id=2, to_apply=%add
+  %gathered = (bf16[4,4]{1,0}, bf16[4,4]{1,0}) all-gather-start(%x), channel_id=4, dimensions={0}
   %done = bf16[4,4]{1,0} all-gather-done(%gathered)
-  %start = ((bf16[8,4]{1,0}), bf16[4,4]{1,0}) async-start(%x), calls=%wrapped
-  ROOT %twice = bf16[8,4]{1,0} fusion(%sum), kind=kLoop, calls=%fused
+  %async-collective-start = bf16[4,4]{1,0} fusion(%x), kind=kLoop, calls=%scatter
+  %async-collective-fusion.3 = bf16[4,4]{1,0} fusion(%x), kind=kLoop, calls=%scatter.clone
+  ROOT %async-collective-done = bf16[4,4]{1,0} fusion(%x), kind=kLoop, calls=%scatter.clone
 }
 """
 

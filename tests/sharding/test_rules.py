@@ -12,7 +12,7 @@ from jax.sharding import PartitionSpec as P
 
 from paligemma_jax import ops
 from paligemma_jax.checkpoints import expected_shapes, fused_shapes
-from paligemma_jax.config import VARIANTS
+from paligemma_jax.config import VARIANTS, TextConfig
 from paligemma_jax.errors import ConfigError
 from paligemma_jax.sharding import AXES, Layout, parse_mesh
 from paligemma_jax.training.optimizer import Recipe, make_optimizer
@@ -136,13 +136,15 @@ def test_rows_that_do_not_divide_go_over_fewer_axes(gemma2):
         ("data=2,fsdp=2,tensor=2", None, (2, 2, 2)),
         (" tensor = 4 ", None, (1, 1, 4)),
         ("auto", None, (1, 8, 1)),
-        ("auto", 16, (1, 1, 8)),
-        ("auto", 12, (2, 1, 4)),
-        ("auto", 1, (8, 1, 1)),
+        ("auto", (16, 8), (1, 1, 8)),
+        ("auto", (8, 4), (2, 1, 4)),
+        ("auto", (12, 1), (2, 1, 4)),
+        ("auto", (3, 3), (8, 1, 1)),
     ],
 )
 def test_a_mesh_from_text(text, heads, shape):
-    assert parse_mesh(text, 8, heads) == shape
+    model = TextConfig(num_heads=heads[0], num_kv_heads=heads[1]) if heads else None
+    assert parse_mesh(text, 8, model) == shape
 
 
 @pytest.mark.parametrize("text", ["", "tensor", "tensor=0", "model=2", "data=2,data=2", "tensor=-1", "data=3,tensor=3"])
