@@ -62,6 +62,9 @@ def save(
         module = _PREFIX + _module(naming[path])
         if path == TABLE:
             parts = {".lora_embedding_A": np.asarray(change.left).T, ".lora_embedding_B": np.asarray(change.right).T}
+            if config.text.tied:  # PEFT has the same numbers once more, for the head
+                head = {".lora_A.weight": change.right, ".lora_B.weight": change.left}
+                tensors |= {f"{_PREFIX}lm_head{name}": np.asarray(part, np.float32) for name, part in head.items()}
         else:
             parts = {".lora_A.weight": change.right, ".lora_B.weight": change.left}
         if change.magnitude is not None:

@@ -177,7 +177,7 @@ def test_memory_is_saved(planned):
 def test_the_answers_are_compared_if_that_is_asked(planned, monkeypatch, capsys):
     monkeypatch.setattr(train, "compare_answers", lambda directory: f"compared {directory.name}")
     planned()
-    assert "compared" not in capsys.readouterr().err
+    assert "compared tuned" not in capsys.readouterr().err
     planned(verify=True)
     assert "compared tuned" in capsys.readouterr().err
 
