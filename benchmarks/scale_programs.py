@@ -22,6 +22,7 @@ from paligemma_jax.sharding import Layout
 from paligemma_jax.training.loss import suffix_loss
 from paligemma_jax.training.optimizer import Recipe, make_optimizer
 from paligemma_jax.training.step import init_state, make_step
+from paligemma_jax.training.trainable import join
 
 PROMPT, ANSWER = 32, 96  # text tokens of a prompt, and cache slots for its answer
 ROWS = 8  # that are answered at once
@@ -103,8 +104,6 @@ def _inference(config: PaliGemmaConfig, program: str, layout: Layout, target: op
 
 
 def _training(config: PaliGemmaConfig, program: str, layout: Layout) -> Work:
-    from paligemma_jax.training.trainable import join
-
     params = _parameters(config, jnp.bfloat16)
     masters = _parameters(config, jnp.float32)
     trained, frozen = (masters, None) if program == "full" else (_adapters(params), params)
@@ -115,23 +114,17 @@ def _training(config: PaliGemmaConfig, program: str, layout: Layout) -> Work:
         "pixels": jax.ShapeDtypeStruct((rows, side, side, 3), jnp.float32),
         **{"tokens": ids, "image_slots": ids, "prefix_length": lengths, "length": lengths},
     }
-    model = PaliGemma(config, remat=True)
-
-    def loss(trained: Any, batch: dict[str, Any]) -> Any:
-        params = join(trained, batch["frozen"], jnp.bfloat16)
-        return suffix_loss(model, 0.0, NUM_ANSWERS, params, batch)
-
+    loss = functools.partial(suffix_loss, PaliGemma(config, remat=True), 0.0, NUM_ANSWERS)
     optimizer = make_optimizer(Recipe(), 1000)
     state = jax.eval_shape(functools.partial(init_state, optimizer=optimizer), trained)
-    shardings = layout.shardings(state), layout.replicated
-    # The step as it is, without the options for this process's own compiler.
-    step = jax.jit(make_step(loss, optimizer).__wrapped__, donate_argnums=0, out_shardings=shardings)
+    step = make_step(loss, optimizer, frozen, functools.partial(join, dtype=jnp.bfloat16))
+    update = jax.jit(step.update, donate_argnums=0)  # without the options for this process's own compiler
     forward = _forward(config, rows, num_tokens, NUM_ANSWERS)
     decoder = _decoder(config, rows, num_tokens, NUM_ANSWERS, num_tokens)
     # A gradient is twice a forward pass, remat one more. Of LoRA it is once, for activations, and for the decoder only.
     flops = 4 * forward if program == "full" else (forward - decoder) + 3 * decoder
     read = 2 * _shard_bytes(layout, state) + (_shard_bytes(layout, frozen) if frozen else 0)
-    return _work(layout, step, (state, {**batch, "frozen": frozen}), "examples", rows, flops, read)
+    return _work(layout, update, (state, frozen, batch), "examples", rows, flops, read)
 
 
 def _work(layout: Layout, function: Any, args: Any, unit: str, count: int, flops: float, read: float) -> Work:

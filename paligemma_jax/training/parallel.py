@@ -103,10 +103,16 @@ def shard_state(layout: Layout | None, init: Callable[[Tree], Tree], params: Tre
 
     Args:
       init: from parameters to a training state, whose optimizer state follows the parameters.
-      params: on the mesh already; they are given up (donated), for the state holds them.
+      params: on the mesh, or small enough to be brought there; given up (donated), for the state holds them.
     """
     if layout is None:
         return init(params)
+
+    def placed(path: tuple[Any, ...], leaf: jax.Array) -> jax.Array:
+        on_mesh = leaf.sharding.device_set == layout.replicated.device_set
+        return leaf if on_mesh else layout.place(jax.tree_util.keystr(path, simple=True, separator="/"), leaf)
+
+    params = jax.tree_util.tree_map_with_path(placed, params)
     shardings = layout.shardings(jax.eval_shape(init, params))
     return jax.jit(init, out_shardings=shardings, donate_argnums=0)(params)
 
