@@ -29,7 +29,7 @@ AXES = ("data", "fsdp", "tensor")
 MESH_AXES: dict[str, tuple[str, ...]] = {
     "rows": ("data", "fsdp"),
     "embed": ("fsdp",),
-    "vocabulary": ("tensor",),
+    "vocabulary": ("tensor", "fsdp"),  # each device has logits of its own rows: the table is never gathered
     "heads": ("tensor",),
     "kv_heads": ("tensor",),
     "vision_heads": ("tensor",),
@@ -50,7 +50,7 @@ _Axes = tuple[str | None, ...]
 _MODULES: tuple[tuple[re.Pattern[str], _Axes], ...] = tuple(
     (re.compile(rf"(?:^|/){pattern}/(?P<part>.+)$"), axes)
     for pattern, axes in (
-        (r"language_model/(?:embed_tokens|lm_head)", ("vocabulary", "embed")),
+        (r"language_model/(?:embed_tokens|lm_head)", ("vocabulary", None)),
         (_LANGUAGE + r"self_attn/q_proj", ("heads", "embed")),
         (_LANGUAGE + r"self_attn/[kv]_proj", ("kv_heads", "embed")),
         (_LANGUAGE + r"self_attn/o_proj", ("embed", "heads")),

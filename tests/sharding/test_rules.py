@@ -48,7 +48,7 @@ def test_rows_alone_divide_no_parameter():
 @pytest.mark.parametrize(
     "path, shape, spec",
     [
-        ("language_model/embed_tokens/weight", (257216, 2304), P("tensor", "fsdp")),
+        ("language_model/embed_tokens/weight", (257216, 2304), P(("tensor", "fsdp"), None)),
         ("language_model/layers_3/self_attn/q_proj/weight", (2048, 2304), P("tensor", "fsdp")),
         ("language_model/layers_3/self_attn/o_proj/weight", (2304, 2048), P("fsdp", "tensor")),
         ("language_model/layers_3/mlp/down_proj/weight", (2304, 9216), P("fsdp", "tensor")),

@@ -33,7 +33,7 @@ def setup(mesh: str, num_devices: int | None = None) -> tuple[Any, Any, Any]:
     optimizer = make_optimizer(Recipe(learning_rate=1e-2, warmup_fraction=0.0), 10)
     loss = functools.partial(suffix_loss, PaliGemma(config), 0.0, 4)
     state = parallel.shard_state(layout, functools.partial(init_state, optimizer=optimizer), params)
-    return layout, state, make_step(loss, optimizer, parallel.step_shardings(layout, state))
+    return layout, state, make_step(loss, optimizer, out_shardings=parallel.step_shardings(layout, state))
 
 
 def batch_at(step: int, index: int = 0, count: int = 1, num_rows: int = 8) -> dict[str, Any]:
@@ -139,7 +139,7 @@ def serve(checkpoint: str, mesh: str) -> dict[str, Any]:
     engine.start()
     try:
         jobs = [engine.submit(request) for request in requests]
-        found["served"] = [job.result().tokens.tolist() for job in jobs]
+        found["served"] = [job.result().output.tokens.tolist() for job in jobs]
     finally:
         engine.close()
     return found
