@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from paligemma_jax.evaluation.metrics import auc, match, mean_average_precision
+from paligemma_jax.evaluation.metrics.boxes import auc, match, mean_average_precision
 from paligemma_jax.tasks.detection import Detection
 
 SIZE = (100, 80)
