@@ -8,3 +8,5 @@ from paligemma_jax.evaluation.metrics.vqa import VQA
 METRICS: dict[str, Metric] = {
     metric.name: metric for metric in (EXACT, VQA, ANLS, ANLS_BIG_VISION, RELAXED, SCIENCE_QA, POPE, READING)
 }
+
+__all__ = ["METRICS", "Metric", "Scores"]

@@ -60,9 +60,7 @@ def _shared(a: Sequence[str], b: Sequence[str]) -> int:
 
 
 def _summarize_reading(scores: Sequence[Score]) -> Scores:
-    total = {name: sum(score[name] for score in scores) for name in (scores[0] if scores else ())}
-    if not scores:
-        return mean_of(scores)
+    total = {name: sum(score[name] for score in scores) for name in scores[0]}
     values = {
         "exact": total["exact"] / len(scores),
         "cer": total["edits"] / max(1, total["characters"]),

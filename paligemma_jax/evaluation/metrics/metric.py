@@ -56,10 +56,12 @@ class Metric:
             predictions.
 
         Raises:
-          DataError: another number of references than of predictions, or one of the wrong kind.
+          DataError: another number of references than of predictions, or one of the wrong kind; no examples.
         """
         if len(predictions) != len(references):
             raise DataError(f"{len(predictions)} predictions and {len(references)} references: give as many")
+        if not len(predictions):
+            raise DataError(f"{self.name} of no examples is not known: give at least one")
         return self.summarize([self.measure(*pair) for pair in zip(predictions, references, strict=True)])
 
     def score(self, predictions: Sequence[Prediction], references: Sequence[Any]) -> dict[str, float]:
@@ -76,9 +78,7 @@ def texts(reference: str | Sequence[str]) -> list[str]:
 
 
 def mean_of(scores: Sequence[Score]) -> Scores:
-    """The mean of each field of the scores; NaN without examples."""
-    if not scores:
-        return Scores({"n": 0.0}, np.zeros(0))
+    """The mean of each field of the scores, of which there is at least one."""
     fields = {name: np.array([score[name] for score in scores], np.float64) for name in scores[0]}
     return Scores({name: float(values.mean()) for name, values in fields.items()}, next(iter(fields.values())))
 

@@ -73,14 +73,12 @@ def _measure_pope(prediction: str, reference: str) -> Score:
 def _summarize_pope(scores: Sequence[Score]) -> Scores:
     """Besides accuracy: F1, precision and recall of "yes", and the share of "yes" among answers (arXiv 2305.10355)."""
     result = mean_of(scores)
-    if not scores:
-        return result
     said, true = (np.array([score[name] for score in scores], bool) for name in ("said", "is"))
     both = float((said & true).sum())
     precision, recall = both / max(1, said.sum()), both / max(1, true.sum())
     values = {
         "accuracy": result.values["accuracy"],
-        "f1": 2 * both / max(1, said.sum() + true.sum()),
+        "f1": float(2 * both / max(1, said.sum() + true.sum())),
         "precision": float(precision),
         "recall": float(recall),
         "yes": float(said.mean()),
