@@ -34,7 +34,7 @@ def test_saying_the_only_reference_is_ten_if_its_words_are_rare():
 
 
 def test_two_words_by_hand():
-    """Both words are rare (log 2 each), so unigrams have a cosine of 1/2; the pair is wrong, longer ones are not there."""
+    """Both words are rare (log 2 each): the cosine of unigrams is 1/2; longer n-grams have nothing in common."""
     [score, _] = cider([["x", "q"], ["z"]], [[["x", "y"]], [["z"]]])
     assert score == pytest.approx(10 * (1 / 2) / 4)
 
