@@ -1,6 +1,7 @@
 """What is asked about which pictures, and what is right."""
 
 import dataclasses
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,8 +13,6 @@ from paligemma_jax.files import read_lines, read_text
 from paligemma_jax.tasks import coco
 from paligemma_jax.tasks.detection import Detection
 from paligemma_jax.tasks.detections import Detections
-
-MORE = 3  # names that a message lists
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,7 +72,6 @@ class Example:
 
 def load_json(path: Path) -> Any:
     """What a JSON file holds; DataError when it is missing or damaged."""
-    import json
 
     try:
         return json.loads(read_text(path))
@@ -87,7 +85,6 @@ def load_json(path: Path) -> Any:
 
 def load_jsonl(path: Path) -> list[dict[str, Any]]:
     """The objects of a file with one on each line; DataError names the line that holds none."""
-    import json
 
     try:
         lines = read_lines(path)
@@ -127,3 +124,18 @@ def check_pictures(examples: Sequence[Example]) -> None:
     if missing:
         count = f"{len(missing):,} of {len(names):,} pictures are missing"
         raise DataError(f"{missing[0]} is missing ({count}): docs/evaluation.md shows how this data set lies on disk")
+
+
+def field(row: Any, name: Any, path: Path) -> Any:
+    """A field of an object out of a file; DataError names both when it is not there."""
+    if not isinstance(row, Mapping) or name not in row:
+        raise DataError(f"{path} has an entry without {name!r}: docs/evaluation.md shows what the file must hold")
+    return row[name]
+
+
+def grouped(rows: Sequence[Any], name: str, path: Path) -> dict[Any, list[Any]]:
+    """Rows by the value of one of their fields, in the order of the file."""
+    groups: dict[Any, list[Any]] = {}
+    for row in rows:
+        groups.setdefault(field(row, name, path), []).append(row)
+    return groups
