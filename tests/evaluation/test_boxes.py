@@ -5,8 +5,10 @@ import math
 import numpy as np
 import pytest
 
+from paligemma_jax.evaluation import METRICS
 from paligemma_jax.evaluation.metrics.boxes import auc, match, mean_average_precision
-from paligemma_jax.tasks.detection import Detection
+from paligemma_jax.tasks.detection import Detection, parse
+from paligemma_jax.tasks.detections import Detections
 
 SIZE = (100, 80)
 TRUE = [Detection("cat", (10.0, 10.0, 40.0, 40.0)), Detection("dog", (50.0, 20.0, 90.0, 70.0))]
@@ -43,3 +45,49 @@ def test_average_precision_depends_on_scores_and_on_boxes():
     shifted = [Detection(item.label, tuple(v + 5 for v in item.box), 0.9) for item in TRUE]
     measured = mean_average_precision([(shifted, TRUE, SIZE)])
     assert measured["map_50"] == pytest.approx(1) and 0 < measured["map"] < measured["map_75"] + 0.5 < 1.5
+
+
+def text(*objects):
+    return " ; ".join(
+        f"<loc{y0:04d}><loc{x0:04d}><loc{y1:04d}><loc{x1:04d}> {label}" for label, x0, y0, x1, y1 in objects
+    )
+
+
+CAT, DOG = ("cat", 0, 0, 100, 100), ("dog", 200, 200, 300, 300)
+HALF = ("cat", 0, 0, 100, 60)  # IoU 0.6 with CAT
+
+
+def test_f1_counts_boxes_over_all_pictures():
+    found = METRICS["detection_f1"]([text(HALF, HALF), "", text(DOG)], [text(CAT, DOG), "", text(DOG)])
+    assert found.values == {
+        "f1": pytest.approx(2 * 2 / (3 + 3)),
+        "precision": pytest.approx(2 / 3),
+        "recall": pytest.approx(2 / 3),
+        "mean_iou": pytest.approx((0.6 + 1) / 2),
+        "duplicates": pytest.approx(1 / 3),
+    }
+    assert found.per_example.tolist() == [0.5, 0, 1] and found.weights.tolist() == [4, 0, 2]
+    assert np.average(found.per_example, weights=found.weights) == pytest.approx(found.main)
+
+
+def test_f1_needs_the_label_and_half_of_the_box():
+    less = ("cat", 0, 0, 100, 49)
+    assert METRICS["detection_f1"]([text(less)], [text(CAT)]).main == 0
+    assert METRICS["detection_f1"]([text(("dog", *CAT[1:]))], [text(CAT)]).main == 0
+    assert math.isnan(METRICS["detection_f1"]([""], [""]).main)
+
+
+def test_iou_does_not_depend_on_the_size_of_the_picture():
+    size = (640, 48)
+    said, right = text(HALF, DOG), text(CAT, DOG)
+    as_boxes = [Detections(parse(part, size)[0], size) for part in (said, right)]
+    scores = [METRICS["detection_f1"].score([a], [b]) for a, b in ((said, right), as_boxes)]
+    assert scores[0] == pytest.approx(scores[1])
+
+
+def test_ap_by_score_and_at_score_1():
+    """The wrong box comes first in the text; its score is lower."""
+    wrong, right = Detection("cat", (60.0, 60.0, 70.0, 70.0), 0.1), Detection("cat", TRUE[0].box, 0.9)
+    found = METRICS["detection_ap"]([Detections([wrong, right], SIZE)], [Detections(TRUE[:1], SIZE)])
+    assert found.values["ap"] == pytest.approx(1) and found.values["ap_50_score_1"] == pytest.approx(0.5, abs=0.01)
+    assert not len(found.per_example)  # it is no mean over pictures

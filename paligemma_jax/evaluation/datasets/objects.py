@@ -6,8 +6,6 @@ from typing import Any
 from paligemma_jax.errors import DataError
 from paligemma_jax.evaluation.examples import Example, Objects, field, first_of, grouped, load_json
 
-_CONVERT = "json.dump(pickle.load(open({!r}, 'rb')), open({!r}, 'w'))"
-
 
 def coco_detection(root: Path, split: str) -> list[Example]:
     """`annotations/instances_{split}.json`; all categories are asked for, and crowds are left out."""
@@ -42,11 +40,10 @@ def refcoco(root: Path, split: str) -> list[Example]:
     """`instances.json` and `refs.json`, the data set's `refs(unc).p` as JSON: a phrase for each example.
 
     Raises:
-      DataError: there is a pickle only, which is not read; the message says how to convert it.
+      DataError: there is a pickle only, which could run any program when it is read.
     """
     if not (root / "refs.json").exists() and (pickles := sorted(root.glob("refs*.p"))):
-        command = _CONVERT.format(str(pickles[0]), str(root / "refs.json"))
-        raise DataError(f"{pickles[0]} is a pickle, which may run any program: if you trust it, {command}")
+        raise DataError(f"{pickles[0]} is a pickle, which is not read here: docs/evaluation.md makes refs.json of it")
     path, instances = first_of(root, ["refs.json"]), first_of(root, ["instances.json"])
     content = load_json(instances)
     images = {field(image, "id", instances): image for image in field(content, "images", instances)}

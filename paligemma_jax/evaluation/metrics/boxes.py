@@ -20,12 +20,12 @@ ImageDetections = tuple[list[Detection], list[Detection], tuple[int, int]]  # pr
 
 _IOU = 0.5  # from which a box is found
 _SAME = 0.9  # IoU from which two boxes of a label are one that is said twice
-_SIZE = (1023, 1023)  # of a picture whose size is not known: a location is a pixel
+TEXT_SIZE = (1023, 1023)  # of a picture whose size is not known: a location is a pixel
 
 
 def as_detections(objects: Prediction) -> Detections:
     """Objects as they are, or those of a text, in a square picture of 1023 pixels."""
-    return Detections(parse(objects, _SIZE)[0], _SIZE) if isinstance(objects, str) else objects
+    return Detections(parse(objects, TEXT_SIZE)[0], TEXT_SIZE) if isinstance(objects, str) else objects
 
 
 def match(overlap: np.ndarray, threshold: float = 0.5) -> list[tuple[int, int]]:
