@@ -48,9 +48,8 @@ def test_average_precision_depends_on_scores_and_on_boxes():
 
 
 def text(*objects):
-    return " ; ".join(
-        f"<loc{y0:04d}><loc{x0:04d}><loc{y1:04d}><loc{x1:04d}> {label}" for label, x0, y0, x1, y1 in objects
-    )
+    parts = (("".join(f"<loc{v:04d}>" for v in (y0, x0, y1, x1)), label) for label, x0, y0, x1, y1 in objects)
+    return " ; ".join(f"{locations} {label}" for locations, label in parts)
 
 
 CAT, DOG = ("cat", 0, 0, 100, 100), ("dog", 200, 200, 300, 300)
