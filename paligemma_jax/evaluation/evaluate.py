@@ -1,7 +1,7 @@
 """A model's answers to the examples of a task, scored one by one, and the result over all."""
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -20,6 +20,7 @@ from paligemma_jax.tasks import coco
 from paligemma_jax.tasks.detection import parse
 from paligemma_jax.tasks.detections import Detections
 from paligemma_jax.tasks.output import Output
+from paligemma_jax.tasks.prompts import read_prompt
 from paligemma_jax.tasks.segmentation import attach_masks
 
 Record = dict[str, Any]
@@ -84,7 +85,7 @@ class Evaluation:
         for name in self.task.metrics:
             metric = METRICS[name]
             if metric.objects:
-                found, true = self._objects(model, name, right, output)
+                found, true = self._objects(model, name, right, output, read_prompt(prompt).labels)
                 scores[name] = metric.measure(found, true)
             else:
                 scores[name] = metric.measure(clean(output.text), right)
@@ -93,23 +94,24 @@ class Evaluation:
         return asked | {"references": texts, "group": example.group, "scores": scores}
 
     def _objects(
-        self, model: PaliGemma, name: str, right: Objects | list[str], output: Output
+        self, model: PaliGemma, name: str, right: Objects | list[str], output: Output, labels: tuple[str, ...]
     ) -> tuple[Detections, Detections]:
         """What was found and what is there, in pixels; with masks if the metric is about them."""
         masks = name in _WITH_MASKS
         if isinstance(right, Objects):
             true = right.detections()
         else:
-            found = parse(right[0], TEXT_SIZE, self.loc_scale)[0]
+            found = parse(right[0], TEXT_SIZE, self.loc_scale, labels)[0]
             true = Detections(attach_masks(found, TEXT_SIZE, _decoder(model)) if masks else found, TEXT_SIZE)
         if name == "refcoco":
             return read_referred(output.text, true.size, _decoder(model)), true
-        found, _ = model.objects(output, true.size, self.loc_scale, masks)
+        found, _ = model.objects(output, true.size, self.loc_scale, masks, labels)
         whole = [item for item in found if item.mask is not None] if masks else found
         return Detections(whole, true.size), true
 
 
-def _decoder(model: PaliGemma):
+def _decoder(model: PaliGemma) -> Callable[[np.ndarray], np.ndarray]:
+    """Mask codes i32 [N, 16] to masks f32 [N, 64, 64]."""
     return lambda codes: np.asarray(mask_vae.decode(model.mask_decoder(), codes))
 
 

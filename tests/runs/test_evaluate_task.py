@@ -1,4 +1,4 @@
-"""config.run=evaluate with configs/evaluate.py: data sets from their public files; metrics are tested with evaluation/."""
+"""config.run=evaluate with configs/evaluate.py on public files; metrics are tested with evaluation/."""
 
 import json
 
