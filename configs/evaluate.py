@@ -17,7 +17,7 @@ def get_config() -> ConfigDict:
     config.task = "jsonl"  # coco_captions, vqav2, textvqa, docvqa, chartqa, refcoco, ... or jsonl, for data of your own
     config.data = ""  # folder of the data set, as it was unpacked; of jsonl the file too
     config.split = ""  # part of the data set; by default the task's usual one
-    config.limit = 0  # only so many examples, the first ones; 0: all
+    config.limit = 0  # only so many examples, evenly spread over the data set; 0: all
     config.metric = ""  # what is measured instead of the task's own: names with commas, the main one first
     config.prompt = ""  # what is asked instead, with the task's fields in braces, as in "answer en {question}"
     config.max_new_tokens = 0  # longest answer; 0: the task's own

@@ -46,6 +46,12 @@ def check(task: Task, examples: Sequence[Example]) -> None:
             coco.require()
 
 
+def spread(examples: Sequence[Example], limit: int) -> list[Example]:
+    """So many of the examples, evenly spread, so that all parts of a data set are among them; 0 for all."""
+    count = len(examples)
+    return [examples[i * count // limit] for i in range(limit)] if 0 < limit < count else list(examples)
+
+
 def needs_masks(task: Task) -> bool:
     """Whether answers are decoded by the mask VQ-VAE."""
     return any(name in _WITH_MASKS for name in task.metrics)
@@ -162,4 +168,4 @@ def _mean_of_groups(scores: Scores, groups: dict[str, float], group_of: Sequence
     """The mean over groups, as a mean over examples that are weighted by one over the size of their group."""
     counts = {name: group_of.count(name) for name in groups}
     weights = np.array([1 / counts[name] for name in group_of])
-    return Scores({"mean": float(np.mean(list(groups.values())))}, scores.per_example, weights)
+    return Scores({"mean_of_groups": float(np.mean(list(groups.values())))}, scores.per_example, weights)

@@ -8,6 +8,7 @@ import dataclasses
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
+from paligemma_jax.errors import DataError, one_line
 from paligemma_jax.evaluation.datasets import captions, documents, objects, questions, rows
 from paligemma_jax.evaluation.examples import Example
 
@@ -177,3 +178,16 @@ TASKS = {
         Task("jsonl", rows.jsonl, "{prefix}", ("exact",), 100, "test"),
     )
 }
+
+
+def read(task: Task, root: Path) -> list[Example]:
+    """The examples of a task's split in a folder.
+
+    Raises:
+      DataError: files are missing, or do not hold what the public ones do.
+    """
+    try:
+        return task.read(root, task.split)
+    except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:  # a value of another kind
+        why = f"{type(error).__name__}: {one_line(error)}"
+        raise DataError(f"{root} does not hold {task.name} as docs/evaluation.md shows it ({why})") from None

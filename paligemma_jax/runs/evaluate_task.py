@@ -14,10 +14,10 @@ from tqdm import tqdm
 import paligemma_jax as pj
 from paligemma_jax.annotate import fingerprint
 from paligemma_jax.errors import ConfigError
-from paligemma_jax.evaluation.evaluate import Evaluation, check, needs_masks, prompt_of, summarize
+from paligemma_jax.evaluation.evaluate import Evaluation, check, needs_masks, prompt_of, spread, summarize
 from paligemma_jax.evaluation.examples import Example
 from paligemma_jax.evaluation.metrics import METRICS
-from paligemma_jax.evaluation.tasks import TASKS, Task
+from paligemma_jax.evaluation.tasks import TASKS, Task, read
 from paligemma_jax.files import expanded, write_json
 from paligemma_jax.runs import model as models
 from paligemma_jax.runs import settings
@@ -41,7 +41,7 @@ def run(config: ConfigDict) -> int:
         raise ConfigError("data is empty: name the data set's folder with --config.data=DIR (docs/evaluation.md)")
     models.check_weights(config)
     scale = settings.loc_scale(config)
-    examples = task.read(expanded(config.data), task.split)[: config.limit or None]
+    examples = spread(read(task, expanded(config.data)), config.limit)
     check(task, examples)
     options = pj.GenerateOptions(task.max_new_tokens, pj.Sampling(num_beams=task.num_beams))
     with contextlib.ExitStack() as stack:

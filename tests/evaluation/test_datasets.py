@@ -1,5 +1,6 @@
 """Readers of the public formats: what is asked about which pictures, and what is right."""
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -8,9 +9,10 @@ import pytest
 
 from paligemma_jax.errors import DataError
 from paligemma_jax.evaluation import METRICS
-from paligemma_jax.evaluation.evaluate import check, prompt_of
+from paligemma_jax.evaluation.evaluate import check, prompt_of, spread
 from paligemma_jax.evaluation.examples import Objects, to_mask
 from paligemma_jax.evaluation.tasks import TASKS
+from paligemma_jax.evaluation.tasks import read as read_task
 from tests.evaluation import public_files
 
 READ = {  # by task: id, pictures, prompt, reference and group of each example
@@ -73,8 +75,8 @@ SPLITS = {"coco_captions": "val2017"}  # others have their usual one
 
 
 def read(name: str, root: Path):
-    task = TASKS[name]
-    return task, task.read(root, SPLITS.get(name, task.split))
+    task = dataclasses.replace(TASKS[name], split=SPLITS.get(name, TASKS[name].split))
+    return task, read_task(task, root)
 
 
 @pytest.mark.parametrize("name", TASKS)
@@ -174,6 +176,7 @@ def with_a_question_that_nobody_answered(root):
         ("vqav2", with_a_question_that_nobody_answered, "nothing about question 42000"),
         ("docvqa", lambda root: (root / "val_v1.0.json").write_text("{"), "not valid JSON"),
         ("docvqa", lambda root: public_files.as_json(root / "val_v1.0.json", []), "without 'data'"),
+        ("docvqa", lambda root: public_files.as_json(root / "val_v1.0.json", {"data": 3}), "does not hold docvqa"),
     ],
 )
 def test_files_that_are_not_what_they_should_be(name, write, message, tmp_path):
@@ -199,3 +202,7 @@ def test_every_metric_of_a_task_is_known():
 def test_the_papers_numbers_depend_on_resolution_and_split():
     assert TASKS["textvqa"].reference(896, "val") == 76.48 and TASKS["vqav2"].reference(896, "val2014") is None
     assert TASKS["pope"].reference(448, "popular") == 88.40 and TASKS["pope"].reference(224, "train") is None
+
+
+def test_a_part_of_the_examples_is_spread_over_all():
+    assert spread("abcdefghij", 3) == ["a", "d", "g"] and spread("abc", 0) == spread("abc", 9) == ["a", "b", "c"]

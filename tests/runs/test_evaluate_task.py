@@ -115,7 +115,7 @@ def test_limit_split_metric_and_prompt(evaluate, answer_with, data):
     (data / "test.jsonl").rename(data / "val.jsonl")
     calls = answer_with(lambda prompt: prompt.removeprefix("say ").upper())
     status, out, _ = evaluate(split="val", limit=2, metric="anls, exact", prompt="say {prefix}", format="json")
-    assert status == 0 and asked(calls) == [["say answer en 0?", "say answer en 1?"]]
+    assert status == 0 and asked(calls) == [["say answer en 0?", "say answer en 2?"]]
     result = json.loads(out)
     assert list(result["metrics"]) == ["anls", "exact"] and result["main"]["name"] == "anls"
     assert result["split"] == "val" and result["examples"] == 2
@@ -201,7 +201,7 @@ def test_the_mean_of_groups_and_the_papers_number(evaluate, answer_with, tmp_pat
     status, out, _ = evaluate(task="chartqa", data=tmp_path / "charts", format="json")
     result = json.loads(out)
     assert status == 0 and result["groups"] == {"augmented": pytest.approx(1 / 3), "human": 1.0}
-    assert result["main"]["name"] == "mean" and result["main"]["value"] == pytest.approx((1 / 3 + 1) / 2)
+    assert result["main"]["name"] == "mean_of_groups" and result["main"]["value"] == pytest.approx((1 / 3 + 1) / 2)
     assert result["metrics"]["relaxed"]["relaxed_accuracy"] == 0.5
     assert result["paper"]["value"] == 0.125 and "2407.07726" in result["paper"]["model"]
     _, out, _ = evaluate(task="chartqa", data=tmp_path / "charts")
