@@ -98,6 +98,8 @@ def _folder(config: ConfigDict, task: Task, examples: list[Example], stack: cont
         refuse_inputs(path, dict.fromkeys(name for example in examples for name in example.images))
     else:
         path = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+    if (path / _RESULT).exists() and not (path / "records.jsonl").exists():
+        raise ConfigError(f"{path} has {_RESULT}, which is of no run that is known here: name another output_dir")
     folder = Folder(path, made, len(examples), resume=not config.overwrite, overwrite=config.overwrite)
     stack.callback(folder.close)
     return folder

@@ -240,6 +240,12 @@ def test_results_do_not_lie_among_the_pictures(fails, data):
     assert "is the folder of the pictures" in fails(output_dir=data)
 
 
+def test_a_result_of_somebody_else_is_not_replaced(fails, tmp_path):
+    (tmp_path / "result.json").write_text("{}")
+    assert "is of no run that is known here" in fails(output_dir=tmp_path, overwrite=True)
+    assert [file.name for file in tmp_path.iterdir() if file.is_file()] == ["result.json"]
+
+
 def test_no_note_about_keys_that_other_evaluations_do_not_use(evaluate, answer_with):
     answer_with("yes")
     assert "does not use" not in evaluate(batch_size=4)[2]
