@@ -46,11 +46,13 @@ def run(config: ConfigDict) -> int:
     options = pj.GenerateOptions(task.max_new_tokens, pj.Sampling(num_beams=task.num_beams))
     with contextlib.ExitStack() as stack:
         folder = _folder(config, task, examples, stack)
-        folder.begin()
+        model = None
         if folder.done < len(examples):
             model = models.load(config, batch_size=config.batch_size)
             if needs_masks(task):
                 model.mask_decoder()  # its absence is known before the work
+        folder.begin()
+        if model is not None:
             _answer(model, Evaluation(task, options, config.batch_size, scale), examples, folder)
         records = list(folder.records())
         result = summarize(task, records, config.resamples, config.seed)
