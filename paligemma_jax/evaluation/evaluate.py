@@ -142,13 +142,12 @@ def summarize(task: Task, records: Sequence[Record], resamples: int, seed: int) 
     metrics = [METRICS[name] for name in task.metrics]
     found = {metric.name: _scores(metric, records) for metric in metrics}
     main = found[metrics[0].name]
-    name = next(iter(main.values))
     groups = _groups(metrics[0], records)
     if task.mean_of_groups and len(groups) > 1:
         main = _mean_of_groups(main, groups, [record["group"] for record in records])
     return {
         "examples": len(records),
-        "main": {"name": name, "value": main.main, "interval": interval(main, resamples, seed=seed)},
+        "main": {"name": next(iter(main.values)), "value": main.main, "interval": interval(main, resamples, seed=seed)},
         "metrics": {metric: scores.values for metric, scores in found.items()},
         "groups": groups,
     }

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -49,7 +50,9 @@ def to_mask(segmentation: Any, size: tuple[int, int]) -> np.ndarray:
         encoded = tools.frPyObjects(segmentation, height, width)
     else:
         encoded = segmentation
-    return tools.decode(encoded).astype(bool)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", category=DeprecationWarning)  # pycocotools 2.0 under numpy 2
+        return tools.decode(encoded).astype(bool)
 
 
 @dataclasses.dataclass(frozen=True)
