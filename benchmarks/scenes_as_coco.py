@@ -8,9 +8,12 @@ our own format DIR/answer.jsonl and detect.jsonl.
 
 import argparse
 import json
+import sys
 from pathlib import Path
 
 import numpy as np
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from paligemma_jax.shapes_world.questions import caption, sample_answer, sample_locate
 from paligemma_jax.shapes_world.samples import Sample, scene_sample

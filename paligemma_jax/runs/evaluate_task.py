@@ -41,6 +41,8 @@ def run(config: ConfigDict) -> int:
         raise ConfigError("data is empty: name the data set's folder with --config.data=DIR (docs/evaluation.md)")
     models.check_weights(config)
     scale = settings.loc_scale(config)
+    if expanded(config.data).is_file():  # of jsonl, whose name then says the split
+        task = dataclasses.replace(task, split=expanded(config.data).stem)
     examples = spread(read(task, expanded(config.data)), config.limit)
     check(task, examples)
     options = pj.GenerateOptions(task.max_new_tokens, pj.Sampling(num_beams=task.num_beams))
@@ -147,9 +149,10 @@ def _table(result: dict[str, Any]) -> str:
         low, high = map(_percent, main["interval"])
         rows[0] = (*rows[0][:2], f"95% interval {low} to {high}")
     rows += [(f"  {name}", _percent(value), "") for name, value in result["groups"].items()]
+    several = len(result["metrics"]) > 1
     for metric, values in result["metrics"].items():
-        names = [name for name in values if name != main["name"] or len(result["metrics"]) > 1]
-        rows += [(f"{metric} {name}", _percent(values[name]), "") for name in names]
+        names = [name for name in values if name != main["name"]]
+        rows += [(f"{metric} {name}" if several else name, _percent(values[name]), "") for name in names]
     if paper := result["paper"]:
         about = f"{paper['model']}, {paper['resolution']} px, split {paper['split']}"
         rows.append(("the paper's", _percent(paper["value"]), about))

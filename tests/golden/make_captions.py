@@ -43,7 +43,47 @@ three zebras,two giraffes and 12 birds near a water hole
 A sign that says "Main St." and "4th Ave."
 a plate of mac & cheese w/ broccoli
 The clock reads 10:10.
-people waiting at the bus-stop @ night""".replace("\\u0301", "\u0301").split("\n")
+people waiting at the bus-stop @ night
+rock&roll AT&T
+people at a B&B
+A Harley-Davidson motorcycle parked in front of a 7-11.
+A jet airliner, flight #123, lands at J.F.K. airport
+a man in a 3-piece suit (with tie)
+5 cats and 1/2 a dog at 10:30am on Dec. 25, 2010
+two men playing Wii(tm) in a living room
+A TV showing "The Simpsons" & remotes/controllers
+a close-up of a hot-dog w/ mustard, ketchup, & relish
+It's a bird... no, it's a plane!
+The cat's eyes are half-closed; its tail isn't visible.
+Couple's wedding cake on Mr. and Mrs. Jones' table
+a double-decker bus, route no. 12, to St. Pancras
+A sandwich, chips and soda for $5.99!
+A sign reading 'Do Not Enter'
+people at a B&B in the 1950s
+An elephant (or two) near a watering hole - dusty
+A man ( with hat ) and a woman
+a 50% off sale sign at the store's window.
+The car is going 60mph
+an orange-and-black cat w/ green eyes
+a girl holding an i-pod & iPhone
+a "do not walk" sign... in red.
+Three teddy bears, each a different color, snuggling together.
+I can't see it. I'd say it's a dog's bed.
+Someone's "lunch": rice, beans, & salsa!!
+an old fashioned (1920's) car
+A man throws a frisbee @ the park
+A tennis player's serve at Wimbledon, 2009.
+two plates of food- one with eggs
+people sit at tables outside cafe'
+a plate of food-fish and chips
+A picture of a street sign that say's "Elm St".
+a clock on a tower reads 12:45 p.m.
+1. a man 2. a dog
+a living room with t.v. and couch
+A man's and woman's bathroom sign.
+This is a picture of a dog, cat, etc.
+Dr. Who's TARDIS in the U.K.
+A black & white photo of N.Y.C. skyline""".replace("\\u0301", "\u0301").split("\n")
 IMAGES = [  # a prediction, and what people wrote
     (
         "a man riding a wave on a surfboard",
