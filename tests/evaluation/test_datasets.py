@@ -206,3 +206,18 @@ def test_the_papers_numbers_depend_on_resolution_and_split():
 
 def test_a_part_of_the_examples_is_spread_over_all():
     assert spread("abcdefghij", 3) == ["a", "d", "g"] and spread("abc", 0) == spread("abc", 9) == ["a", "b", "c"]
+
+
+def test_the_documentation_has_every_task_and_metric():
+    page = (Path(__file__).resolve().parents[2] / "docs" / "evaluation.md").read_text(encoding="utf-8")
+    rows = {line.split("|")[1].strip(" `"): line for line in page.splitlines() if line.startswith("| `")}
+    assert set(TASKS) | set(METRICS) <= set(rows)
+    tables = page.partition("## How data sets lie on disk")[0]
+    for task in TASKS.values():
+        [row] = [line for line in tables.splitlines() if line.startswith(f"| `{task.name}` |")]
+        prompt, metrics, length, split, paper = (part.strip() for part in row.split("|")[2:7])
+        assert f"`{task.prompt}`" in prompt and all(f"`{name}`" in metrics for name in task.metrics[:1])
+        assert (int(length), split.strip("`")) == (task.max_new_tokens, task.split)
+        numbers = [v for found in task.paper.values() for v in (found.values() if isinstance(found, dict) else [found])]
+        assert all(f"{number:.2f}" in paper for number in numbers) and bool(paper) == bool(numbers)
+        assert task.num_beams == 1 or f"{task.num_beams} beams" in prompt

@@ -6,8 +6,10 @@ import pytest
 
 from paligemma_jax.evaluation import bootstrap, tasks
 from tests.evaluation import public_files
+from tests.kills import ROOT
 
 COUNT = 5
+SHIPPED = ROOT / "assets" / "tiny"
 
 
 @pytest.fixture
@@ -191,6 +193,23 @@ def test_masks_of_refcoco_are_those_of_the_decoder(evaluate, answer_with, tmp_pa
     assert status == 0
     measured = json.loads(out)["metrics"]["refcoco"]
     assert measured["valid"] == 1 and measured["box_accuracy_75"] == 1 and 0 <= measured["mask_iou"] <= 1
+
+
+@pytest.mark.parametrize("metric", ["segmentation_iou", "refcoco", "detection_f1", "detection_ap"])
+def test_boxes_and_masks_may_be_told_by_tokens(metric, evaluate, answer_with, tmp_path):
+    """Of two answers one is right to the letter, the other has nothing in common with the truth."""
+    label = "" if metric == "refcoco" else " dog"
+    right = "<loc0100><loc0200><loc0900><loc0500>" + "".join(f"<seg{i:03d}>" for i in range(16)) + label
+    rows = [{"image": "1.png", "prefix": f"segment dog ; {i}", "suffix": right} for i in range(2)]
+    public_files.jsonl(tmp_path / "data")
+    public_files.as_jsonl(tmp_path / "data" / "test.jsonl", rows)
+    wrong = right.replace("<loc0900>", "<loc0101>")
+    answer_with(lambda prompt: wrong if prompt.endswith("1") else right)
+    keys = {"metric": metric, "mask_vae": SHIPPED / "vae-oid.npz", "format": "json"}
+    status, out, err = evaluate(data=tmp_path / "data", **keys)
+    assert status == 0, err
+    main = json.loads(out)["main"]
+    assert main["value"] == pytest.approx(0.5, abs=0.01) and (main["interval"] is None) == (metric == "detection_ap")
 
 
 def test_the_mean_of_groups_and_the_papers_number(evaluate, answer_with, tmp_path, monkeypatch):
