@@ -58,7 +58,7 @@ def measure(checkpoint: str, data: Path, metric: str, output: Path) -> float:
     keys = {"checkpoint": checkpoint, "data": data, "metric": metric, "output_dir": output, "format": "json"}
     run("--config=configs/evaluate.py", *(f"--config.{key}={value}" for key, value in keys.items()))
     result = json.loads((output / "result.json").read_text())
-    return float(result["value"])
+    return float(result["main"]["value"])
 
 
 def train(kind: str, method: str, work: Path, args: argparse.Namespace) -> float:
