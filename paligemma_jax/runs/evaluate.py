@@ -12,11 +12,16 @@ from paligemma_jax.runs import environment, settings
 from paligemma_jax.runs import model as models
 from paligemma_jax.runs.notes import note
 from paligemma_jax.shapes_world import evaluation
-from paligemma_jax.shapes_world.foreign_scenes import foreign_sample
+from paligemma_jax.shapes_world.foreign_scenes import foreign_sample, wide_foreign_sample
 from paligemma_jax.shapes_world.pointing import pointing
-from paligemma_jax.shapes_world.samples import scene_sample
+from paligemma_jax.shapes_world.samples import scene_sample, wide_sample
 
-_SOURCES = {"scenes": scene_sample, "foreign": foreign_sample}  # config.data
+_SOURCES = {  # config.data
+    "scenes": scene_sample,
+    "foreign": foreign_sample,
+    "wide": wide_sample,
+    "wide_foreign": wide_foreign_sample,
+}
 
 
 def run(config: ConfigDict) -> int:
