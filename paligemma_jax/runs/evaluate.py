@@ -16,7 +16,7 @@ from paligemma_jax.shapes_world.foreign_scenes import foreign_sample, wide_forei
 from paligemma_jax.shapes_world.pointing import pointing
 from paligemma_jax.shapes_world.samples import scene_sample, wide_sample
 
-_SOURCES = {  # config.data
+SOURCES = {  # config.data
     "scenes": scene_sample,
     "foreign": foreign_sample,
     "wide": wide_sample,
@@ -27,7 +27,7 @@ _SOURCES = {  # config.data
 def run(config: ConfigDict) -> int:
     """Measure and report."""
     output_format = settings.one_of(config, "format", ("text", "json"))
-    source = _SOURCES[settings.one_of(config, "data", _SOURCES)]
+    source = SOURCES[settings.one_of(config, "data", SOURCES)]
     measure = settings.one_of(config, "measure", ("answers", "pointing"))
     if config.num_scenes < 1:
         raise ConfigError(f"num_scenes={config.num_scenes} is not possible: give an integer of at least 1")

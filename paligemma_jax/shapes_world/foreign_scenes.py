@@ -64,8 +64,7 @@ def wide_foreign_sample(seed: int, index: int) -> Sample:
     rng = np.random.default_rng((seed, index))
     width, height = _image_size(rng, _WIDE_ASPECT)
     canvas = paint_backdrop(height, width, rng)
-    # Seen stretched to a square, a diamond must not look like a square that stands on its corner in a longer image.
-    slim = 0.4, 0.66 * min(width, height) / max(width, height)
+    slim = _wide_slim((width, height))
     figures: list[_Figure] = []
     kinds: list[tuple[str, str]] = []
     count = 0 if rng.random() < 0.12 else int(rng.integers(1, 6))
@@ -82,6 +81,14 @@ def wide_foreign_sample(seed: int, index: int) -> Sample:
             kinds.append((color, shape))
             _fill(canvas, figure, rgb)
     return _developed(photograph(canvas, rng), figures, kinds, rng)
+
+
+def _wide_slim(size: tuple[int, int]) -> tuple[float, float]:
+    """Bounds of a diamond's shorter diagonal by the longer.
+
+    Stretched to a square, as models see images, it must not look like a square on its corner in a longer image.
+    """
+    return 0.4, 0.66 * min(size) / max(size)
 
 
 class _Figure:
