@@ -73,8 +73,8 @@ def wide_foreign_sample(seed: int, index: int) -> Sample:
             break
         color, shape = _pick_kind(kinds, rng)
         figure = _placed(shape, figures, (width, height), rng, 180.0, slim)
-        if figure is None:
-            continue
+        if figure is None:  # no room for any more
+            break
         rgb = _sample_color(color, rng)
         if np.mean(_stands_out(rgb, _surroundings(canvas, figure))) >= _VISIBLE:
             figures.append(figure)

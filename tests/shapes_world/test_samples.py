@@ -6,6 +6,7 @@ import inspect
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from paligemma_jax.shapes_world import foreign_backdrops, foreign_scenes
 from paligemma_jax.shapes_world.foreign_scenes import foreign_sample, wide_foreign_sample
@@ -22,7 +23,7 @@ SOURCES = {  # with the fewest and the most objects, and the most that tips may 
 @pytest.mark.parametrize("source", SOURCES)
 def test_truth_fits_the_picture(source):
     fewest, most, tips = SOURCES[source]
-    for index in range(12):
+    for index in range(8):
         sample = source(3, index)
         width, height = sample.image.size
         side = min(width, height)
@@ -58,12 +59,12 @@ def test_things_of_the_other_program_have_the_colour_of_their_name():
 @pytest.mark.parametrize(
     "source, expected",
     [
-        (scene_sample, "SCENE"),
-        (foreign_sample, "FOREIGN"),
+        (scene_sample, "a080781f7947536b"),
+        (foreign_sample, "3e40ee62b6e0e395"),
     ],
 )
 def test_calm_scenes_of_a_seed_are_those_that_were_measured(source, expected):
-    """The evaluation's first scenes, whose labels (to a thousandth of a pixel) and sizes must never change."""
+    """The evaluation's first scenes, which must never change: labels to a thousandth of a pixel, and the image in small."""
     digest = hashlib.sha256()
     for index in range(12):
         sample = source(20_000_000, index)
@@ -74,13 +75,13 @@ def test_calm_scenes_of_a_seed_are_those_that_were_measured(source, expected):
             sample.masks.sum(axis=(1, 2)).tolist(),
         )
         digest.update(repr(labels).encode())
-        digest.update(np.asarray(sample.image.resize((6, 6), 4)).tobytes())
+        digest.update(np.asarray(sample.image.resize((6, 6), Image.Resampling.BOX)).tobytes())
     assert digest.hexdigest()[:16] == expected
 
 
 def test_some_wide_scenes_are_empty():
     for source in (wide_sample, wide_foreign_sample):
-        counts = {len(source(6, index).kinds) for index in range(25)}
+        counts = {len(source(6, index).kinds) for index in range(14)}
         assert 0 in counts and max(counts) >= 4
 
 
