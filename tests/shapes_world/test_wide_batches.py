@@ -41,7 +41,7 @@ def test_the_shipped_tokenizer_can_say_what_is_new(shipped):
         assert shipped.decode(ids) == text and len(ids) <= 7
 
 
-@pytest.mark.parametrize("color, shape", itertools.product(COLORS, SHAPES))
+@pytest.mark.parametrize("color, shape", list(itertools.product(COLORS, SHAPES)))
 def test_five_things_fit_a_batch(color, shape, shipped):
     """The longest answers: five of a kind, boxed and masked, asked for with another class; captions of five kinds."""
     kinds = [(color, shape)] * 5
