@@ -46,7 +46,7 @@ def test_geometry_tells_apart_what_could_be_confused():
 
 def test_a_tokenizer_of_the_wider_world_knows_nothing():
     texts = set(stages.sample_texts(1, 60, wide_share=1.0))
-    assert {"nothing", "nichts", "0"} <= texts and any("five" in text for text in texts)
+    assert {"nothing", "nichts", "0"} <= texts
     assert not {"nothing", "nichts"} & set(stages.sample_texts(1, 60))
 
 
