@@ -109,7 +109,10 @@ class DecoderLayer(nn.Module):
 
 
 class Gemma(nn.Module):
+    """The decoder; `remat`: see `run_layer`."""
+
     config: TextConfig
+    remat: bool = False
 
     def setup(self):
         cfg = self.config
@@ -144,7 +147,8 @@ class Gemma(nn.Module):
         key_values = []
         for i, layer in enumerate(self.layers):
             columns = output_columns if i == self.config.num_layers - 1 else None
-            x, kv, _ = run_layer(layer, x, positions, sin_cos, masks[i], None if cache is None else cache[i], columns)
+            args = (x, positions, sin_cos, masks[i], None if cache is None else cache[i], columns)
+            x, kv, _ = run_layer(layer, *args, remat=self.remat)
             key_values.append(kv)
         return self.norm(x), tuple(key_values)
 
