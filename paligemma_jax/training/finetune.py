@@ -14,10 +14,12 @@ from paligemma_jax.loading import load
 from paligemma_jax.models.paligemma import PaliGemma
 from paligemma_jax.training.checkpoints import open_checkpoints
 from paligemma_jax.training.data import check_pictures, make_batches, read_jsonl
+from paligemma_jax.training.logs import make_loggers
 from paligemma_jax.training.loop import fit
-from paligemma_jax.training.loss import suffix_loss
-from paligemma_jax.training.optimizer import Recipe, make_optimizer
-from paligemma_jax.training.step import init_state, make_step
+from paligemma_jax.training.loss import dropout_keys, suffix_loss
+from paligemma_jax.training.optimizer import Recipe, averaged, make_optimizer, make_schedule
+from paligemma_jax.training.step import Tree, init_state, make_step
+from paligemma_jax.training.watch import Watch, make_validation, recover
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,10 +48,13 @@ class Settings:
             raise ConfigError(f"save_minutes={self.save_minutes} is not possible: give a number above 0")
 
 
-def finetune(settings: Settings, recipe: Recipe, claim: Callable[[], None] = lambda: None) -> Path:
+def finetune(
+    settings: Settings, recipe: Recipe, watch: Watch | None = None, claim: Callable[[], None] = lambda: None
+) -> Path:
     """Train, going on where an earlier run with the same output_dir stopped.
 
     Args:
+      watch: what is measured and told meanwhile; by default the training loss alone.
       claim: called when data and model are read and nothing is wrong with them, before anything is written.
 
     Returns:
@@ -69,13 +74,35 @@ def finetune(settings: Settings, recipe: Recipe, claim: Callable[[], None] = lam
     print(f"{len(examples)} examples, {len(batches)} steps of {settings.batch_size}", file=sys.stderr)
 
     optimizer = make_optimizer(recipe, len(batches))
-    loss = functools.partial(suffix_loss, PaliGemma(model.config), recipe.label_smoothing, batches.num_answers)
+    loss = functools.partial(
+        suffix_loss, PaliGemma(model.config), recipe.label_smoothing, batches.num_answers, dropout=recipe.dropout
+    )
     output = Path(settings.output_dir)
+
+    def save(params: Tree, directory: Path) -> None:
+        model.params = params
+        model.save(directory)
+
+    watch = watch or Watch()
+    validation = make_validation(
+        watch,
+        model,
+        settings.image_root,
+        settings.batch_size,
+        len(batches) // settings.epochs,
+        output,
+        lambda params: params,
+        save,
+    )
+    loggers = make_loggers(output, watch.log)
+    schedule = make_schedule(recipe, len(batches))
+    state = init_state(model.params, optimizer)
     claim()
+    recover(output)
     state = fit(
-        init_state(model.params, optimizer),
+        state,
         make_step(loss, optimizer),
-        batches,
+        _with_dropout_keys(batches, settings) if recipe.dropout else batches,
         len(batches),
         checkpoints=open_checkpoints(output / "checkpoints"),
         save_every=settings.save_every,
@@ -83,7 +110,19 @@ def finetune(settings: Settings, recipe: Recipe, claim: Callable[[], None] = lam
         log_every=settings.log_every,
         name="finetune",
         explain=functools.partial(numerics.explain_batch, model.config),
+        loggers=loggers,
+        validation=validation,
+        num_examples=settings.batch_size,
+        learning_rate=lambda step: recipe.learning_rate * schedule(step),
     )
-    model.params = state.params
-    model.save(output)
+    save(averaged(state), output)
     return output
+
+
+def _with_dropout_keys(batches: Callable[[int], Tree], settings: Settings) -> Callable[[int], Tree]:
+    """Batches that say which values are dropped, as a function of the step too."""
+
+    def batch_at(step: int) -> Tree:
+        return {**batches(step), "dropout_keys": dropout_keys(settings.seed, step, settings.batch_size)}
+
+    return batch_at
