@@ -77,7 +77,7 @@ def test_patterns_and_parameters_that_match_nothing_are_errors(keys, message):
 
 @pytest.mark.parametrize("text", ["vision_tower", "a=b", "=1", "a=0", "a=-1", "a=nan", "a=inf"])
 def test_multipliers_are_numbers_above_zero(text):
-    with pytest.raises(ConfigError, match="lr_multipliers: .* is not possible: give PATTERN=NUMBER"):
+    with pytest.raises(ConfigError, match=r"lr_multipliers: .* is not possible: give PATTERN=NUMBER"):
         Recipe(lr_multipliers=text)
 
 
