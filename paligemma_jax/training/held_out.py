@@ -12,10 +12,14 @@ import numpy as np
 
 from paligemma_jax.api import PaliGemma
 from paligemma_jax.errors import CheckpointError, DataError
+from paligemma_jax.models import mask_vae
 from paligemma_jax.models.paligemma import PaliGemma as Network
 from paligemma_jax.processing.image import load_image
+from paligemma_jax.tasks.detection import parse
+from paligemma_jax.tasks.detections import Detections
 from paligemma_jax.tasks.output import Output
 from paligemma_jax.tasks.reading import read
+from paligemma_jax.tasks.segmentation import attach_masks
 from paligemma_jax.training.data import Example
 from paligemma_jax.training.loss import row_losses
 from paligemma_jax.training.samples import Sample
@@ -28,8 +32,9 @@ class Metric(Protocol):
     """What is used of `evaluation`'s metrics."""
 
     name: str
+    objects: bool  # whether it takes `Detections`; those of boxes alone take texts too
 
-    def score(self, predictions: Sequence[str], references: Sequence[str]) -> dict[str, float]:
+    def score(self, predictions: Sequence[Any], references: Sequence[Any]) -> dict[str, float]:
         """Numbers of some answers, the main one first."""
 
 
@@ -87,7 +92,7 @@ class HeldOut:
             return numbers, []
         outputs = self.answers(params, check)
         texts = [output.text for output in outputs]
-        scores = self._metric.score(texts, [example.suffix for example in self._examples])
+        scores = self._metric.score(*self._compared(texts))
         names = [self._metric.name, *list(scores)[1:]]
         numbers |= {f"val_{name}": float(value) for name, value in zip(names, scores.values(), strict=True)}
         numbers["val_ended"] = float(np.mean([output.finish_reason == "eos" for output in outputs]))
@@ -117,6 +122,26 @@ class HeldOut:
             outputs += handle.generate(images, prompts, self._max_new_tokens, batch_size=self._batch_size)
         return outputs
 
+    def _compared(self, texts: Sequence[str]) -> tuple[list[Any], list[Any]]:
+        """Answers and what is right, as the metric takes them: texts, or objects with masks where these can be made."""
+        right = [example.suffix for example in self._examples]
+        if not self._metric.objects or not self._has_masks():
+            return list(texts), right
+        sizes = [load_image(example.images[0]).size for example in self._examples]
+        decode = functools.partial(mask_vae.decode, self._model.mask_decoder())
+
+        def objects(text: str, size: tuple[int, int]) -> Detections:
+            return Detections(attach_masks(parse(text, size)[0], size, decode), size)
+
+        return tuple(list(map(objects, some, sizes)) for some in (texts, right))
+
+    def _has_masks(self) -> bool:
+        try:
+            self._model.mask_decoder()
+        except CheckpointError:
+            return False
+        return True
+
     def _batch(self, examples: Sequence[Example]) -> dict[str, np.ndarray]:
         images, prefixes, suffixes = zip(*((list(e.images), e.prefix, e.suffix) for e in examples), strict=True)
         batch = self._model.processor(list(images), list(prefixes), list(suffixes), pad_to=self._num_tokens)
@@ -128,8 +153,5 @@ class HeldOut:
         picture = load_image(example.images[0])
         objects = []
         if len(example.images) == 1:  # a box is of one picture
-            try:
-                objects, _ = self._model.objects(output, picture.size)
-            except CheckpointError:  # there is no decoder of masks
-                objects, _ = self._model.objects(output, picture.size, masks=False)
+            objects, _ = self._model.objects(output, picture.size, masks=self._has_masks())
         return Sample(picture, example.prefix, example.suffix, output.text, objects)

@@ -46,7 +46,7 @@ class Watch:
 class _Exact:
     """The share of answers that are right to the letter, but for white space around them."""
 
-    name = "exact"
+    name, objects = "exact", False
 
     def score(self, predictions: list[str], references: list[str]) -> dict[str, float]:
         right = [found.strip() == true.strip() for found, true in zip(predictions, references, strict=True)]

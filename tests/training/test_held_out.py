@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 import paligemma_jax as pj
-from paligemma_jax.errors import CheckpointError, DataError
+from paligemma_jax.errors import DataError
 from paligemma_jax.tasks.output import Output
 from paligemma_jax.training import held_out
 from paligemma_jax.training.data import Example, read_jsonl
@@ -23,8 +23,8 @@ class Share:
 
     name = "share"
 
-    def __init__(self):
-        self.seen = []
+    def __init__(self, objects=False):
+        self.seen, self.objects = [], objects
 
     def score(self, predictions, references):
         self.seen.append((list(predictions), list(references)))
@@ -112,6 +112,22 @@ def test_boxes_that_are_said_twice_are_told(model, examples, monkeypatch):
     assert "val_repeats" not in measured(model.params)[0]
 
 
+def test_metrics_of_objects_get_masks_where_they_can_be_made(model, examples, monkeypatch):
+    box = "<loc0000><loc0000><loc1023><loc1023>"
+    texts = [f"{box}{'<seg001>' * 16} star", "none"]
+    measured = HeldOut(model, [examples[4], examples[0]], Share(objects=True), 2)
+    assert measured._compared(texts) == (texts, [SUFFIXES[4], SUFFIXES[0]])  # there is no decoder
+    monkeypatch.setattr(model, "mask_decoder", lambda: "decoder")
+    monkeypatch.setattr(
+        held_out.mask_vae, "decode", lambda params, codes: np.ones((len(codes), 64, 64)) * (params == "decoder")
+    )
+    found, right = measured._compared(texts)
+    assert found[0].size == (30, 20) and found[0][0].label == "star" and found[0][0].mask.mean() > 0.9
+    assert not len(found[1]) and len(right[0]) == 1 and right[0][0].mask is None
+    monkeypatch.setattr(measured, "_metric", Share())
+    assert measured._compared(texts)[0] == texts
+
+
 def test_a_signal_is_looked_at_between_batches(model, examples):
     def check():
         check.count += 1
@@ -129,14 +145,14 @@ def test_objects_of_the_answer_are_drawn(model, examples, monkeypatch):
 
     def objects(output, size, masks=True):
         asked.append((size, masks))
-        if masks:
-            raise CheckpointError("no decoder")
         return ["star"], []
 
     monkeypatch.setattr(model, "objects", objects)
     measured = HeldOut(model, examples, None, 2)
     assert measured._sample(examples[0], cut_off("x")).objects == ["star"]
-    assert asked == [((30, 20), True), ((30, 20), False)]
+    monkeypatch.setattr(model, "mask_decoder", lambda: {})
+    assert measured._sample(examples[0], cut_off("x")).objects == ["star"]
+    assert asked == [((30, 20), False), ((30, 20), True)]
     assert measured._sample(examples[2], cut_off("x")).objects == [] and len(asked) == 2
 
 

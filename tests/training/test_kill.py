@@ -8,7 +8,6 @@ import os
 import random
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -19,8 +18,8 @@ from PIL import Image
 import paligemma_jax as pj
 from paligemma_jax.files import recover_folder
 from paligemma_jax.training.checkpoints import open_checkpoints, saved_notes
+from tests import kills
 
-ROOT = Path(__file__).resolve().parents[2]
 KILLS = int(os.environ.get("TRAINING_KILLS", "4"))
 STEPS, EXAMPLES = 36, 12
 TIMES = ("steps_per_second", "examples_per_second", "data_wait_ms", "data_wait_share")
@@ -46,18 +45,10 @@ def start(checkpoint, folder):
 
     def run(output: Path) -> subprocess.Popen:
         keys = {"checkpoint": checkpoint, "data": folder / "train.jsonl", "val_data": folder / "val.jsonl"}
-        keys |= {"output_dir": output, "platform": "cpu", "epochs": STEPS // 4, "batch_size": 2, "text_length": 24}
+        keys |= {"output_dir": output, "epochs": STEPS // 4, "batch_size": 2, "text_length": 24}
         keys |= {"learning_rate": 0.003, "dropout": 0.1, "ema": 0.8, "save_every": 2, "val_every": 3, "log_every": 5}
         keys |= {"log": "tensorboard"}
-        arguments = [f"--config.{key}={value}" for key, value in keys.items()]
-        return subprocess.Popen(
-            [sys.executable, ROOT / "main.py", "--config=configs/finetune.py", *arguments],
-            env=os.environ | {"XDG_CACHE_HOME": str(folder / "cache")},
-            text=True,
-            cwd=ROOT,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-        )
+        return kills.start("finetune", folder / "cache", **keys)
 
     return run
 
@@ -104,20 +95,19 @@ def check_whole(output: Path, had_best: bool) -> None:
 
 def test_killed_at_random_moments(start, undisturbed, tmp_path):
     rng, output, killed = random.Random(0), tmp_path / "out", []
-    shares = sorted(rng.uniform(0.0, 0.9) for _ in range(KILLS))
-    for number, share in enumerate(shares):
-        process = start(output)
-        while process.poll() is None and progress(output) < share * STEPS:
-            time.sleep(0.002)
-        moment, latest = (None, is_saving, is_keeping)[number % 3], time.monotonic() + rng.uniform(0, 1)
-        while process.poll() is None and time.monotonic() < latest and not (moment and moment(output)):
-            time.sleep(0.0005)
-        had_best = (output / "best").exists()
-        if process.poll() is None:
-            process.send_signal(signal.SIGKILL)
+    for number, share in enumerate(sorted(rng.uniform(0.0, 0.9) for _ in range(KILLS))):
+        doing, longest, had_best = (None, is_saving, is_keeping)[number % 3], rng.uniform(0, 1), []
+
+        def reached(share=share, doing=doing, longest=longest, since=[], had_best=had_best):  # noqa: B006
+            """Some steps are saved; and then what is waited for is done, or a random time over."""
+            if not since and progress(output) >= share * STEPS:
+                since.append(time.monotonic())
+            had_best[:] = [(output / "best").exists()]
+            return bool(since) and (time.monotonic() - since[0] > longest or (doing is not None and doing(output)))
+
+        if kills.kill_when(start(output), reached):
             killed.append(progress(output))
-        process.communicate()
-        check_whole(output, had_best)
+        check_whole(output, any(had_best))
     assert len(killed) >= KILLS // 2 and killed == sorted(killed)
     process = start(output)
     _, err = process.communicate(timeout=300)
