@@ -140,7 +140,7 @@ def test_the_average_has_the_dtype_of_its_parameters_and_is_kept_in_float32():
     optimizer = make_optimizer(average_recipe(0.9), 30)
     state = init_state({"w": jnp.ones(4, jnp.bfloat16)}, optimizer)
     assert averaged(state)["w"].dtype == jnp.bfloat16
-    assert jnp.float32 in {leaf.dtype for leaf in jax.tree.leaves(state.opt_state)}
+    assert jnp.dtype("float32") in {leaf.dtype for leaf in jax.tree.leaves(state.opt_state)}
 
 
 def test_a_step_that_is_not_finite_leaves_the_average(tmp_path):

@@ -134,17 +134,20 @@ def test_the_end_is_supervised(small, random_params, make_batch):
 
 
 def test_a_row_of_padding_counts_nowhere_and_gives_no_nan(small, random_params, make_batch):
+    """Three times the same row, or twice and a row of padding, have the same loss and gradient."""
     batch = make_batch(48)
-    empty = {name: np.zeros_like(value[:1]) for name, value in batch.items() if name != "pixels"}
-    empty["image_slots"] -= 1
-    padded = {"pixels": batch["pixels"]} | {name: np.concatenate([batch[name], row]) for name, row in empty.items()}
     model = PaliGemma(small)
     compute = jax.jit(jax.value_and_grad(lambda p, b: suffix_loss(model, 0.1, 12, p, b)[0]))
-    (loss, gradient), (other, with_padding) = (compute(random_params(small), b) for b in (batch, padded))
-    assert float(loss) == pytest.approx(float(other), rel=1e-6)
-    for a, b in zip(jax.tree.leaves(gradient), jax.tree.leaves(with_padding), strict=True):
-        assert np.isfinite(b).all()
-        np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-6)
-    nothing = {"pixels": batch["pixels"]} | {name: np.concatenate([row] * 3) for name, row in empty.items()}
-    loss, gradient = compute(random_params(small), nothing)
-    assert float(loss) == 0 and all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(gradient))
+
+    def rows(count):
+        """The first row so many times, and padding."""
+        made = {"pixels": batch["pixels"]}
+        for name in ("tokens", "image_slots", "prefix_length", "length"):
+            nothing = np.full_like(batch[name][:1], -(name == "image_slots"))
+            made[name] = np.concatenate([batch[name][:1]] * count + [nothing] * (3 - count))
+        return compute(random_params(small), made)
+
+    (loss, gradient), (other, with_padding), (zero, of_nothing) = map(rows, (3, 2, 0))
+    assert float(loss) == pytest.approx(float(other), rel=1e-6) and float(zero) == 0
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-6), gradient, with_padding)
+    assert not any(np.any(leaf) for leaf in jax.tree.leaves(of_nothing))  # NaN is not false

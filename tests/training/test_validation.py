@@ -21,8 +21,8 @@ def measure(state, check):
 def run(tmp_path, steps=30, rule=None, step=STEP, batches=batch_at, **options):
     """A run with a logger and what was kept as the best: (state, logger, kept)."""
     logged, kept = Recorder(), []
-    rule = {"every": 4} | (rule or {})
-    validation = Validation(run=measure, keep=lambda state: kept.append(jax.device_get(state.params)), **rule)
+    rule = {"run": measure, "every": 4} | (rule or {})
+    validation = Validation(keep=lambda state: kept.append(jax.device_get(state.params)), **rule)
     manager = open_checkpoints(tmp_path)
     try:
         state = fit(
@@ -109,18 +109,15 @@ def test_a_stopped_run_validates_the_same(tmp_path):
     assert saved_notes(managers[0]) == saved_notes(managers[1])
 
 
-def test_a_signal_during_validation_saves_and_validation_is_made_up_for(tmp_path, monkeypatch):
+def test_a_signal_during_validation_saves_and_validation_is_made_up_for(tmp_path):
     whole, known, _ = run(tmp_path / "whole", steps=12)
-    original = measure
 
     def interrupted(state, check):
         if int(state.step) == 8:
             signal.raise_signal(signal.SIGINT)
-        return original(state, check)
+        return measure(state, check)
 
-    with monkeypatch.context() as patch:
-        patch.setattr("tests.training.test_validation.measure", interrupted)
-        state, first, _ = run(tmp_path / "parts", steps=12)
+    state, first, _ = run(tmp_path / "parts", steps=12, rule={"run": interrupted})
     assert state is None and [step for step, _ in measured(first)] == [0, 4]
     assert open_checkpoints(tmp_path / "parts").latest_step() == 8
     state, second, _ = run(tmp_path / "parts", steps=12)
@@ -130,7 +127,7 @@ def test_a_signal_during_validation_saves_and_validation_is_made_up_for(tmp_path
 
 
 @pytest.mark.parametrize("error, saved", [(DataError, 4), (NumericsError, None)])
-def test_an_error_of_validation(tmp_path, monkeypatch, error, saved):
+def test_an_error_of_validation(tmp_path, error, saved):
     def failing(state, check):
         if int(state.step):
             raise error("no")
