@@ -121,6 +121,7 @@ def fit(
                 if is_last:
                     break
                 check()
+                asked = time.perf_counter()
                 batch, ready = next(batches)
             except NumericsError:
                 raise
@@ -128,7 +129,7 @@ def fit(
                 save_state()
                 raise
             state, metrics = step_fn(state, batch)
-            history.add(metrics, ready)
+            history.add(metrics, asked, ready)
             if history.step == num_steps or history.step % log_every == 0:
                 history.report()
             if evaluate is not None and history.step % save_every == 0:
@@ -147,12 +148,11 @@ def _prefetched(batch_at: Callable[[int], Tree], steps: range) -> Iterator[Itera
     def prepare(step: int) -> tuple[Tree, float]:
         return batch_at(step), time.perf_counter()
 
-    def batches() -> Iterator[tuple[Tree, float]]:
-        upcoming = pool.submit(prepare, steps[0])
+    def batches(upcoming: "concurrent.futures.Future[tuple[Tree, float]]") -> Iterator[tuple[Tree, float]]:
         for step in steps[1:]:
             batch, upcoming = upcoming.result(), pool.submit(prepare, step)
             yield batch
         yield upcoming.result()
 
     with concurrent.futures.ThreadPoolExecutor(1) as pool:
-        yield batches()
+        yield batches(pool.submit(prepare, steps[0])) if steps else iter(())

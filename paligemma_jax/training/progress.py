@@ -19,9 +19,13 @@ _ESTIMATED = 20  # steps of a run for which an estimate is worth a line
 
 @dataclasses.dataclass
 class _Step:
-    """Metrics of a step; when its batch was ready, and when it was done, by `time.perf_counter`."""
+    """Metrics of a step; when its batch was asked for, when that was ready, and when the step was done.
+
+    Times are those of `time.perf_counter`.
+    """
 
     metrics: dict[str, Any]
+    asked: float = 0.0
     ready: float = 0.0
     done: "concurrent.futures.Future[float] | None" = None
 
@@ -63,7 +67,7 @@ class History:
 
     def _restart(self) -> None:
         self._steps: list[_Step] = []
-        self._started = self._last_done = time.perf_counter()
+        self._started = time.perf_counter()
         self._aside = 0.0
 
     @contextlib.contextmanager
@@ -73,10 +77,10 @@ class History:
         yield
         self._aside += time.perf_counter() - began
 
-    def add(self, metrics: dict[str, jax.Array], ready: float) -> None:
-        """Metrics of one more step, which may not be done yet, and when its batch was ready."""
+    def add(self, metrics: dict[str, jax.Array], asked: float, ready: float) -> None:
+        """Metrics of one more step, which may not be done yet, and when its batch was asked for and when ready."""
         self.step += 1
-        self._steps.append(_Step(metrics, ready, self._watch.submit(_when_done, metrics)))
+        self._steps.append(_Step(metrics, asked, ready, self._watch.submit(_when_done, metrics)))
         if len(self._early) < 3:
             self._early.append(self._steps[-1])
             if len(self._early) == 3 and self._num_steps - self._first >= _ESTIMATED:
@@ -103,9 +107,9 @@ class History:
 
     def _waited(self, steps: Sequence[_Step]) -> float:
         """Seconds in which the device had nothing to do, as the next batch was not ready."""
-        waited, free = 0.0, self._last_done
+        waited, free = 0.0, self._started
         for step in steps:
-            waited += max(0.0, step.ready - free)
+            waited += max(0.0, step.ready - max(free, step.asked))
             free = step.done.result()
         return waited
 

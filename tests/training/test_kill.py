@@ -11,6 +11,7 @@ import subprocess
 import time
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 from PIL import Image
@@ -21,7 +22,7 @@ from paligemma_jax.training.checkpoints import open_checkpoints, saved_notes
 from tests import kills
 
 KILLS = int(os.environ.get("TRAINING_KILLS", "4"))
-STEPS, EXAMPLES = 36, 12
+STEPS, EXAMPLES = 24, 12
 TIMES = ("steps_per_second", "examples_per_second", "data_wait_ms", "data_wait_share")
 
 pytestmark = pytest.mark.slow
@@ -142,5 +143,4 @@ def assert_same(output: Path, undisturbed: Path) -> None:
     managers = [open_checkpoints(folder / "checkpoints") for folder in (output, undisturbed)]
     notes, expected = map(saved_notes, managers)
     assert notes == expected and [record["step"] for record in notes["validations"]][-1] == STEPS
-    states = [manager.restore(STEPS) for manager in managers]
-    np.testing.assert_equal(*states)
+    jax.tree.map(np.testing.assert_array_equal, *(manager.restore(STEPS) for manager in managers))

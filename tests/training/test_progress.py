@@ -55,14 +55,17 @@ def test_a_line_tells_speed_and_time_left(monkeypatch, capsys):
 
 
 def test_waiting_for_data_is_told_apart(monkeypatch):
-    """Of 10 seconds the device waits 2 for the first batch, then 0 and 3; the clock is our own."""
+    """Of 10 seconds the device waits 2 for the first batch, then 0 and 3; the clock is our own.
+
+    A batch that is ready late is waited for only from when it was asked for: not while something else was done.
+    """
     now = 0.0
     monkeypatch.setattr(progress.time, "perf_counter", lambda: now)
     monkeypatch.setattr(progress, "_when_done", lambda metrics: metrics["done"])
     logged = Recorder()
     history = progress.History("toy", 0, 3, [logged], lambda step: "")
-    for ready, done in ((2.0, 4.0), (3.0, 5.0), (8.0, 10.0)):
-        history.add({"loss": 1.0, "grad_norm": 1.0, "done": done}, ready)
+    for asked, ready, done in ((0.0, 2.0, 4.0), (2.0, 3.0, 5.0), (4.0, 8.0, 10.0)):
+        history.add({"loss": 1.0, "grad_norm": 1.0, "done": done}, asked, ready)
     now = 17.0
     with history.aside():  # 5 seconds of validation are not the steps'
         now = 22.0
@@ -72,6 +75,13 @@ def test_waiting_for_data_is_told_apart(monkeypatch):
     [(step, values)] = logged.told
     assert step == 3 and values["data_wait_ms"] == pytest.approx(5000 / 3)
     assert values["data_wait_share"] == pytest.approx(0.5) and values["steps_per_second"] == pytest.approx(0.3)
+    history = progress.History("toy", 0, 3, [logged], lambda step: "")
+    for asked, ready, done in ((18.0, 17.0, 19.0), (24.0, 25.0, 26.0)):
+        history.add({"loss": 1.0, "grad_norm": 1.0, "done": done}, asked, ready)
+    now = 26.0
+    history.report()
+    history.close()
+    assert logged.told[1][1]["data_wait_ms"] == pytest.approx(500)
 
 
 def test_a_loader_that_is_slow_is_seen():
