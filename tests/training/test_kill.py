@@ -21,7 +21,7 @@ from paligemma_jax.files import recover_folder
 from paligemma_jax.training.checkpoints import open_checkpoints, saved_notes
 from tests import kills
 
-KILLS = int(os.environ.get("TRAINING_KILLS", "4"))
+KILLS = int(os.environ.get("TRAINING_KILLS", "3"))
 STEPS, EXAMPLES = 24, 12
 TIMES = ("steps_per_second", "examples_per_second", "data_wait_ms", "data_wait_share")
 
@@ -109,7 +109,7 @@ def test_killed_at_random_moments(start, undisturbed, tmp_path):
         if kills.kill_when(start(output), reached):
             killed.append(progress(output))
         check_whole(output, any(had_best))
-    assert len(killed) >= KILLS // 2 and killed == sorted(killed)
+    assert len(killed) >= KILLS - 1 and killed == sorted(killed)
     process = start(output)
     _, err = process.communicate(timeout=300)
     assert process.returncode == 0, err
