@@ -33,7 +33,7 @@ def get_config() -> ConfigDict:
     config.val_data = ""  # .jsonl file of held-out examples, like data: their loss and answers are measured
     config.val_every = 0  # steps between validations; 0: an epoch
     config.val_examples = 256  # of them that are used, evenly spread; 0: all
-    config.metric = "exact"  # of the answers, which says what is best; "" measures the loss alone
+    config.metric = "exact"  # of the answers (docs/evaluation.md), which says what is best; "" measures the loss alone
     config.patience = 0  # validations without a better one that end training; 0: none do
     config.keep_best = True  # keep the best model so far in output_dir/best; the last one is in output_dir
     config.log = ""  # tensorboard, wandb (offline unless WANDB_MODE=online), or both with a semicolon

@@ -5,13 +5,14 @@ Axes: B rows, A answer positions.
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import jax
 import numpy as np
 
 from paligemma_jax.api import PaliGemma
 from paligemma_jax.errors import CheckpointError, DataError
+from paligemma_jax.evaluation import Metric
 from paligemma_jax.models import mask_vae
 from paligemma_jax.models.paligemma import PaliGemma as Network
 from paligemma_jax.processing.image import load_image
@@ -26,16 +27,6 @@ from paligemma_jax.training.samples import Sample
 
 NUM_SAMPLES = 8
 _SPARE_TOKENS = 16  # that an answer may have more than the longest right one
-
-
-class Metric(Protocol):
-    """What is used of `evaluation`'s metrics."""
-
-    name: str
-    objects: bool  # whether it takes `Detections`; those of boxes alone take texts too
-
-    def score(self, predictions: Sequence[Any], references: Sequence[Any]) -> dict[str, float]:
-        """Numbers of some answers, the main one first."""
 
 
 def pick(examples: Sequence[Example], most: int) -> list[Example]:

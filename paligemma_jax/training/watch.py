@@ -8,9 +8,10 @@ from typing import Any
 
 from paligemma_jax.api import PaliGemma
 from paligemma_jax.errors import ConfigError
+from paligemma_jax.evaluation import METRICS, Metric
 from paligemma_jax.files import recover_folder, replacing_folder
 from paligemma_jax.training.data import read_jsonl
-from paligemma_jax.training.held_out import HeldOut, Metric, pick
+from paligemma_jax.training.held_out import HeldOut, pick
 from paligemma_jax.training.logs import kinds
 from paligemma_jax.training.optimizer import averaged
 from paligemma_jax.training.step import TrainState
@@ -41,19 +42,6 @@ class Watch:
             raise ConfigError(f"patience={self.patience} needs examples to validate on: give val_data too")
         kinds(self.log)
         metric_named(self.metric)
-
-
-class _Exact:
-    """The share of answers that are right to the letter, but for white space around them."""
-
-    name, objects = "exact", False
-
-    def score(self, predictions: list[str], references: list[str]) -> dict[str, float]:
-        right = [found.strip() == true.strip() for found, true in zip(predictions, references, strict=True)]
-        return {self.name: sum(right) / len(right)}
-
-
-METRICS: dict[str, Metric] = {"exact": _Exact()}
 
 
 def metric_named(name: str) -> Metric | None:
