@@ -15,7 +15,7 @@ _TOLD, _LOADED = (
 )
 _PHRASES, _SEARCHED = "runs/test_phrase_runs.py", "runs/test_search_run.py"
 _TASK = "runs/test_evaluate_task.py"
-_FINETUNE = "training/test_finetune_options.py"
+_FINETUNE, _WATCH = "training/test_finetune_options.py", "training/test_watch.py"
 COMMON = {
     "run": "runs/test_command_line.py::test_a_config_for_another_run_is_one_line",
     "checkpoint": _LOADED,
@@ -182,6 +182,13 @@ COVERED = {
     | dict.fromkeys(
         ("output_dir", "log_every", "save_every", "save_minutes", "overwrite"), f"{_FINETUNE}::test_the_loop"
     )
+    | dict.fromkeys(
+        ("schedule", "lr_multipliers", "decayed", "b1", "dropout", "ema", "log"), f"{_WATCH}::test_keys_are_told"
+    )
+    | dict.fromkeys(
+        ("val_data", "val_every", "val_examples", "metric", "patience"), f"{_WATCH}::test_the_rule_is_that_of_the_keys"
+    )
+    | {"keep_best": f"{_WATCH}::test_the_best_is_kept"}
     | {"check_pictures": f"{_FINETUNE}::test_pictures_are_checked_before"}
     | {"label_smoothing": f"{_FINETUNE}::test_the_loss", "dtype": f"{_FINETUNE}::test_the_weights"}
     | dict.fromkeys(
