@@ -114,6 +114,10 @@ class Processor:
         size = self.image_settings.size
         return Batch(np.zeros((0, size, size, 3), np.float32), tokens, image_slots, prefix_length, length)
 
+    def count(self, prompt: str | Prompt, suffix: str | None = None, num_images: int = 1) -> tuple[int, int]:
+        """Number of tokens of bos, prompt and line break, and of suffix and eos; PromptError as of `__call__`."""
+        return len(self._prefix(prompt, num_images)), len(self._suffix(suffix))
+
     def _image_slots(self, group: Sequence[int]) -> np.ndarray:
         if not len(group):
             raise PromptError("a prompt has an empty list of pictures: give at least one for each prompt")

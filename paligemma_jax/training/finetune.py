@@ -1,4 +1,4 @@
-"""Fine-tuning of a whole model on JSON lines, with the recipe of big_vision's transfers."""
+"""Fine-tuning of a whole model on examples, with the recipe of big_vision's transfers."""
 
 import dataclasses
 import functools
@@ -13,7 +13,9 @@ from paligemma_jax.errors import ConfigError
 from paligemma_jax.loading import load
 from paligemma_jax.models.paligemma import PaliGemma
 from paligemma_jax.training.checkpoints import open_checkpoints
-from paligemma_jax.training.data import check_pictures, make_batches, read_jsonl
+from paligemma_jax.training.data import check_pictures, make_batches, open_data
+from paligemma_jax.training.data.augment import Augmentation, read_kinds
+from paligemma_jax.training.data.masks import MaskCodec
 from paligemma_jax.training.loop import fit
 from paligemma_jax.training.loss import suffix_loss
 from paligemma_jax.training.optimizer import Recipe, make_optimizer
@@ -28,6 +30,10 @@ class Settings:
     dtype: str
     data: str
     image_root: str
+    data_format: str
+    data_task: str
+    augment: str
+    data_threads: int
     output_dir: str
     epochs: int
     batch_size: int
@@ -39,7 +45,7 @@ class Settings:
     check_pictures: bool
 
     def __post_init__(self):
-        for name in ("epochs", "batch_size", "text_length", "log_every", "save_every"):
+        for name in ("epochs", "batch_size", "text_length", "data_threads", "log_every", "save_every"):
             if (value := getattr(self, name)) < 1:
                 raise ConfigError(f"{name}={value} is not possible: give an integer of at least 1")
         if not self.save_minutes > 0:
@@ -58,12 +64,26 @@ def finetune(settings: Settings, recipe: Recipe, claim: Callable[[], None] = lam
     Raises:
       UserError: see the message.
     """
-    examples = read_jsonl(settings.data, settings.image_root)
+    kinds = read_kinds(settings.augment)
+    codec = MaskCodec(lambda: model.mask_decoder())
+    examples = open_data(
+        settings.data,
+        settings.image_root,
+        data_format=settings.data_format,
+        task=settings.data_task,
+        encode=codec.encode,
+        tell=functools.partial(print, file=sys.stderr),
+    )
     model = load(settings.checkpoint, settings.dtype, prepare=False)
+    if settings.data_task == "segment":
+        model.mask_decoder()  # a file that is missing is known before anything is trained
     if any(map(ops.is_weight, flatten_dict(model.params).values())):
         raise ConfigError(f"{settings.checkpoint} is quantized and cannot be trained: give the original weights")
     sizes = {name: getattr(settings, name) for name in ("batch_size", "epochs", "text_length", "seed")}
-    batches = make_batches(examples, model.processor, **sizes)
+    augmentation = Augmentation(kinds, settings.seed, codec) if kinds else None
+    batches = make_batches(
+        examples, model.processor, **sizes, augmentation=augmentation, num_threads=settings.data_threads
+    )
     if settings.check_pictures:
         check_pictures(examples, model.processor.image_settings)
     print(f"{len(examples)} examples, {len(batches)} steps of {settings.batch_size}", file=sys.stderr)
