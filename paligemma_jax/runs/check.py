@@ -3,7 +3,6 @@
 import functools
 import json
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -134,10 +133,11 @@ def _counts(record: dict[str, Any]) -> Iterator[str]:
         named = ", ".join(f"{name or '(no label)'} {count}" for name, count in record["classes"].items())
         yield f"  objects: {record['objects']} ({named})" + ("; unbalanced" if record["unbalanced"] else "")
         yield f"  examples with a box that is there twice: {record['repeated_share']:.2%}"
-    counts, edges = record["lengths"]["counts"], record["lengths"]["edges"]
+    width, counts = record["lengths"]["width"], record["lengths"]["counts"]
     yield f"  tokens of prefix and suffix: {record['longest']} at most"
-    for count, low, high in zip(counts, edges, edges[1:], strict=False):
-        yield f"    {low:7.1f} to {high:7.1f}  {count:>8}  {'#' * round(40 * count / max(counts))}".rstrip()
+    for number, count in enumerate(counts):
+        bar = "#" * round(40 * count / max(counts))
+        yield f"    {number * width:5} to {number * width + width - 1:5}  {count:>8}  {bar}".rstrip()
 
 
 def _places(places: list[str]) -> Iterator[str]:

@@ -58,7 +58,7 @@ UNUSED = {  # by run, keys of its config that change nothing in it
     "compare": ("seed", *_SEARCH, *_LOCATE, "prompt", "windows", "output"),
     "search": (*_PALIGEMMA, *_LOCATE, "windows", "output"),
     "locate": (*_PALIGEMMA, *_SEARCH, "output"),
-    "check": ("hub_id", "dtype"),
+    "check": ("dtype",),
     "evaluate": (
         *("image", "prompt", "prompts_file", "prompt_form", "split_classes", "video_fps", "batch_size"),
         *(*_SELECTION, *_SAMPLING, *_FILES),

@@ -57,8 +57,9 @@ def measure(
         example = at(index)
         count = prefix_tokens(example.prefix) + suffix_tokens(example.suffix)
         if count > text_length:
+            place = f"{example.where}: " if example.where else ""
             raise DataError(
-                f"{f'{example.where}: ' if example.where else ''}{example.prefix!r:.60} with its suffix has {count} tokens, more than "
+                f"{place}{example.prefix!r:.60} with its suffix has {count} tokens, more than "
                 f"text_length={text_length}: raise text_length or shorten it"
             )
     num_answers = 0

@@ -40,6 +40,8 @@ class Order:
 
         The first source has `round(share * counter)` of the first `counter` examples; the others share the rest so.
         """
+        if len(self.sizes) == 1:
+            return 0, counter
         left = sum(map(_times, self.weights, self.sizes))
         for source, (weight, size) in enumerate(zip(self.weights, self.sizes, strict=True)):
             share = weight * size / left

@@ -36,7 +36,7 @@ class Shown:
 
 
 def tokens_by_role(shown: Shown, processor: Processor, num_tokens: int) -> list[tuple[str, str]]:
-    """Role and text of each token of a row that is padded to `num_tokens`; runs of pictures and padding are one each."""
+    """Role and text of each token of a row padded to `num_tokens`; those of pictures and padding are one item each."""
     row = processor.layout([list(range(len(shown.images)))], shown.prefix, shown.suffix, pad_to=num_tokens)
     num_pictures = int((row.image_slots[0] >= 0).sum())
     prefix_length, length = int(row.prefix_length[0]), int(row.length[0])

@@ -81,10 +81,10 @@ def check_data(
     seen: dict[bytes, tuple[str, str]] = {}
     between = Fault()
     found = {}
-    for name, opened in splits.items():
+    for name, open_split in splits.items():
         faults = {kind: Fault() for kind in (*ERRORS, *WARNINGS)}
         try:
-            examples = opened(lambda error, faults=faults: faults["bad_rows"].add(str(error)))
+            examples = open_split(lambda error, faults=faults: faults["bad_rows"].add(str(error)))
         except DataError as error:  # nothing is left of it
             faults["bad_rows"].add(str(error))
             found[name] = _record({"examples": 0}, faults)
@@ -136,7 +136,8 @@ def _look_at_texts(
     if isinstance(examples, DetectionSet):
         faults["reversed_boxes"].count += examples.odd["reversed"]
         faults["boxes_outside"].count += sum(examples.odd[kind] for kind in _OUTSIDE)
-    counts, edges = np.histogram(lengths, BINS) if len(lengths) else ([], [])
+    width = -(-(int(lengths.max(initial=0)) + 1) // BINS)
+    counts = np.bincount(lengths // width, minlength=BINS)
     return {
         "examples": len(examples),
         "tasks": dict(tasks.most_common()),
@@ -144,7 +145,7 @@ def _look_at_texts(
         "classes": dict(classes.most_common()),
         "unbalanced": _is_unbalanced(classes),
         "longest": int(lengths.max(initial=0)),
-        "lengths": {"counts": [int(v) for v in counts], "edges": [round(float(v), 1) for v in edges]},
+        "lengths": {"width": width, "counts": counts.tolist()},  # of bins of so many tokens, from 0 on
         "repeated_share": round(faults["repeated_boxes"].count / max(len(examples), 1), 4),
     }
 

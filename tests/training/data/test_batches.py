@@ -1,10 +1,13 @@
 """Batches: every example once in an epoch, fixed shapes, and the same whoever makes them."""
 
+import json
+
 import numpy as np
 import pytest
 
-from paligemma_jax.errors import DataError, ImageError
-from paligemma_jax.training.data import Example, check_pictures, make_batches, open_data
+from paligemma_jax.errors import ConfigError, DataError, ImageError
+from paligemma_jax.training.data import Batches, Example, check_pictures, make_batches, open_data
+from paligemma_jax.training.data.augment import Augmentation
 
 LINE = {"image": "0.png", "prefix": "caption en", "suffix": "a star"}
 
@@ -94,3 +97,96 @@ def test_a_damaged_picture_is_named_when_its_turn_comes(examples, processor, fol
     (folder / "4.png").write_bytes(b"no picture")
     with pytest.raises(ImageError, match=r"4\.png is not a picture"):
         [batches(step) for step in range(2)]
+
+
+def _same(first, second):
+    assert first.keys() == second.keys()
+    for key, values in first.items():
+        np.testing.assert_array_equal(values, second[key])
+
+
+def test_batches_are_the_same_whoever_makes_them(examples, processor, folder):
+    """Any number of threads; hosts, whose rows are put one after another; any order in which steps are asked for."""
+    pair = Example((str(folder / "0.png"), str(folder / "5.png")), "caption en", "two stars")
+    data = [*examples, pair, pair]
+    augmentation = Augmentation(("flip", "crop", "scale", "color"), 3)
+    options = {"batch_size": 4, "epochs": 3, "augmentation": augmentation}
+    one = lay_out(data, processor, **options, num_threads=1)
+    many = lay_out(data, processor, **options, num_threads=7)
+    hosts = [lay_out(data, processor, **options, host_index=i, host_count=2) for i in range(2)]
+    for step in (3, 0, 5, 1, 2, 4):
+        batch = one(step)
+        _same(batch, many(step))
+        parts = [host(step) for host in hosts]
+        _same(batch, {key: np.concatenate([part[key] for part in parts]) for key in batch})
+    with pytest.raises(ConfigError, match="batch_size=4 is not divisible by 3 hosts"):
+        lay_out(data, processor, **options, host_count=3)
+
+
+def test_weights_decide_how_often_examples_are_shown(folder, write, processor, tmp_path):
+    for name, count in (("a", 4), ("b", 2)):
+        lines = [json.dumps({**LINE, "suffix": f"{name} {i}"}) for i in range(count)]
+        (folder / f"{name}.jsonl").write_text("\n".join(lines))
+    data = open_data(f"{folder / 'a.jsonl'} ; 0.5 {folder / 'b.jsonl'}")
+    batches = lay_out(data, processor, batch_size=5, epochs=4)
+    shown = [example.suffix for step in range(len(batches)) for example in batches.examples(step)]
+    assert len(batches) == 4 and {shown.count(f"a {i}") for i in range(4)} == {4}
+    assert {shown.count(f"b {i}") for i in range(2)} == {2}
+    with pytest.raises(DataError, match="6 examples, by their weights, and epochs=4 do not fill one batch of 21"):
+        lay_out(data, processor, batch_size=21)
+
+
+def test_no_picture_token_is_ever_cut_off(examples, processor, folder):
+    """However long the texts: what has no room is refused."""
+    long = Example((str(folder / "0.png"), str(folder / "5.png")), "caption en", "a red star" * 4)
+    batches = lay_out([*examples, long], processor, text_length=60)
+    per_picture = processor.config.vision.num_tokens
+    for step in range(len(batches)):
+        batch = batches(step)
+        for row, example in enumerate(batches.examples(step)):
+            slots = batch["image_slots"][row]
+            assert (slots >= 0).sum() == per_picture * len(example.images)
+            assert batch["length"][row] - batch["prefix_length"][row] >= 1  # something is supervised
+            assert batch["tokens"][row][batch["length"][row] - 1] == processor.tokenizer.eos_id
+    with pytest.raises(DataError, match=r"has \d+ tokens, more than text_length=30"):
+        lay_out([*examples, long], processor, text_length=30)
+
+
+def test_only_texts_that_may_be_too_long_are_tokenized(examples, processor, monkeypatch):
+    counted = []
+    count = type(processor).count
+    monkeypatch.setattr(type(processor), "count", lambda self, *args: counted.append(args) or count(self, *args))
+    longest = max(len(example.suffix) for example in examples)
+    batches = lay_out(examples, processor, text_length=60)
+    assert len(counted) <= len(examples)
+    assert batches.num_answers == max(count(processor, "", example.suffix)[1] for example in examples) <= longest + 1
+
+
+def test_mirrored_texts_have_room_too(examples, processor):
+    """Where "left" is fewer tokens than "right"."""
+    texts = [f"the {side} star" for side in ("left", "right")]
+    sizes = [processor.count("", text)[1] for text in texts]
+    for text in texts:
+        data = [Example(examples[0].images, "caption en", text)] * 3
+        batches = lay_out(data, processor, augmentation=Augmentation(("flip",), 0))
+        assert batches.num_answers == max(sizes)
+
+
+def test_the_next_batch_is_begun_while_one_is_used(examples, processor, monkeypatch):
+    begun = []
+    row = Batches.row
+    monkeypatch.setattr(Batches, "row", lambda self, counter: begun.append(counter) or row(self, counter))
+    batches = lay_out(examples, processor, batch_size=2, num_threads=1)
+    batches(4)
+    batches(5)
+    assert set(range(8, 12)) <= set(begun) <= set(range(8, 14))  # of steps 4 and 5, and perhaps of 6
+
+
+def test_a_sample_of_very_many_pictures_is_checked(examples, processor, monkeypatch, capsys):
+    monkeypatch.setattr("paligemma_jax.training.data.examples._ALL", 5)
+    monkeypatch.setattr("paligemma_jax.training.data.examples._SAMPLE", 2)
+    bad = Example(("none.png",), "caption en", "a")
+    check_pictures([examples[0], bad, bad, bad, bad, examples[5]], processor.image_settings)
+    assert "the pictures of 2 of 6 examples are read; run=check reads all" in capsys.readouterr().err
+    with pytest.raises(DataError, match=r"none\.png does not exist"):
+        check_pictures([examples[0], examples[1], bad], processor.image_settings)

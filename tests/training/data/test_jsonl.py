@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from paligemma_jax.errors import DataError
+from paligemma_jax.errors import ConfigError, DataError
 from paligemma_jax.training.data import Example, open_data
 
 
@@ -78,3 +78,44 @@ def test_a_bad_file_is_named(tmp_path, content):
     with pytest.raises(DataError, match=r"data\.jsonl (is empty|cannot be read)") as caught:
         open_list(file)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "texts, message",
+    [
+        (("detect cat", "<loc1024><loc0000><loc0000><loc0000> cat"), "line 1 has '<loc1024>', which is no token"),
+        (("detect cat", "<loc12><loc0000><loc0000><loc0000> cat"), "line 1 has '<loc12>', which is no token"),
+        (("caption <seg128>", "a cat"), "line 1 has '<seg128>', which is no token"),
+        (
+            ("segment cat", "[[12, 30, 40, 30, 40, 60]] cat"),
+            "0 locations and 0 mask codes: .* polygons",
+        ),
+        (("segment cat", "<loc0001>" * 6 + " cat"), "6 locations and 0 mask codes"),
+        (("segment cat", "<loc0001>" * 4 + " cat"), "4 locations and 0 mask codes: a mask is 4 <loc....> and 16"),
+        (("segment cat", "<loc0001>" * 4 + "<seg001>" * 15 + " cat"), "4 locations and 15 mask codes"),
+    ],
+)
+def test_what_no_model_can_write_is_refused(opened, texts, message):
+    with pytest.raises(DataError, match=message):
+        opened({"image": "0.png", "prefix": texts[0], "suffix": texts[1]})
+
+
+def test_masks_as_codes_are_taken(opened):
+    suffix = "<loc0001>" * 4 + "<seg001>" * 16 + " cat"
+    rows = [{"image": "0.png", "prefix": prefix, "suffix": suffix} for prefix in ("segment cat", "the cat")]
+    assert [example.suffix for example in opened(*rows)] == [suffix] * 2
+
+
+def test_a_slice_and_the_last_example(opened):
+    examples = opened(LINE, LINE | {"suffix": "two"}, LINE | {"suffix": "three"})
+    assert [example.suffix for example in examples[1:]] == ["two", "three"]
+    assert examples[-1].suffix == "three"
+    with pytest.raises(IndexError, match="example 3 of 3"):
+        examples[3]
+
+
+def test_segment_is_for_data_sets_with_outlines(write):
+    with pytest.raises(ConfigError, match="data_task=segment is for data sets with outlines"):
+        open_data(write(LINE), task="segment")
+    with pytest.raises(ConfigError, match="data_task='mask' is not possible: give auto, detect, segment"):
+        open_data(write(LINE), task="mask")
