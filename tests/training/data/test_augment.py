@@ -90,8 +90,8 @@ def flipped(prefix, suffix, regions=None):
     "before, after",
     [
         (
-            ("answer en what is left of the cat?", "the Right ear"),
-            ("answer en what is right of the cat?", "the Left ear"),
+            ("answer en what is left of it?", "the Right ear"),
+            ("answer en what is right of it?", "the Left ear"),
         ),
         (("caption en", "LEFT, leftmost, left-hand"), ("caption en", "RIGHT, rightmost, right-hand")),
         (("caption en", "leftover brightness, upright"), ("caption en", "leftover brightness, upright")),

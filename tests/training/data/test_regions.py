@@ -59,7 +59,7 @@ def test_all_outlines_are_the_same_mask():
 
 def test_two_polygons_of_an_object_are_joined():
     left = np.array([[0, 0], [0.25, 0], [0.25, 1], [0, 1]])
-    mask = cells((left, left + (0.75, 0)), (0, 0, 1, 1))
+    mask = cells((left, left + np.array([0.75, 0])), (0, 0, 1, 1))
     np.testing.assert_allclose(mask.mean(0), [1] * 16 + [0] * 32 + [1] * 16, atol=0.13)
 
 
@@ -115,7 +115,7 @@ def test_run_lengths_in_a_file(tmp_path, codec):
     value = worlds.coco()
     path = folder / "train" / "_annotations.coco.json"
     cells_seen = []
-    for counts in (encoded["counts"].decode(), [4 * 48 + 6, *([24, 24] * 8)[:-1], 24 - 6 + 52 * 48 - 6 + 6]):
+    for counts in (encoded["counts"].decode(), [4 * 48 + 6, *([24, 24] * 8)[:-1], 18 + 52 * 48]):
         value["annotations"][0]["segmentation"] = {"size": [48, 64], "counts": counts}
         path.write_text(json.dumps(value))
         examples = open_data(
