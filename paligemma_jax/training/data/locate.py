@@ -74,7 +74,7 @@ def kind_of(path: Path) -> str | None:
     with path.open("rb") as file:
         head = file.read(_PEEK).lstrip(b"\xef\xbb\xbf \t\r\n")
     if head.startswith(b"["):
-        return "label_studio" if b'"data"' in head or head[1:].lstrip().startswith(b"]") else None
+        return "label_studio" if any(key in head for key in (b'"data"', b'"annotations"')) else None
     return "coco" if any(key in head for key in (b'"images"', b'"annotations"', b'"categories"')) else None
 
 
@@ -141,7 +141,9 @@ def _yolo(path: Path, kind: str) -> dict[str, Found]:
     files = [file for file in sorted(path.iterdir()) if file.suffix.lower() in _YAML and file.is_file()]
     for file in sorted(files, key=lambda file: file.stem != "data"):
         if kind_of(file) == "yolo":
-            return {split: Found("yolo", (file,), path, split) for split in yolo.splits(file)}
+            if not (names := yolo.splits(file)):
+                raise DataError(f"{file} names folders that are not there: correct its paths")
+            return {split: Found("yolo", (file,), path, split) for split in names}
     return {}
 
 

@@ -34,12 +34,20 @@ class MaskCodec:
     def _in_parts(self, function: Callable[..., Any], values: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
         if not len(values):
             return np.zeros((0, *shape), np.float32 if len(shape) == 2 else np.int32)
-        cpu = jax.local_devices(backend="cpu")[0]
+        device = _cpu()
         if self._params is None:
-            self._params = jax.device_put(self.read(), cpu)
+            self._params = jax.device_put(self.read(), device)
         found = []
         for start in range(0, len(values), _ROWS):
             part = values[start : start + _ROWS]
             padded = np.concatenate([part, np.zeros((_ROWS - len(part), *part.shape[1:]), part.dtype)])
-            found.append(np.asarray(function(self._params, jax.device_put(padded, cpu)))[: len(part)])
+            found.append(np.asarray(function(self._params, jax.device_put(padded, device)))[: len(part)])
         return np.concatenate(found)
+
+
+def _cpu() -> jax.Device | None:
+    """The CPU; None, which is the default device, where JAX was told to use another platform alone."""
+    try:
+        return jax.local_devices(backend="cpu")[0]
+    except RuntimeError:
+        return None

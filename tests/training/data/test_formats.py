@@ -148,6 +148,15 @@ def test_a_bad_yolo_label_is_named(tmp_path, line, message):
         open_data(folder)
 
 
+def test_a_data_yaml_whose_folders_are_not_there(tmp_path):
+    folder = worlds.write_yolo(tmp_path)
+    (folder / "data.yaml").write_text("train: nowhere\nnames: {0: cat, 1: grey dog}\n")
+    with pytest.raises(DataError, match=r"data\.yaml names folders that are not there: correct its paths"):
+        open_data(folder)
+    (folder / "data.yaml").write_text("path: .\ntrain: [train/images]\nnames: {0: cat, 1: grey dog}\n")
+    assert [(e.prefix, e.suffix) for e in open_data(folder / "data.yaml")] == EXPECTED
+
+
 @pytest.mark.parametrize(
     "old, new, message",
     [

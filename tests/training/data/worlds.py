@@ -206,8 +206,10 @@ def write_arrow(folder: Path) -> Path:
     ]
     rows[1]["image"] = {"bytes": None, "path": "../pictures/1.png"}
     (folder / "train").mkdir()
+    image = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
+    schema = pa.schema([("image", image), ("prefix", pa.string()), ("suffix", pa.string())])
     for name, part in (("data-0.arrow", rows[1:]), ("data-1.arrow", rows[:1])):
-        _stream(folder / "train" / name, pa.Table.from_pylist(part))
+        _stream(folder / "train" / name, pa.Table.from_pylist(part, schema=schema))
     _stream(folder / "train" / "indices.arrow", pa.table({"indices": pa.array([2, 0, 1], pa.uint64())}))
     state = {
         "_data_files": [{"filename": "data-0.arrow"}, {"filename": "data-1.arrow"}],

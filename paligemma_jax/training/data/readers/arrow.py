@@ -115,7 +115,14 @@ def _table(paths: list[Path]) -> Any:
         import pyarrow as pa
     except ImportError:
         raise DataError('data of datasets.save_to_disk need pyarrow: pip install -e ".[train]"') from None
+    tables = []
+    for path in paths:
+        try:
+            tables.append(pa.ipc.open_stream(pa.memory_map(str(path))).read_all())
+        except (OSError, pa.ArrowInvalid) as error:
+            raise DataError(f"{path} cannot be read ({one_line(error)}): save the data set again") from None
     try:
-        return pa.concat_tables([pa.ipc.open_stream(pa.memory_map(str(path))).read_all() for path in paths])
-    except (OSError, pa.ArrowInvalid, IndexError) as error:
-        raise DataError(f"{paths[:1]} cannot be read ({one_line(error)}): save the data set again") from None
+        return pa.concat_tables(tables)
+    except pa.ArrowInvalid as error:
+        names = " and ".join(path.name for path in paths[:2])
+        raise DataError(f"{names} do not fit together ({one_line(error)}): save the data set again") from None

@@ -18,6 +18,7 @@ from paligemma_jax.training.data.examples import Example, Examples, check_on_dis
 from paligemma_jax.training.data.found import Found, ReadSettings
 
 _KEYS = ("image", "prefix", "suffix")
+_PEEK = 2**16  # bytes of a first line that are looked at
 _MARK = b"\xef\xbb\xbf"  # byte order mark
 
 
@@ -84,7 +85,7 @@ def read(found: Found, settings: ReadSettings) -> Examples:
 def is_rows(path: Path) -> bool:
     """Whether the first line of a file is a JSON object with an image, a prefix and a suffix, whatever is in them."""
     with contextlib.suppress(OSError, ValueError), path.open("rb") as file:
-        value = json.loads(file.readline().removeprefix(_MARK))
+        value = json.loads(file.readline(_PEEK).removeprefix(_MARK))
         return isinstance(value, dict) and value.keys() >= set(_KEYS)
     return False
 
