@@ -83,8 +83,9 @@ class Batches:
         try:
             images = [load_image(picture) for picture in example.images]
         except ImageError as error:
-            inside = any(isinstance(picture, bytes) for picture in example.images)
-            raise ImageError(f"{example.where}: {error}") from None if inside else error
+            if all(isinstance(picture, str) for picture in example.images):
+                raise
+            raise ImageError(f"{example.where}: {error}") from None  # no path says which picture it is
         prefix, suffix = example.prefix, example.suffix
         if self.augmentation is not None:
             images, prefix, suffix = self.augmentation(example, images, counter)

@@ -95,7 +95,7 @@ def text_bounds(examples: Iterable[Example]) -> np.ndarray:
 
 def token_bound(text: str) -> int:
     """The most tokens that a text can have: a location or mask code is one, and any other has a byte at least."""
-    count = len(text.encode("utf-8", "replace"))
+    count = len(text) if text.isascii() else len(text.encode("utf-8", "replace"))
     return count - 8 * len(_LOC.findall(text)) - 7 * len(_SEG.findall(text)) if "<" in text else count
 
 

@@ -18,6 +18,8 @@ from paligemma_jax.training.data.examples import Example, Examples, check_on_dis
 from paligemma_jax.training.data.found import Found, ReadSettings
 
 _KEYS = ("image", "prefix", "suffix")
+_ALLOWED = set(_KEYS)
+_DECODER = json.JSONDecoder(strict=False)  # a form feed or tab in a string does no harm
 _PEEK = 2**16  # bytes of a first line that are looked at
 _MARK = b"\xef\xbb\xbf"  # byte order mark
 
@@ -46,9 +48,12 @@ class JsonLines(Examples):
             end = self._data.find(b"\n", start)
             end = len(self._data) if end < 0 else end
             if self._data[start:end].strip():
-                with settings.row():
+                try:
                     example = self._read(start, end, number)
                     check_on_disk(example)
+                except DataError as error:
+                    settings.bad_row(error)
+                else:
                     self._starts.append(start)
                     self._numbers.append(number)
                     bounds.extend((len(example.images), token_bound(example.prefix), token_bound(example.suffix)))
@@ -97,20 +102,21 @@ def _unreadable(path: Path, error: Exception) -> DataError:
 def _fields(line: str, where: str) -> tuple[list[str], str, str]:
     """The paths, prefix and suffix of a line."""
     try:
-        value = json.loads(line, strict=False)  # a form feed or tab in a string does no harm
+        value = _DECODER.decode(line)
     except (ValueError, RecursionError) as error:
         raise DataError(f"{where} is not JSON ({error})") from None
     if not isinstance(value, dict):
         raise DataError(f"{where} holds a JSON {type(value).__name__} instead of an object")
     if "messages" in value:
         raise DataError(f"{where} is of an export for OpenAI: export the data set from Roboflow again, as PaliGemma")
-    if unknown := next((key for key in value if key not in _KEYS), None):
+    if not value.keys() <= _ALLOWED:
+        unknown = next(key for key in value if key not in _ALLOWED)
         close = difflib.get_close_matches(unknown, _KEYS, n=1)
         hint = f"did you mean {close[0]}?" if close else f"a line has {', '.join(_KEYS)} only"
         raise DataError(f"{where} has an unknown key {unknown!r}: {hint}")
     images = value.get("image")
     images = images if isinstance(images, list) else [images]
     prefix, suffix = value.get("prefix"), value.get("suffix")
-    if not images or not all(isinstance(text, str) for text in (*images, prefix, suffix)):
+    if not images or {type(text) for text in (*images, prefix, suffix)} != {str}:
         raise DataError(f"{where} needs image (a path or a list of paths), prefix and suffix (texts)")
     return images, prefix, suffix
