@@ -32,7 +32,7 @@ def get_config() -> ConfigDict:
     config.query_image = ""  # search: picture, folder or glob to search with, beside the phrases
     config.top = 5  # search: pictures that are shown for a query
     config.refresh = True  # search: bring the index up to date first; else say only whether it is
-    config.overwrite = False  # search: let an index of another folder or of other models become one of these
+    config.overwrite = False  # replace drawings of other settings; search: an index of another folder or other models
     config.ranking = "exact"  # search: exact; for millions of pictures flat or ivf, of faiss
     config.save_every_s = 30.0  # search: seconds between two saves while pictures are embedded
     return config

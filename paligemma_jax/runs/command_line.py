@@ -46,14 +46,14 @@ _SELECTION = ("min_score", "nms", "loc_scale")
 _SAMPLING = ("temperature", "top_k", "top_p", "min_p", "seed", "max_new_tokens", "speculate")
 _GOING_ON = ("resume", "overwrite")
 _FILES = (*_GOING_ON, "stream", "export", "output_dir", "save_embeddings", "load_embeddings", "embeddings")
-_SEARCH = ("index", "query_image", "top", "refresh", "overwrite", "ranking", "save_every_s")
+_SEARCH = ("index", "query_image", "top", "refresh", "ranking", "save_every_s")
 _LOCATE = ("background", "threshold", "min_score", "nms", "export")
 _PALIGEMMA = ("checkpoint", "hub_id", "dtype", "seed")
 UNUSED = {  # by run, keys of its config that change nothing in it
     "generate": _EVALUATION,
     "chat": (*_EVALUATION, "prompt", "stream", "batch_size", "video_fps", "embeddings", *_GOING_ON),
-    "inspect": (*_EVALUATION, "min_score", "nms", "video_fps", "embeddings", "batch_size", *_GOING_ON),
-    "swap": (*_EVALUATION, *_SELECTION, "video_fps", "mask_vae", *_GOING_ON),
+    "inspect": (*_EVALUATION, "min_score", "nms", "video_fps", "embeddings", "batch_size", "resume"),
+    "swap": (*_EVALUATION, *_SELECTION, "video_fps", "mask_vae", "resume"),
     "heatmap": (*_PALIGEMMA, *_SEARCH, *_LOCATE),
     "compare": ("seed", *_SEARCH, *_LOCATE, "prompt", "windows", "output"),
     "search": (*_PALIGEMMA, *_LOCATE, "windows", "output"),

@@ -20,14 +20,15 @@ def run(config: ConfigDict) -> int:
     """Draw, and return the exit status: 1 when a picture could not be read."""
     pair.check(config)
     pictures = pair.Pictures(config.image)
-    directory = pair.folder(config, pictures.names)
+    drawings = pair.claim(config, pictures.names)
     student, clip = pair.load(config)
     paligemma = _paligemma(config) if config.checkpoint else None
+    drawings.begin()
     for group in pictures.groups(config.batch_size):
         found = compare(student, clip, [source.image for _, source in group], config.batch_size)
         for (stem, source), comparison in zip(group, found, strict=True):
             maps = _maps(comparison, source.image, paligemma)
-            files = [directory / f"{stem}_compare.png", directory / f"{stem}_compare.npz"]
+            files = drawings.own(drawings.directory / f"{stem}_compare.{kind}" for kind in ("png", "npz"))
             drawing.save_png(drawing.strip(source.image, *zip(*maps.values(), strict=True)), files[0])
             write_arrays(files[1], {name: values for name, (values, _) in maps.items()})
             _report(config, source.name, comparison, files)

@@ -35,11 +35,13 @@ def write(kinds: Iterable[str], folder: Folder, prompts: Iterable[Prompt]) -> No
         note(f"wrote {', '.join(map(str, written))}, of {count:,} picture{'s' * (count != 1)}")
 
 
-def write_rows(kinds: Iterable[str], directory: Path, rows: Sequence[Row], labels: Sequence[str]) -> None:
-    """The same for rows of `row_of`; classes are numbered as `labels`, then as they turn up."""
+def write_rows(kinds: Iterable[str], directory: Path, rows: Sequence[Row], labels: Sequence[str]) -> list[Path]:
+    """The same for rows of `row_of`; classes are numbered as `labels`, then as they turn up. Returns the files."""
     asked = [Prompt(" ; ".join(labels), None, tuple(labels))]
-    if written := export(kinds, directory, lambda: iter(rows), asked, tell=note):
+    written = export(kinds, directory, lambda: iter(rows), asked, tell=note)
+    if written:
         note(f"wrote {', '.join(map(str, written))}, of {len(rows):,} picture{'s' * (len(rows) != 1)}")
+    return written
 
 
 def row_of(source: Source, objects: Sequence[Detection], with_masks: bool) -> Row:

@@ -27,14 +27,17 @@ def run(config: ConfigDict) -> int:
     pictures = pair.Pictures(config.image)
     if only and len(pictures.names) > 1:
         raise ConfigError(f"output is one file, and {config.image} {len(pictures.names)} pictures: set output_dir")
-    directory = pair.folder(config, pictures.names) if only is None else only.parent
-    directory.mkdir(parents=True, exist_ok=True)
+    drawings = pair.claim(config, pictures.names) if only is None else None
     student, clip = pair.load(config)
+    if only:
+        only.parent.mkdir(parents=True, exist_ok=True)
+    else:
+        drawings.begin()
     for group in pictures.groups(config.batch_size):
         images = [source.image for _, source in group]
         maps = phrase_maps(student, clip, images, phrases, config.windows, config.batch_size)
         for (stem, source), found in zip(group, maps, strict=True):
-            files = [only] if only else _files(directory, stem, phrases)
+            files = [only] if only else drawings.own(_files(drawings.directory, stem, phrases))
             for file in files:
                 _write(file, source.image, found)
             _report(config, source, found, files, several=len(pictures.names) > 1)

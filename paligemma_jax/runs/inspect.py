@@ -22,7 +22,7 @@ from paligemma_jax.processing.find import find_images
 from paligemma_jax.processing.image import load_image
 from paligemma_jax.runs import environment, settings
 from paligemma_jax.runs import model as models
-from paligemma_jax.runs.folder import make_folder
+from paligemma_jax.runs.drawings import Drawings, claim
 from paligemma_jax.runs.notes import note
 from paligemma_jax.tasks.prompts import plain, read_prompt
 from paligemma_jax.tasks.segmentation import attach_masks
@@ -37,7 +37,7 @@ def run(config: ConfigDict) -> int:
     if not config.output_dir:
         raise ConfigError("output_dir is empty: give a folder for the maps")
     if alone:
-        return _draw_embeddings(expanded(alone), directory)
+        return _draw_embeddings(config, expanded(alone), directory)
     kinds = _kinds(config)
     settings.refuse(config, _UNUSED, "inspect looks into one answer to one prompt about one picture")
     layer, head, scale = _number(config, "layer"), _number(config, "head"), settings.loc_scale(config)
@@ -45,7 +45,7 @@ def run(config: ConfigDict) -> int:
     text = _text(config) if "similarity" in kinds else config.text
     models.check_weights(config)
     name, picture = _picture(config)
-    make_folder(directory)  # a bad place is known before the work
+    drawings = claim(config, directory)  # a bad place is known before the work
     profile = environment.profiled(config)
 
     warm_up = [] if config.answer else [pj.Request((picture,), read_prompt(config.prompt), options)]
@@ -56,12 +56,13 @@ def run(config: ConfigDict) -> int:
         hiding = (config.occlusion_size or None, config.occlusion_way)
         findings = inspect_answer(model, picture, config.prompt, answer, text, kinds, config.words, *hiding)
     made = [figure for figure in figures(findings, layer, head) if figure.name.partition("_")[0] in kinds]
-    files = [_write(figure, directory) for figure in made]
+    drawings.begin()
+    files = [_write(figure, drawings) for figure in made]
     if "lens" in kinds:
-        files.append([directory / "lens.json"])
+        files.append(drawings.own([directory / "lens.json"]))
         write_json(files[-1][0], _lens(findings))
     if config.report:
-        files.append([directory / "report.html"])
+        files.append(drawings.own([directory / "report.html"]))
         titled = {figure.title: figure.image for figure in made}
         objects = _objects(model, findings, scale)
         page = report(findings, titled, f"{config.checkpoint}, {name}", head, objects, scale)
@@ -138,14 +139,14 @@ def _picture(config: ConfigDict) -> tuple[str, Image.Image]:
     return label(names[0]), load_image(names[0])
 
 
-def _write(figure: Figure, directory: Path) -> list[Path]:
+def _write(figure: Figure, drawings: Drawings) -> list[Path]:
     """Write a plate as a picture and its arrays as plain .npy; returns the files."""
-    files = [directory / f"{figure.name}.png"]
+    names = [f"{figure.name}.png", *(f"{name}.npy" for name in figure.arrays)]
+    files = drawings.own(drawings.directory / name for name in names)
     with replacing(files[0]) as temporary:
         figure.image.save(temporary, format="PNG")
-    for name, values in figure.arrays.items():
-        files.append(directory / f"{name}.npy")
-        write_array(files[-1], values)
+    for file, values in zip(files[1:], figure.arrays.values(), strict=True):
+        write_array(file, values)
     return files
 
 
@@ -215,11 +216,12 @@ def _peak(name: str, values: np.ndarray) -> str:
     return f"{name}: highest in row {row + 1}, column {column + 1}: {values.max():.3g}"
 
 
-def _draw_embeddings(path: Path, directory: Path) -> int:
+def _draw_embeddings(config: ConfigDict, path: Path, directory: Path) -> int:
     """The heat map of a file of embeddings."""
     values = embeddings.load(path)
-    make_folder(directory)
-    files = _write(Figure(path.stem, path.stem, rendering.embeddings(values, path.name)), directory)
+    drawings = claim(config, directory)
+    drawings.begin()
+    files = _write(Figure(path.stem, path.stem, rendering.embeddings(values, path.name)), drawings)
     low, high = rendering.extremes(values)
     print(f"{' x '.join(map(str, values.shape))} numbers from {low:.3g} to {high:.3g}\n{_wrote(files)}", flush=True)
     return 0

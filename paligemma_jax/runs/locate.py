@@ -29,8 +29,9 @@ def run(config: ConfigDict) -> int:
     if "coco" in kinds:
         coco.require()
     pictures = pair.Pictures(config.image)
-    directory = pair.folder(config, pictures.names)
+    drawings = pair.claim(config, pictures.names)
     student, clip = pair.load(config)
+    drawings.begin()
     rows = []
     for group in pictures.groups(config.batch_size):
         images = [source.image for _, source in group]
@@ -39,7 +40,10 @@ def run(config: ConfigDict) -> int:
             objects = locate(found, source.image.size, config.threshold, len(background))
             chosen = select(objects, config.min_score, config.nms).kept  # what maps show without any object goes
             drawn = draw(source.image, chosen)
-            files = write_drawn(drawn, chosen, directory, stem)[1] if chosen else []
+            files = []
+            if chosen:
+                path, files = write_drawn(drawn, chosen, drawings.directory, stem)
+                drawings.own([path, *files])
             if kinds:
                 rows.append(exports.row_of(source, chosen, "coco" in kinds))
             if config.format == "json":
@@ -47,7 +51,7 @@ def run(config: ConfigDict) -> int:
                 print(json.dumps(record, ensure_ascii=False), flush=True)
             else:
                 _say(source.name if len(pictures.names) > 1 else "", phrases, chosen)
-    exports.write_rows(kinds, directory, rows, phrases)
+    drawings.own(exports.write_rows(kinds, drawings.directory, rows, phrases))
     return 1 if pictures.failed else 0
 
 

@@ -10,7 +10,8 @@ from paligemma_jax.errors import ConfigError, ImageError, PromptError, error_lin
 from paligemma_jax.files import Stems, expanded
 from paligemma_jax.patch_vit import windows
 from paligemma_jax.processing.find import find_images
-from paligemma_jax.runs import settings, sources
+from paligemma_jax.runs import drawings, settings, sources
+from paligemma_jax.runs.drawings import Drawings
 from paligemma_jax.runs.folder import make_folder, refuse_inputs, refuse_used
 from paligemma_jax.runs.notes import note
 from paligemma_jax.tasks.prompts import split_labels
@@ -52,6 +53,11 @@ def folder(config: ConfigDict, names: Sequence[str]) -> Path:
     refuse_used(directory)
     refuse_inputs(directory, names)
     return make_folder(directory)
+
+
+def claim(config: ConfigDict, names: Sequence[str]) -> Drawings:
+    """The same for a run whose drawings are not to be replaced in silence."""
+    return drawings.claim(config, folder(config, names))
 
 
 class Pictures:

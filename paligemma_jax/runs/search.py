@@ -17,20 +17,21 @@ from tqdm import tqdm
 from paligemma_jax import patch_vit
 from paligemma_jax.checkpoints import resolve
 from paligemma_jax.errors import ConfigError, DataError, ImageError, error_line
-from paligemma_jax.files import digest, expanded
+from paligemma_jax.files import Stems, digest, expanded
 from paligemma_jax.patch_vit import drawing, indexing, ranking
 from paligemma_jax.patch_vit import index as indexes
 from paligemma_jax.patch_vit.activation import embed_phrases
 from paligemma_jax.processing.fetch import is_url
 from paligemma_jax.processing.find import find_images
 from paligemma_jax.processing.image import load_image
-from paligemma_jax.runs import pair, settings
+from paligemma_jax.runs import pair, settings, sources
 from paligemma_jax.runs.notes import note
 from paligemma_jax.tasks.prompts import split_labels
 
 _MODEL_FILES = (".safetensors", ".json", ".txt", ".pt")
 _LOG_EVERY_S = 30.0  # when stderr is no terminal
 _NAMED = 20  # pictures that could not be read, by name
+_LONGEST = 80  # letters of a query in the name of its file
 
 Query = tuple[str, np.ndarray, np.ndarray]  # its name, and its embedding for each model [D]
 
@@ -59,9 +60,11 @@ def run(config: ConfigDict) -> int:
     index = _updated(config, path, old, names, models, indexing.of_models(student, clip, config.batch_size))
 
     queries = _phrase_queries(clip, phrases) + ([] if asked is None else _picture_queries(student, clip, asked))
-    for number, (results, rank_ms) in enumerate(_ranked(config, index, queries), start=1):
-        file = directory / f"search_{number}.png"
-        name = queries[number - 1][0]
+    stems = Stems()
+    for number, (results, rank_ms) in enumerate(_ranked(config, index, queries)):
+        name = queries[number][0]
+        stem = name if number < len(phrases) else Path(name).stem
+        file = directory / f"search_{stems.new(sources.plain(stem)[:_LONGEST])}.png"
         drawing.save_png(drawing.found_grid([_row(title, found) for title, found in results.items()], name), file)
         _report(config, name, results, file, rank_ms)
     return 1 if index.failed or (asked is not None and asked.failed) else 0

@@ -16,7 +16,7 @@ from paligemma_jax.processing.fetch import label
 from paligemma_jax.processing.image import load_image
 from paligemma_jax.runs import environment, settings
 from paligemma_jax.runs import model as models
-from paligemma_jax.runs.folder import make_folder
+from paligemma_jax.runs.drawings import claim
 from paligemma_jax.runs.notes import note
 
 
@@ -58,15 +58,15 @@ def run(config: ConfigDict) -> int:
         raise ConfigError("swap writes a.npy and b.npy: set output_dir")
     unused = ("stream", "export", "save_embeddings", "load_embeddings", "prompts_file", "split_classes", "prompt_form")
     settings.refuse(config, unused, "swap asks one prompt about two pictures")
-    directory = expanded(config.output_dir)
-    make_folder(directory)  # a bad place is known before the work
+    drawings = claim(config, expanded(config.output_dir))  # a bad place is known before the work
 
     profile = environment.profiled(config)
     count = 4 + bool(box) + len(shares) + len(bits)  # of trials
     model = models.load(config, batch_size=min(config.batch_size, count))
     with profile:
         own = np.asarray(model.embed_image(pictures, projected=stage == "projected"), np.float32)
-        files = [directory / f"{letter}.npy" for letter in "ab"]
+        drawings.begin()
+        files = drawings.own(drawings.directory / f"{letter}.npy" for letter in "ab")
         for name, file, values in zip(names, files, own, strict=True):
             em.save(file, values[None])
             note(f"saved {file}, the {stage} embeddings of {name}: {values[None].shape}")

@@ -8,7 +8,6 @@ import os
 import random
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -16,8 +15,8 @@ import pytest
 
 from paligemma_jax.annotate import rows
 from paligemma_jax.shapes_world.samples import scene_sample
+from tests import kills
 
-ROOT = Path(__file__).resolve().parents[2]
 PICTURES = int(os.environ.get("ANNOTATE_PICTURES", "300"))
 BROKEN = 20  # of them
 KILLS = 5
@@ -38,18 +37,9 @@ def folder(tmp_path_factory) -> Path:
 
 def start(folder: Path, output: Path, **keys: object) -> subprocess.Popen:
     (output.parent / "prompts.txt").write_text("caption en\ndetect star ; circle\n")
-    settings = {"image": folder, "output_dir": output, "prompts_file": output.parent / "prompts.txt", "platform": "cpu"}
+    settings = {"image": folder, "output_dir": output, "prompts_file": output.parent / "prompts.txt"}
     settings |= {"shard_size": 64, "batch_size": 8, "max_new_tokens": 40} | keys
-    arguments = [f"--config.{key}={value}" for key, value in settings.items()]
-    environment = os.environ | {"XDG_CACHE_HOME": str(output.parent / "cache")}
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    return subprocess.Popen(
-        [sys.executable, ROOT / "main.py", "--config=configs/annotate.py", *arguments],
-        env=environment,
-        text=True,
-        cwd=ROOT,
-        **pipes,
-    )
+    return kills.start("annotate", output.parent / "cache", **settings)
 
 
 def finish(process: subprocess.Popen) -> None:
@@ -80,18 +70,12 @@ def written(output: Path) -> int:
 
 @pytest.mark.parametrize("keys", [{}, pytest.param({"engine": "ray", "workers": 1}, marks=pytest.mark.ray)], ids=str)
 def test_killed_at_random_moments(folder, undisturbed, tmp_path, keys):
-    rng, total, kills = random.Random(1), written(undisturbed), 0
+    rng, total = random.Random(1), written(undisturbed)
     for moment in sorted(rng.uniform(0.02, 0.9) for _ in range(KILLS)):
         process = start(folder, tmp_path / "out", **keys)
-        while process.poll() is None and written(tmp_path / "out") < moment * total:
-            time.sleep(0.003)
-        if process.poll() is None:
-            process.send_signal(signal.SIGKILL)
-            kills += 1
-        process.communicate()
+        assert kills.kill_when(process, lambda moment=moment: written(tmp_path / "out") >= moment * total)
         for path in (tmp_path / "out").glob("rows-*.jsonl"):
             assert path.read_bytes() == (undisturbed / path.name).read_bytes()
-    assert kills == KILLS
     finish(start(folder, tmp_path / "out", **keys))
     for path in undisturbed.glob("rows-*"):
         assert (tmp_path / "out" / path.name).read_bytes() == path.read_bytes()

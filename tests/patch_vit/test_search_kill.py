@@ -1,11 +1,7 @@
 """The real command, killed at random moments while it indexes: at last the index is that of an undisturbed run."""
 
-import os
 import random
-import signal
 import subprocess
-import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -14,26 +10,18 @@ import pytest
 from paligemma_jax.errors import DataError
 from paligemma_jax.patch_vit import index as indexes
 from paligemma_jax.shapes_world.samples import scene_sample
+from tests import kills
 from tests.patch_vit.small import small_clip, small_student
 
-ROOT = Path(__file__).resolve().parents[2]
 PICTURES, KILLS = 300, 4
 
 pytestmark = pytest.mark.slow
 
 
 def start(directory: Path, index: Path) -> subprocess.Popen:
-    keys = {"run": "search", "image": directory / "pictures", "student": directory / "student", "platform": "cpu"}
+    keys = {"run": "search", "image": directory / "pictures", "student": directory / "student"}
     keys |= {"clip": directory / "clip", "output_dir": directory / "out", "index": index, "save_every_s": 0.0}
-    arguments = [f"--config.{key}={value}" for key, value in keys.items()]
-    return subprocess.Popen(
-        [sys.executable, ROOT / "main.py", "--config=configs/patch_vit.py", *arguments],
-        env=os.environ | {"XDG_CACHE_HOME": str(directory / "cache")},
-        cwd=ROOT,
-        text=True,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-    )  # fmt: skip
+    return kills.start("patch_vit", directory / "cache", **keys)
 
 
 def indexed(path: Path) -> int:
@@ -53,17 +41,11 @@ def test_killed_at_random_moments(tmp_path):
     out, err = start(tmp_path, tmp_path / "undisturbed").communicate(timeout=120)
     assert "red circle" in out, err
 
-    rng, path, kills = random.Random(1), tmp_path / "killed", 0
+    rng, path = random.Random(1), tmp_path / "killed"
     for share in sorted(rng.uniform(0.05, 0.9) for _ in range(KILLS)):
-        process = start(tmp_path, path)
-        while process.poll() is None and indexed(path) < share * PICTURES:
-            time.sleep(0.002)
-        if process.poll() is None:
-            process.send_signal(signal.SIGKILL)
-            kills += 1
-        process.communicate()
+        assert kills.kill_when(start(tmp_path, path), lambda share=share: indexed(path) >= share * PICTURES)
         assert indexed(path) >= share * PICTURES
-    assert kills == KILLS and not indexes.load(path).is_complete
+    assert not indexes.load(path).is_complete
     already = indexed(path)
     _, err = start(tmp_path, path).communicate(timeout=120)
     assert f"{PICTURES - 1 - already} embedded" in err and "indexing was not finished" in err

@@ -54,6 +54,7 @@ def swap(main, checkpoint, pictures, tmp_path):
     def run(**keys):
         defaults = {"checkpoint": checkpoint, "image": pictures / "a.png", "other_image": pictures / "b.jpg"}
         defaults |= {"compilation_cache": False, "max_new_tokens": 4, "output_dir": tmp_path / "swap"}
+        defaults |= {"overwrite": True}
         return main("--config=configs/swap.py", *(f"--config.{k}={v}" for k, v in (defaults | keys).items()))
 
     return run

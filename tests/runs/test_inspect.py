@@ -21,7 +21,12 @@ def inspect(main, checkpoint, pictures, tmp_path):
 
     def run(**keys: object) -> tuple[int, str, str]:
         defaults = {"checkpoint": checkpoint, "image": pictures / "a.png", "max_new_tokens": 4, "words": 2}
-        defaults |= {"compilation_cache": False, "prompt": "detect red circle", "output_dir": tmp_path / "out"}
+        defaults |= {
+            "overwrite": True,
+            "compilation_cache": False,
+            "prompt": "detect red circle",
+            "output_dir": tmp_path / "out",
+        }
         overrides = [f"--config.{key}={value}" for key, value in (defaults | keys).items()]
         return main("--config=configs/inspect.py", *overrides)
 
@@ -47,7 +52,7 @@ def test_every_map_is_written_as_a_picture_and_a_plain_array(inspect, tmp_path):
     lines = out.splitlines()
     assert status == 0 and lines[0] == answer
     folder = tmp_path / "out"
-    files = {path.name for path in folder.iterdir()}
+    files = {path.name for path in folder.iterdir() if path.is_file()}
     pngs = ["norms", "similarity_table", "similarity", "similarity_layers", "attention", "attention_answer"]
     pngs += ["attention_heads", "occlusion", "occlusion_words", "lens_nearest", "lens_said", "lens_text", "embeddings"]
     arrays = [name for name in pngs if name.rpartition("_")[2] not in ("layers", "answer", "heads", "words")]
@@ -79,7 +84,7 @@ def test_only_what_is_asked_for(inspect, generate, tmp_path):
     status, out, _ = inspect(maps="norms, attention", layer=2, head=1)
     assert status == 0
     assert out.startswith(generate(prompt="detect red circle", dtype="float32")[1])
-    names = {path.stem.partition("_")[0] for path in (tmp_path / "out").iterdir()}
+    names = {path.stem.partition("_")[0] for path in (tmp_path / "out").iterdir() if path.is_file()}
     assert names == {"norms", "attention"}
     shown = np.load(tmp_path / "out" / "attention.npy")[1, 0].mean(axis=0)
     row, column = np.unravel_index(shown.argmax(), shown.shape)

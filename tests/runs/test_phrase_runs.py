@@ -32,6 +32,7 @@ def phrases(main, monkeypatch, tmp_path, scene):
     def run(name, **keys):
         defaults = {"run": name, "image": scene / "a.png", "output_dir": tmp_path / "out", "compilation_cache": False}
         defaults |= {"prompt": "red ; green thing"} if name != "compare" else {}
+        defaults |= {"overwrite": True}
         return main("--config=configs/patch_vit.py", *(f"--config.{k}={v}" for k, v in (defaults | keys).items()))
 
     return run
@@ -56,7 +57,7 @@ def size_of(path):
 
 
 def names(folder):
-    return sorted(path.name for path in folder.iterdir())
+    return sorted(path.name for path in folder.iterdir() if path.name != ".run")
 
 
 def test_a_heat_map_is_drawn_filmed_and_saved(phrases, tmp_path):
