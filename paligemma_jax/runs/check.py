@@ -143,4 +143,4 @@ def _counts(record: dict[str, Any]) -> Iterator[str]:
 def _places(places: list[str]) -> Iterator[str]:
     yield from (f"    {place}" for place in places[:_NAMED])
     if len(places) > _NAMED:
-        yield "    and more: output_dir gets all of them"
+        yield f"    and {len(places) - _NAMED} more: {_REPORT} in output_dir names them"

@@ -3,6 +3,7 @@
 import dataclasses
 import hashlib
 import io
+import sys
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -29,19 +30,23 @@ UNBALANCED = 100  # times as many objects of one class as of another
 _OUTSIDE = ("partly outside", "without area", "without numbers")  # what data sets count
 _THREADS = 4
 _CHUNK = 512
-_LISTED = 1000  # places of each kind of fault; counts are of all
+_LISTED = 1000  # places of each kind of warning; counts are of all, and errors are all named
 
 
 @dataclasses.dataclass
 class Fault:
-    """One kind of fault: how often it is there, and where first."""
+    """One kind of fault: how often it is there, and where: the first `most` places."""
 
     count: int = 0
     places: list[str] = dataclasses.field(default_factory=list)
+    most: dataclasses.InitVar[int] = _LISTED
+
+    def __post_init__(self, most: int):
+        self._most = most
 
     def add(self, place: str) -> None:
         self.count += 1
-        if len(self.places) < _LISTED:
+        if len(self.places) < self._most:
             self.places.append(place)
 
 
@@ -82,7 +87,7 @@ def check_data(
     between = Fault()
     found = {}
     for name, open_split in splits.items():
-        faults = {kind: Fault() for kind in (*ERRORS, *WARNINGS)}
+        faults = {kind: Fault(most=sys.maxsize) for kind in ERRORS} | {kind: Fault() for kind in WARNINGS}
         try:
             examples = open_split(lambda error, faults=faults: faults["bad_rows"].add(str(error)))
         except DataError as error:  # nothing is left of it
