@@ -5,7 +5,7 @@ Every change is a function of the seed and of the example's counter alone, so a 
 
 import dataclasses
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Protocol
 
 import numpy as np
@@ -18,6 +18,7 @@ from paligemma_jax.training.data.examples import Example
 from paligemma_jax.training.data.regions import UNIT, Grid, Region, cells, in_order, to_suffix
 
 KINDS = ("flip", "crop", "scale", "color")
+_FOR_READING = ("scale", "color")  # of text, which is neither mirrored nor cut
 FLIP = 0.5  # probability
 CROP_AREA = (0.5, 1.0)  # share of the picture that is kept
 CROP_STRETCH = 0.75  # narrowest crop, as its width by its height in shares of the picture's sides
@@ -147,13 +148,16 @@ class Augmentation:
     ) -> tuple[list[Image.Image], str, str]:
         """Pictures, prefix and suffix, changed.
 
-        Examples with several pictures, and those with locations that cannot be written anew (in the prefix, or with
-        words around them), change in their colours only; so do those that ask for a single thing that would be lost.
+        Text to be read (`ocr`) is neither mirrored nor cut. Examples with several pictures, and those with locations that
+        cannot be written anew (in the prefix, or with words around them), change in their colours only; so do those
+        that ask for a single thing that would be lost.
         """
         draw = Draw.of(self.seed, counter)
         shown, prefix, suffix = list(images), example.prefix, example.suffix
         if len(images) == 1 and (regions := read_regions(example)) is not None:
-            view = self._view(draw, images[0].size)
+            prompt = read_prompt(prefix)
+            kinds = _FOR_READING if prompt.task is not None and prompt.task.name == "ocr" else KINDS
+            view = self._view(draw, images[0].size, set(kinds).intersection(self.kinds))
             texts = self._texts(example, regions, view)
             if texts is not None:
                 (prefix, suffix), shown = texts, [view.show(images[0])]
@@ -161,20 +165,20 @@ class Augmentation:
             shown = [jitter(image, draw.color) for image in shown]
         return shown, prefix, suffix
 
-    def _view(self, draw: Draw, size: tuple[int, int]) -> View:
+    def _view(self, draw: Draw, size: tuple[int, int], kinds: Collection[str]) -> View:
         """A crop, and a wider window around it, which makes it smaller; grey is only where the picture ends."""
         window = (0, 0, *size)
-        if "crop" in self.kinds:
+        if "crop" in kinds:
             shares = (min(1.0, (draw.area * draw.stretch) ** 0.5), min(1.0, (draw.area / draw.stretch) ** 0.5))
             width, height = (max(1, round(share * side)) for share, side in zip(shares, size, strict=True))
             x, y = (round(u * free) for u, free in zip(draw.place, (size[0] - width, size[1] - height), strict=True))
             window = (x, y, x + width, y + height)
-        if "scale" in self.kinds:
+        if "scale" in kinds:
             width, height = window[2] - window[0], window[3] - window[1]
             wide, high = max(width, round(width / draw.scale)), max(height, round(height / draw.scale))
             x, y = (round(u * free) for u, free in zip(draw.ground, (wide - width, high - height), strict=True))
             window = (window[0] - x, window[1] - y, window[0] - x + wide, window[1] - y + high)
-        return View(size, window, self.flips and draw.flip)
+        return View(size, window, "flip" in kinds and draw.flip)
 
     def _texts(self, example: Example, regions: Sequence[Region], view: View) -> tuple[str, str] | None:
         """Prefix and suffix of a view; None when what was asked for is not in it."""

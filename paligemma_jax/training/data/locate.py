@@ -213,7 +213,9 @@ def _whole(path: Path, kind: str) -> dict[str, Found]:
 
 
 def _with_others(there: dict[str, Found]) -> dict[str, Found]:
-    """Each split with the files of the others."""
+    """Each split with the files of the others; training's first."""
+    known = list(SPLITS)
+    there = dict(sorted(there.items(), key=lambda item: known.index(item[0]) if item[0] in known else len(known)))
     return {
         name: Found(
             found.kind,

@@ -133,6 +133,15 @@ def test_what_cannot_be_written_anew_keeps_its_picture(prefix, suffix):
         assert shown is image and texts == [prefix, suffix]
 
 
+def test_text_to_be_read_is_neither_mirrored_nor_cut():
+    image = Image.effect_noise((40, 30), 90).convert("RGB")
+    for counter in range(8):
+        example = Example(("x",), "ocr", "turn left")
+        assert Augmentation(("flip", "crop"), 0)(example, [image], counter) == ([image], "ocr", "turn left")
+    [shown], _, _ = Augmentation(("scale",), 0)(example, [image], 0)
+    assert shown.width > 40 or shown.height > 30
+
+
 def test_several_pictures_change_in_colour_only():
     images = [Image.effect_noise((40, 30), 90).convert("RGB") for _ in range(2)]
     example = Example(("x", "y"), "answer en is the left one brighter?", "yes")

@@ -61,6 +61,13 @@ def test_validation_is_the_other_split_of_the_same_folder(form, tmp_path):
         open_data(folder, split="test")
 
 
+def test_splits_are_in_the_order_of_their_use(tmp_path):
+    for name in ("test", "train", "val"):
+        worlds.paint(tmp_path)
+        worlds.write_lines(tmp_path / f"{name}.jsonl")
+    assert list(splits_of(tmp_path)) == ["train", "valid", "test"]
+
+
 def test_classes_of_all_splits_are_named(tmp_path):
     """Where no file lists them: validation asks for what training asks for."""
     folder = worlds.write_voc(tmp_path)

@@ -97,11 +97,13 @@ def _box(value: dict[str, Any], size: tuple[int, int]) -> tuple[float, float, fl
 
 def _picture(task: dict[str, Any], root: Path, where: str) -> str:
     """The picture of a task by the end of its address, with or without what an upload wrote before its name."""
-    address = next((v for v in task["data"].values() if isinstance(v, str)), "")
-    local = parse_qs(urlsplit(address).query).get("d", [""])[0]
-    path = unquote(local or urlsplit(address).path).lstrip("/")
-    name = path.rpartition("/")[2]
-    for candidate in (path, name, _UPLOADED.sub("", name, count=1), str(task.get("file_upload") or "")):
-        if candidate and (root / candidate).is_file():
-            return str(root / candidate)
-    raise DataError(f"{where} shows {address!r:.80}, which is not in {root}: set image_root to the pictures' folder")
+    addresses = [value for value in task["data"].values() if isinstance(value, str)]
+    for address in addresses:
+        local = parse_qs(urlsplit(address).query).get("d", [""])[0]
+        path = unquote(local or urlsplit(address).path).lstrip("/")
+        name = path.rpartition("/")[2]
+        for candidate in (path, name, _UPLOADED.sub("", name, count=1), str(task.get("file_upload") or "")):
+            if candidate and (root / candidate).is_file():
+                return str(root / candidate)
+    shown = addresses[0] if addresses else ""
+    raise DataError(f"{where} shows {shown!r:.80}, which is not in {root}: set image_root to the pictures' folder")
