@@ -148,9 +148,9 @@ class Augmentation:
     ) -> tuple[list[Image.Image], str, str]:
         """Pictures, prefix and suffix, changed.
 
-        Text to be read (`ocr`) is neither mirrored nor cut. Examples with several pictures, and those with locations that
-        cannot be written anew (in the prefix, or with words around them), change in their colours only; so do those
-        that ask for a single thing that would be lost.
+        Text to be read (`ocr`) is neither mirrored nor cut. Examples with several pictures, and those with locations
+        that cannot be written anew (in the prefix, or with words around them), change in their colours only; so do
+        those that ask for a single thing that would be lost.
         """
         draw = Draw.of(self.seed, counter)
         shown, prefix, suffix = list(images), example.prefix, example.suffix
