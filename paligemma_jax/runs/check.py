@@ -108,7 +108,7 @@ def _shown(examples: Examples, augmentation: Augmentation | None, count: int) ->
 
 def _row_length(processor: Processor, text_length: int, shown: Shown) -> int:
     """What a row is padded to; one that is too long for training is shown whole."""
-    count = sum(processor.count(shown.prefix, shown.suffix, len(shown.images)))
+    count = processor.count_prefix(shown.prefix, len(shown.images)) + processor.count_suffix(shown.suffix)
     return len(shown.images) * processor.config.vision.num_tokens + max(count, text_length)
 
 

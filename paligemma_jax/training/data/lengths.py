@@ -45,10 +45,10 @@ def measure(
 
     @functools.lru_cache(4096)
     def prefix_tokens(prefix: str) -> int:
-        return max(processor.count(one, None)[0] for one in _forms(prefix, mirrored))
+        return max(processor.count_prefix(one) for one in _forms(prefix, mirrored))
 
     def suffix_tokens(suffix: str) -> int:
-        return max(processor.count("", one)[1] for one in _forms(suffix, mirrored))
+        return max(processor.count_suffix(one) for one in _forms(suffix, mirrored))
 
     bounds = examples.bounds() if isinstance(examples, Examples) else text_bounds(examples)
     if mirrored is not None:

@@ -127,7 +127,7 @@ def _look_at_texts(
         prompt = read_prompt(prefix)
         tasks[prompt.task.name if prompt.task else "other"] += 1
         classes.update(dict.fromkeys(prompt.labels, 0))
-        lengths[index] = sum(processor.count(prefix, suffix, len(example.images)))
+        lengths[index] = processor.count_prefix(prefix, len(example.images)) + processor.count_suffix(suffix)
         if lengths[index] > text_length:
             faults["too_long"].add(f"{where}: {lengths[index]} tokens")
         if not suffix.strip():

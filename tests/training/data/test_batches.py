@@ -154,18 +154,18 @@ def test_no_picture_token_is_ever_cut_off(examples, processor, folder):
 
 def test_only_texts_that_may_be_too_long_are_tokenized(examples, processor, monkeypatch):
     counted = []
-    count = type(processor).count
-    monkeypatch.setattr(type(processor), "count", lambda self, *args: counted.append(args) or count(self, *args))
+    count = type(processor).count_suffix
+    monkeypatch.setattr(type(processor), "count_suffix", lambda self, text: counted.append(text) or count(self, text))
     longest = max(len(example.suffix) for example in examples)
     batches = lay_out(examples, processor, text_length=60)
     assert len(counted) <= len(examples)
-    assert batches.num_answers == max(count(processor, "", example.suffix)[1] for example in examples) <= longest + 1
+    assert batches.num_answers == max(count(processor, example.suffix) for example in examples) <= longest + 1
 
 
 def test_mirrored_texts_have_room_too(examples, processor):
     """Where "left" is fewer tokens than "right"."""
     texts = [f"the {side} star" for side in ("left", "right")]
-    sizes = [processor.count("", text)[1] for text in texts]
+    sizes = [processor.count_suffix(text) for text in texts]
     for text in texts:
         data = [Example(examples[0].images, "caption en", text)] * 3
         batches = lay_out(data, processor, augmentation=Augmentation(("flip",), 0))

@@ -29,7 +29,7 @@ def test_every_format_gives_the_same_examples(form, tmp_path):
 def test_the_most_tokens_are_known_without_a_tokenizer(form, tmp_path, processor):
     examples = open_data(worlds.WRITERS[form](tmp_path))
     for bound, example in zip(examples.bounds(), map(examples.draft, range(3)), strict=True):
-        prefix_tokens, suffix_tokens = processor.count(example.prefix, example.suffix)
+        prefix_tokens, suffix_tokens = processor.count_prefix(example.prefix), processor.count_suffix(example.suffix)
         assert bound[0] == len(example.images) == 1
         assert bound[1] + 2 >= prefix_tokens and bound[2] + 1 >= suffix_tokens
 
