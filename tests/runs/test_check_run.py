@@ -6,6 +6,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from paligemma_jax.errors import PromptError
+from paligemma_jax.loading import load
+from paligemma_jax.processing.processor import Processor
+from paligemma_jax.processing.tokenizer import Tokenizer
+from paligemma_jax.training.data import open_data
+from paligemma_jax.training.data.report import check_data
 from tests.training.data import worlds
 
 ROW = {"image": "0.png", "prefix": "caption en", "suffix": "a star"}
@@ -189,3 +195,23 @@ def test_what_cannot_be_is_one_line(check, keys, message):
 def test_a_preview_needs_a_place(check, data):
     status, _, err = check(data=data(ROW), preview=True)
     assert status == 1 and "preview needs a place for its pictures: set output_dir too" in err
+
+
+def test_what_the_tokenizer_or_the_model_does_not_know(data, monkeypatch):
+    """A token behind the model's rows, and a text that does not come back."""
+    rows = [ROW, ROW | {"suffix": "a strange star"}, ROW | {"suffix": "lost"}]
+    examples = open_data(data(*rows))
+    count, decode = Processor.count_suffix, Tokenizer.decode
+
+    def count_suffix(self, suffix):
+        if "strange" in suffix:
+            raise PromptError("<strange> is id 99999 of the tokenizer, but the model has 9 rows: leave it out")
+        return count(self, suffix)
+
+    monkeypatch.setattr(Processor, "count_suffix", count_suffix)
+    monkeypatch.setattr(Tokenizer, "decode", lambda self, ids: decode(self, ids).replace("lost", "\ufffd"))
+    processor = load("tiny", prepare=False, compilation_cache=False).processor
+    record = check_data({"data": lambda bad_row: examples}, processor, 99)["splits"]["data"]
+    assert "line 2: <strange> is id 99999" in record["errors"]["unknown_tokens"]["places"][0]
+    assert "line 3: 'lost'" in record["warnings"]["unknown_characters"]["places"][0]
+    assert len(record["errors"]) == len(record["warnings"]) == 1

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from paligemma_jax.errors import DataError, ImageError
+from paligemma_jax.errors import DataError, ImageError, PromptError
 from paligemma_jax.processing.decode import decode
 from paligemma_jax.processing.image import opened
 from paligemma_jax.processing.processor import Processor
@@ -53,11 +53,13 @@ class Fault:
 ERRORS = {  # kinds of faults that stop training, and what they are
     "bad_rows": "rows that cannot be used",
     "too_long": "examples longer than text_length",
+    "unknown_tokens": "texts with tokens that the model does not have",
     "unreadable": "pictures that cannot be read",
     "incomplete_objects": "suffixes with incomplete objects",
 }
 WARNINGS = {
     "empty_suffixes": "examples whose answer is empty (nothing to detect)",
+    "unknown_characters": "texts with characters that the tokenizer does not have",
     "unknown_labels": "objects whose label the prefix does not name",
     "no_objects": "answers to detect or segment without any object",
     "reversed_boxes": "boxes with corners in the wrong order",
@@ -121,13 +123,20 @@ def _look_at_texts(
     classes: Counter[str] = Counter()
     tasks: Counter[str] = Counter()
     num_objects = 0
+    encode, decode_ids = processor.tokenizer.encode, processor.tokenizer.decode
     for index in tqdm(range(len(examples)), unit="example", disable=None):
         example = examples.draft(index)
         prefix, suffix, where = example.prefix, example.suffix, example.where
         prompt = read_prompt(prefix)
         tasks[prompt.task.name if prompt.task else "other"] += 1
         classes.update(dict.fromkeys(prompt.labels, 0))
-        lengths[index] = processor.count_prefix(prefix, len(example.images)) + processor.count_suffix(suffix)
+        try:
+            lengths[index] = processor.count_prefix(prefix, len(example.images)) + processor.count_suffix(suffix)
+        except PromptError as error:
+            faults["unknown_tokens"].add(f"{where}: {error}")
+            continue
+        if any(decode_ids(encode(text)) != text for text in (prefix, suffix)):
+            faults["unknown_characters"].add(f"{where}: {suffix!r:.60}")
         if lengths[index] > text_length:
             faults["too_long"].add(f"{where}: {lengths[index]} tokens")
         if not suffix.strip():
