@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 
-from paligemma_jax.errors import ConfigError, DataError, ImageError
+from paligemma_jax.errors import ConfigError, DataError, ImageError, PromptError
 from paligemma_jax.training.data import Batches, Example, check_pictures, make_batches, open_data
 from paligemma_jax.training.data.augment import Augmentation
 
@@ -190,3 +190,20 @@ def test_a_sample_of_very_many_pictures_is_checked(examples, processor, monkeypa
     assert "the pictures of 2 of 6 examples are read; run=check reads all" in capsys.readouterr().err
     with pytest.raises(DataError, match=r"none\.png does not exist"):
         check_pictures([examples[0], examples[1], bad], processor.image_settings)
+
+
+def test_a_token_that_the_model_does_not_have_is_named_with_its_line(opened, processor, monkeypatch):
+    """Also in short texts, when the tokenizer has such tokens."""
+    examples = opened(LINE | {"suffix": "a long red star"}, LINE | {"suffix": "odd"})
+    count = type(processor).count_suffix
+
+    def count_suffix(self, suffix):
+        if suffix == "odd":
+            raise PromptError("<odd> is id 9999 of the tokenizer, but the model has 9 rows: leave it out")
+        return count(self, suffix)
+
+    monkeypatch.setattr(type(processor), "count_suffix", count_suffix)
+    lay_out(examples, processor, batch_size=1, text_length=60)  # it is not looked at
+    monkeypatch.setattr(type(processor.tokenizer), "name", lambda self, id_: "<odd>")
+    with pytest.raises(DataError, match=r"line 2: <odd> is id 9999"):
+        lay_out(examples, processor, batch_size=1, text_length=60)

@@ -10,6 +10,7 @@ from paligemma_jax.errors import ConfigError, DataError
 from paligemma_jax.processing.image import load_image
 from paligemma_jax.training.data import fingerprint, open_data
 from paligemma_jax.training.data.locate import splits_of
+from paligemma_jax.training.data.readers import json_file
 from tests.training.data import worlds
 
 EXPECTED = [(worlds.PREFIX, worlds.suffix(scene)) for scene in worlds.SCENES]
@@ -136,6 +137,39 @@ def test_a_bad_coco_file_is_refused(tmp_path, changes, message):
     with pytest.raises(DataError, match=message) as caught:
         open_data(_coco(tmp_path, **changes))
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ("", "is not JSON"),
+        ("{}", "has no list 'images'"),
+        ("[1]", "is not JSON"),
+        ('{"images": [], "annotations": []}', "has no list 'categories'"),
+        ('{"images": {}, "annotations": [], "categories": []}', "has no list 'images'"),
+        ('{"images": [{"id": 1},], "annotations": [], "categories": []}', "is no COCO data set: KeyError"),
+        ('{"images": [], "annotations": [1', "is no"),
+        ('{"images": [] "annotations": []}', "is not JSON .expected one of"),
+        ('{"images": [], "annotations": [], "categories": []}', "names no classes"),
+    ],
+)
+def test_a_file_that_is_no_coco_is_refused(tmp_path, text, message):
+    (tmp_path / "x.json").write_text(text)
+    with pytest.raises(DataError, match=message) as caught:
+        open_data(tmp_path / "x.json", data_format="coco")
+    assert "\n" not in str(caught.value)
+
+
+def test_lists_of_a_json_file_are_read_one_by_one(tmp_path):
+    """As json reads them, whatever the white space, the order, and what else is there."""
+    value = {"x": {"images": [9]}, "a": [1, {"b": [2, "]}"]}, [], None], "c": 3, "b": [], "é": ["\u2028"]}
+    for i, options in enumerate(({}, {"indent": 2}, {"separators": (",", ":")}, {"ensure_ascii": False})):
+        path = tmp_path / f"{i}.json"
+        path.write_text("\ufeff" * (i == 1) + json.dumps(value, **options), encoding="utf-8")
+        found = {}
+        for name, item in json_file.items(path, ("a", "b", "é", "c")):
+            found.setdefault(name, []).append(item)
+        assert found == {name: [None, *value[name]] for name in ("a", "b", "é")}
 
 
 @pytest.mark.parametrize(

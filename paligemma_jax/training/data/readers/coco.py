@@ -4,7 +4,8 @@ Boxes are x, y, width and height in pixels from 0; outlines polygons or run leng
 their own, are left out. Source: https://cocodataset.org/#format-data.
 """
 
-from collections import defaultdict
+import dataclasses
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,16 @@ from paligemma_jax.training.data.regions import Outline, Region, Runs, box_aroun
 _TABLES = ("images", "annotations", "categories")
 
 
+@dataclasses.dataclass(frozen=True, slots=True)
+class _Annotation:
+    """What is kept of one: its category, box and outline in pixels, and whether it is a crowd."""
+
+    category: int
+    box: tuple[float, ...] | None
+    segmentation: Any
+    is_crowd: bool
+
+
 def read(found: Found, settings: ReadSettings) -> Examples:
     """A picture without annotations is an example whose answer is empty.
 
@@ -27,33 +38,57 @@ def read(found: Found, settings: ReadSettings) -> Examples:
       DataError: a table or a picture is missing, or an annotation is not what it should be.
     """
     path = found.files[0]
-    value = json_file.load(path)
-    if not isinstance(value, dict) or any(not isinstance(value.get(table), list) for table in _TABLES):
-        raise DataError(f"{path} is no COCO data set: it needs the lists {', '.join(_TABLES)}")
-    names = _classes(value["categories"], path)
-    examples = settings.detection_set(names.values())
     root = settings.image_root or found.root
     try:
-        by_picture = defaultdict(list)
-        for annotation in value.pop("annotations"):
-            by_picture[annotation["image_id"]].append(annotation)
-        for image in value["images"]:
-            of_image = by_picture.pop(image["id"], [])
-            single = [annotation for annotation in of_image if not annotation.get("iscrowd")]
+        images, by_picture, categories = _tables(path, settings.task == "segment")
+        names = _classes(categories, path)
+        examples = settings.detection_set(names.values())
+        for image_id, name, size in images:
+            of_image = by_picture.pop(image_id, [])
+            single = [annotation for annotation in of_image if not annotation.is_crowd]
             examples.odd["of crowds"] += len(of_image) - len(single)
             with settings.row():
-                where = f"{path} image {image['id']}"
-                size = int(image["width"]), int(image["height"])
+                where = f"{path} image {image_id}"
                 if min(size) < 1:
                     raise DataError(f"{where} is {size[0]} x {size[1]}: give width and height in pixels")
-                regions = [_region(annotation, names, size, where, settings.task) for annotation in single]
-                examples.add(picture_in(root, image["file_name"], where), where, regions, size)
+                regions = [_region(annotation, names, size, where) for annotation in single]
+                examples.add(picture_in(root, name, where), where, regions, size)
     except (KeyError, TypeError, ValueError) as error:
         raise DataError(f"{path} is no COCO data set: {type(error).__name__} {error}; export it again") from None
     if by_picture:
         raise DataError(f"{path} has annotations of image {next(iter(by_picture))}, which is not among its images")
-    examples.odd += type(examples.odd)()  # counts of 0 go
+    examples.odd += Counter()  # counts of 0 go
     return settings.done(examples, found)
+
+
+def _tables(path: Path, with_outlines: bool) -> tuple[list[tuple], dict[Any, list[_Annotation]], list[dict[str, Any]]]:
+    """Images (id, name and size), annotations by image, and categories."""
+    images: list[tuple] = []
+    categories: list[dict[str, Any]] = []
+    by_picture: dict[Any, list[_Annotation]] = defaultdict(list)
+    there = set()
+    for table, item in json_file.items(path, _TABLES):
+        if item is None:
+            there.add(table)
+        elif table == "images":
+            images.append((item["id"], item["file_name"], (int(item["width"]), int(item["height"]))))
+        elif table == "categories":
+            categories.append(item)
+        else:
+            box = tuple(map(float, item["bbox"])) if "bbox" in item else None
+            outline = _kept(item.get("segmentation")) if with_outlines or box is None else None
+            annotation = _Annotation(item["category_id"], box, outline, bool(item.get("iscrowd")))
+            by_picture[item["image_id"]].append(annotation)
+    if missing := [table for table in _TABLES if table not in there]:
+        raise DataError(f"{path} is no COCO data set: it has no list {missing[0]!r}")
+    return images, by_picture, categories
+
+
+def _kept(segmentation: Any) -> Any:
+    """Polygons as arrays, which take a tenth of the memory of lists; run lengths as they are."""
+    if isinstance(segmentation, list):
+        return [np.array(polygon, np.float32).reshape(-1, 2) for polygon in segmentation]
+    return segmentation
 
 
 def _classes(categories: Sequence[dict[str, Any]], path: Path) -> dict[int, str]:
@@ -70,23 +105,22 @@ def _classes(categories: Sequence[dict[str, Any]], path: Path) -> dict[int, str]
     return named
 
 
-def _region(annotation: dict[str, Any], names: dict[int, str], size: tuple[int, int], where: str, task: str) -> Region:
-    number = annotation["category_id"]
-    if number not in names:
-        raise DataError(f"{where} has an object of category {number}, which is not among the categories")
-    outline = _outline(annotation.get("segmentation"), size, where) if task == "segment" else None
-    if "bbox" in annotation:
-        x, y, width, height = map(float, annotation["bbox"])
+def _region(annotation: _Annotation, names: dict[int, str], size: tuple[int, int], where: str) -> Region:
+    if annotation.category not in names:
+        raise DataError(f"{where} has an object of category {annotation.category}, which is not among the categories")
+    outline = _outline(annotation.segmentation, size, where)
+    if annotation.box is not None:
+        x, y, width, height = annotation.box
         box = (x / size[0], y / size[1], (x + width) / size[0], (y + height) / size[1])
     elif isinstance(outline, tuple):
         box = box_around(outline)
     else:
         raise DataError(f"{where} has an object without bbox: give one")
-    return Region(names[number], box, outline)
+    return Region(names[annotation.category], box, outline)
 
 
 def _outline(value: Any, size: tuple[int, int], where: str) -> Outline | None:
-    """Polygons [x0, y0, x1, y1, ...], or run lengths as a list or compressed text; None when there are none."""
+    """Polygons in pixels, or run lengths as a list or compressed text; None when there are none."""
     if not value:
         return None
     if isinstance(value, dict):
@@ -96,5 +130,4 @@ def _outline(value: Any, size: tuple[int, int], where: str) -> Outline | None:
             raise DataError(f"{where} has a mask of {width} x {height} and is {size[0]} x {size[1]}: export it again")
         lengths = read_counts(counts) if isinstance(counts, str) else np.array(counts, np.int64)
         return Runs(lengths.astype(np.int32), height, width)
-    polygons = [np.array(polygon, np.float32).reshape(-1, 2) / np.array(size, np.float32) for polygon in value]
-    return tuple(polygon for polygon in polygons if len(polygon) > 2) or None
+    return tuple(polygon / np.array(size, np.float32) for polygon in value if len(polygon) > 2) or None
