@@ -25,7 +25,7 @@ def load(path: Path) -> Any:
 
 
 def items(path: Path, names: Collection[str]) -> Iterator[tuple[str, Any]]:
-    """The items of some lists of a file's object, one by one: as objects of Python all would take ten times the file.
+    """The items of some lists of a file's object, one by one: all at once would take several times the file's size.
 
     Yields:
       The name of a list and an item of it; for each list its name and None before that.
