@@ -192,6 +192,10 @@ def test_what_cannot_be_is_one_line(check, keys, message):
     assert (status, out) == (1, "") and message in err and err.count("\n") == 1
 
 
+def test_a_key_that_changes_nothing_is_told(check, data):
+    assert check(data=data(ROW), dtype="float32")[2] == "note: run=check does not use dtype\n"
+
+
 def test_a_preview_needs_a_place(check, data):
     status, _, err = check(data=data(ROW), preview=True)
     assert status == 1 and "preview needs a place for its pictures: set output_dir too" in err

@@ -227,6 +227,19 @@ def test_a_rotated_rectangle_becomes_the_box_around_it(tmp_path):
     np.testing.assert_allclose(region.box, (26 / 64, 12 / 48, 32 / 64, 28 / 48), atol=1e-9)
 
 
+def test_a_polygon_of_label_studio(tmp_path):
+    folder = worlds.write_label_studio(tmp_path)
+    tasks = worlds.label_studio()
+    for task in tasks[:-1]:
+        for result in task["annotations"][1]["result"]:
+            value = result["value"]
+            box = value["x"], value["y"], value["x"] + value["width"], value["y"] + value["height"]
+            result["type"] = "polygonlabels"
+            result["value"] = {"points": worlds.corners(box), "polygonlabels": value["rectanglelabels"]}
+    (folder / "project.json").write_text(json.dumps(tasks))
+    assert [(example.prefix, example.suffix) for example in open_data(folder)] == EXPECTED
+
+
 def test_label_studio_of_another_form_is_refused(tmp_path):
     folder = worlds.write_label_studio(tmp_path)
     tasks = worlds.label_studio()
