@@ -27,7 +27,7 @@ RUNS = {  # config.run: module in paligemma_jax/runs, and what it does
     "chat": "answer prompts about a picture as they are typed",
     "train": "fine-tune a model on your own pictures (needs configs/finetune.py)",
     "check": "look for faults in data before training (needs configs/check.py)",
-    "evaluate": "measure the shipped model on pictures it has not seen",
+    "evaluate": "measure the shipped model on its scenes, or with configs/evaluate.py a model on a data set",
     "inspect": "draw what an answer is based on: attention, similarity, logit lens (needs configs/inspect.py)",
     "swap": "answer about a picture with another one's embeddings (needs configs/swap.py)",
     "heatmap": "draw where phrases are in a picture (this and the next three need configs/patch_vit.py)",
@@ -91,7 +91,8 @@ def main(arguments: Sequence[str]) -> int:
             print(_help(file, config))
             return 0
         name = one_of(config, "run", RUNS)
-        if unused := sorted(set(_keys(overrides)) & set(UNUSED.get(name, ()))):
+        unused = () if "task" in config else UNUSED.get(name, ())  # an evaluation on a data set has keys of its own
+        if unused := sorted(set(_keys(overrides)) & set(unused)):
             note(f"note: run={name} does not use {', '.join(unused)}")
         if not debug:
             environment.quiet()

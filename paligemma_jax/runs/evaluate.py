@@ -1,4 +1,4 @@
-"""config.run=evaluate: how good the model is, as a table, and as JSON in a file."""
+"""config.run=evaluate: how good the shipped model is on its scenes; with a task, how good a model is on a data set."""
 
 import json
 import math
@@ -8,7 +8,7 @@ from ml_collections import ConfigDict
 from paligemma_jax.engine.generate import BATCH_SIZE
 from paligemma_jax.errors import ConfigError
 from paligemma_jax.files import expanded, write_json
-from paligemma_jax.runs import environment, settings
+from paligemma_jax.runs import environment, evaluate_task, settings
 from paligemma_jax.runs import model as models
 from paligemma_jax.runs.notes import note
 from paligemma_jax.shapes_world import evaluation
@@ -21,6 +21,8 @@ _SOURCES = {"scenes": scene_sample, "foreign": foreign_sample}  # config.data
 
 def run(config: ConfigDict) -> int:
     """Measure and report."""
+    if "task" in config:  # configs/evaluate.py
+        return evaluate_task.run(config)
     output_format = settings.one_of(config, "format", ("text", "json"))
     source = _SOURCES[settings.one_of(config, "data", _SOURCES)]
     measure = settings.one_of(config, "measure", ("answers", "pointing"))

@@ -10,7 +10,7 @@ from tqdm import tqdm
 
 from paligemma_jax.api import PaliGemma
 from paligemma_jax.errors import ConfigError
-from paligemma_jax.evaluation.metrics import ImageDetections, auc, match, mean_average_precision
+from paligemma_jax.evaluation.metrics.boxes import ImageDetections, auc, match, mean_average_precision
 from paligemma_jax.shapes_world.questions import Question, caption, sample_answer, sample_locate
 from paligemma_jax.shapes_world.samples import Sample, scene_sample
 from paligemma_jax.tasks.detection import Detection

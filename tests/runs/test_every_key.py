@@ -15,6 +15,7 @@ _TOLD, _LOADED = (
 )
 _PHRASES, _SEARCHED = "runs/test_phrase_runs.py", "runs/test_search_run.py"
 _CHECK = "runs/test_check_run.py"
+_TASK = "runs/test_evaluate_task.py"
 _FINETUNE = "training/test_finetune_options.py"
 COMMON = {
     "run": "runs/test_command_line.py::test_a_config_for_another_run_is_one_line",
@@ -90,6 +91,21 @@ ANNOTATE = COMMON | {
 COVERED = {
     "tiny": BASE,
     "annotate": ANNOTATE,
+    "evaluate": COMMON
+    | dict.fromkeys(
+        ("checkpoint", "dtype", "quantization", "mask_vae"), f"{_TASK}::test_what_is_loaded_is_what_the_config_says"
+    )
+    | dict.fromkeys(("max_new_tokens", "num_beams", "batch_size"), f"{_TASK}::test_how_answers_are_made")
+    | dict.fromkeys(("split", "limit", "metric", "prompt"), f"{_TASK}::test_limit_split_metric_and_prompt")
+    | dict.fromkeys(("seed", "resamples"), f"{_TASK}::test_seed_and_resamples_are_those_of_the_interval")
+    | dict.fromkeys(("task", "data", "loc_scale"), f"{_TASK}::test_loc_scale_is_the_far_edge")
+    | {
+        "adapter": f"{_TASK}::test_an_adapter_must_be_there",
+        "resample": f"{_TASK}::test_resampling_can_be_chosen",
+        "format": f"{_TASK}::test_json_without_a_folder",
+        "output_dir": f"{_TASK}::test_a_table_records_and_a_result",
+        "overwrite": f"{_TASK}::test_other_settings_are_refused_until_the_folder_may_begin_anew",
+    },
     "inspect": BASE
     | {
         "answer": "runs/test_inspect.py::test_every_map_is_written_as_a_picture_and_a_plain_array",
@@ -186,7 +202,7 @@ COVERED = {
 def test_every_key_has_a_test_that_knows_it(name, main, monkeypatch):
     """The test exists, and names the key."""
     seen = []
-    for run in ("annotate", "check", "generate", "heatmap", "inspect", "swap", "train", "serve", "ui"):
+    for run in ("annotate", "check", "evaluate", "generate", "heatmap", "inspect", "swap", "train", "serve", "ui"):
         monkeypatch.setattr(f"paligemma_jax.runs.{run}.run", lambda config: seen.append(set(config)) or 0)
     assert main(f"--config=configs/{name}.py", "--config.compilation_cache=false")[0] == 0
     assert seen == [set(COVERED[name])]

@@ -36,7 +36,8 @@ class Batches:
     """Batches of examples as a function of the step, every epoch in an order of its own.
 
     All have the same shapes: rows of `num_tokens`, and for each as many pictures as the fullest example has. Of several
-    hosts each makes its own rows; one after another they are the batch of a single one, bit for bit.
+    hosts each makes its own rows; one after another they are the batch of a single one, bit for bit, but for image
+    slots, which count a host's own pictures.
 
     parts: examples of each source of `order`.
     batch_size: rows of all hosts together.
@@ -99,12 +100,10 @@ class Batches:
         """Arrays of this host's rows.
 
         pixels f32 [R * I, S, S, 3], those of a row together, zeros where it has fewer than I; the rest as in
-        `processing.processor.Batch`, image slots counted over all hosts.
+        `processing.processor.Batch`.
         """
-        rows = self._ahead(step)
-        first = self.host_index * len(rows)
-        most = self.num_pictures
-        groups = [range((first + i) * most, (first + i) * most + len(row.pixels)) for i, row in enumerate(rows)]
+        rows, most = self._ahead(step), self.num_pictures
+        groups = [range(i * most, i * most + len(row.pixels)) for i, row in enumerate(rows)]
         prefixes, suffixes = [row.prefix for row in rows], [row.suffix for row in rows]
         batch = self.processor.layout(groups, prefixes, suffixes, pad_to=self.num_tokens)
         pixels = np.zeros((len(rows), most, *rows[0].pixels.shape[1:]), np.float32)
