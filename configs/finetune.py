@@ -1,4 +1,4 @@
-"""Fine-tuning on your own pictures: JSON lines with image, prefix and suffix."""
+"""Fine-tuning on your own pictures: JSON lines with image, prefix and suffix, or a data set with boxes."""
 
 from ml_collections import ConfigDict
 
@@ -10,8 +10,12 @@ def get_config() -> ConfigDict:
     config.run = "train"
     config.checkpoint = base.shipped("tiny")  # where to start from; for real tasks a pt checkpoint
     config.dtype = "float32"  # of activations and frozen weights; what trains is float32 always
-    config.data = ""  # .jsonl file: {"image": "1.png", "prefix": "caption en", "suffix": "a cat"} on each line
+    config.data = ""  # .jsonl file: {"image": "1.png", "prefix": "caption en", "suffix": "a cat"}; or see docs/data.md
     config.image_root = ""  # folder that pictures are named from; by default the file's own
+    config.data_format = "auto"  # jsonl, coco, yolo, voc, label_studio, csv or datasets; auto looks what it is
+    config.data_task = "auto"  # what objects of a data set become: detect, or segment (with mask codes); auto is detect
+    config.augment = ""  # changes at random, with commas: flip, crop, scale, color
+    config.data_threads = 4  # that decode pictures while a step runs
     config.output_dir = "output/finetune"  # the tuned model, its adapter/, and the state to resume from
 
     config.method = "full"  # what trains: full (everything), decoder, lora (adapters), qlora (over int4 or int8)
