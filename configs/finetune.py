@@ -59,5 +59,9 @@ def get_config() -> ConfigDict:
     config.save_every = 500  # steps between checkpoints
     config.save_minutes = 10.0  # and minutes, where that is sooner
     config.check_pictures = True  # read all pictures before training starts
+    config.mesh = ""  # devices, as "data=2,fsdp=4" (tensor too), or auto: all, with weights and state divided (fsdp)
+    config.coordinator = ""  # of several processes: HOST:PORT of the first, or auto where the cluster knows; see docs
+    config.num_processes = 1  # how many there are, each with the same command but for `process_id`
+    config.process_id = 0  # which this one is, from 0
     config.overwrite = False  # remove the training that `output_dir` holds, and begin anew
     return config

@@ -156,9 +156,7 @@ class Gemma(nn.Module):
             columns = output_columns if i == self.config.num_layers - 1 else None
             drop = None if dropout is None else dropout.fold_in(i)
             kv = None if cache is None else cache[i]
-            x, kv, _ = run_layer(
-                layer, x, positions, sin_cos, masks[i], kv, columns, None, drop, remat=self.remat
-            )
+            x, kv, _ = run_layer(layer, x, positions, sin_cos, masks[i], kv, columns, None, drop, remat=self.remat)
             key_values.append(kv)
         return self.norm(x), tuple(key_values)
 

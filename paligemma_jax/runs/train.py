@@ -19,6 +19,7 @@ from paligemma_jax.training import data
 from paligemma_jax.training.finetune import Settings, finetune
 from paligemma_jax.training.methods import LEARNING_RATES, Method
 from paligemma_jax.training.optimizer import Recipe
+from paligemma_jax.training.parallel import is_first
 from paligemma_jax.training.watch import Watch
 
 _RUN, _CHECKPOINTS = "training.json", "checkpoints"
@@ -82,6 +83,8 @@ def _check(directory: Path, fresh: dict[str, Any], overwrite: bool) -> None:
 
 def _claim(directory: Path, fresh: dict[str, Any], overwrite: bool) -> None:
     """Make a folder that of this training, when nothing about data and model is wrong."""
+    if not is_first():  # of several processes that share the folder
+        return
     for name in (_CHECKPOINTS, *_RESULTS) if overwrite else ():
         if (old := directory / name).exists():
             shutil.rmtree(old.resolve())

@@ -9,8 +9,8 @@ import jax.numpy as jnp
 import optax
 
 from paligemma_jax.errors import ConfigError
-from paligemma_jax.training import patterns
 from paligemma_jax.training.step import TrainState
+from paligemma_jax.training.trainable import Names, labels, path_of, patterns_of
 
 SCHEDULES = ("cosine", "linear", "constant")
 _INFINITY = float("inf")
@@ -32,7 +32,7 @@ class Recipe:
     """Optimizer and loss settings; the defaults are big_vision's for a data set of one's own.
 
     `weight_decay` is per step: it follows the schedule, and is multiplied by no learning rate. `decayed` and
-    `lr_multipliers` are patterns, see `training.patterns`; the comments of configs/finetune.py say more.
+    `lr_multipliers` are patterns, see `training.trainable`; the comments of configs/finetune.py say more.
     """
 
     learning_rate: float = 1e-5
@@ -55,7 +55,22 @@ class Recipe:
                 raise ConfigError(f"{name}={value} is not possible: give a number from {low:g} to below {high:g}")
         if self.schedule not in SCHEDULES:
             raise ConfigError(f"schedule={self.schedule!r} is not possible: give {', '.join(SCHEDULES)}")
-        patterns.multipliers("lr_multipliers", self.lr_multipliers)
+        _multipliers(self.lr_multipliers)
+
+
+def _multipliers(text: str) -> list[tuple[str, float]]:
+    """Patterns with a number each, "one=0.1 ; two=1"; ConfigError when one is not so, or not above 0."""
+    rules = []
+    for part in patterns_of(text):
+        pattern, _, number = part.rpartition("=")
+        try:
+            value = float(number)
+        except ValueError:
+            value = 0.0
+        if not pattern or not 0 < value < _INFINITY:
+            raise ConfigError(f"lr_multipliers: {part!r} is not possible: give PATTERN=NUMBER with a number above 0")
+        rules.append((pattern, value))
+    return rules
 
 
 def make_schedule(recipe: Recipe, num_steps: int) -> optax.Schedule:
@@ -70,8 +85,11 @@ def make_schedule(recipe: Recipe, num_steps: int) -> optax.Schedule:
     return optax.join_schedules([optax.linear_schedule(0.0, 1.0, warmup), falling], [warmup]) if warmup else falling
 
 
-def make_optimizer(recipe: Recipe, num_steps: int) -> optax.GradientTransformation:
+def make_optimizer(recipe: Recipe, num_steps: int, names: Names | None = None) -> optax.GradientTransformation:
     """Adam over the parameters that it is given, which are those that train: clipping is over these alone.
+
+    Args:
+      names: all names of the parameters, which patterns may mean; by default their paths alone.
 
     Raises:
       ConfigError: from its `init`, when a pattern matches no parameter, or `lr_multipliers` leave one out.
@@ -79,23 +97,23 @@ def make_optimizer(recipe: Recipe, num_steps: int) -> optax.GradientTransformati
     return optax.chain(
         optax.clip_by_global_norm(recipe.clip_norm),
         optax.scale_by_adam(b1=recipe.b1, b2=recipe.b2),
-        _scale_by_learning_rate(recipe),
-        _add_decay(recipe),
+        _scale_by_learning_rate(recipe, names),
+        _add_decay(recipe, names),
         optax.scale_by_schedule(make_schedule(recipe, num_steps)),
         optax.scale(-1.0),
         *([_average(recipe.ema)] if recipe.ema else []),
     )
 
 
-def _scale_by_learning_rate(recipe: Recipe) -> optax.GradientTransformation:
-    rules = patterns.multipliers("lr_multipliers", recipe.lr_multipliers)
+def _scale_by_learning_rate(recipe: Recipe, names: Names | None) -> optax.GradientTransformation:
+    rules = _multipliers(recipe.lr_multipliers)
 
     def rates(params: Any) -> Any:
-        factors = patterns.labels(params, rules) if rules else jax.tree.map(lambda _: 1.0, params)
+        factors = labels(params, rules, names=names) if rules else jax.tree.map(lambda _: 1.0, params)
         return jax.tree.map(lambda factor: recipe.learning_rate * factor, factors)
 
     def init(params: Any) -> optax.EmptyState:
-        rates(params)  # patterns are checked before the first step
+        rates(params)  # they are checked before the first step
         return optax.EmptyState()
 
     def update(updates: Any, state: optax.EmptyState, params: Any = None) -> tuple[Any, optax.EmptyState]:
@@ -104,9 +122,9 @@ def _scale_by_learning_rate(recipe: Recipe) -> optax.GradientTransformation:
     return optax.GradientTransformation(init, update)
 
 
-def _add_decay(recipe: Recipe) -> optax.GradientTransformation:
-    rules = [(pattern, True) for pattern in patterns.split(recipe.decayed)]
-    mask = functools.partial(patterns.labels, rules=rules, default=False) if rules else _picture_kernels
+def _add_decay(recipe: Recipe, names: Names | None) -> optax.GradientTransformation:
+    rules = [(pattern, True) for pattern in patterns_of(recipe.decayed)]
+    mask = functools.partial(labels, rules=rules, default=False, names=names) if rules else _picture_kernels
     return optax.add_decayed_weights(recipe.weight_decay, mask)
 
 
@@ -114,7 +132,7 @@ def _picture_kernels(params: Any) -> Any:
     """True for the kernels of image encoder and projector."""
 
     def is_kernel(path: tuple[Any, ...], value: jax.Array) -> bool:
-        names = patterns.path_of(path).split("/")
+        names = path_of(path).split("/")
         picture_side = names[0] in ("vision_tower", "multi_modal_projector")
         return picture_side and value.ndim > 1 and names[-2] != "position_embedding"
 

@@ -29,6 +29,7 @@ COMMON = {
 BASE = COMMON | {
     "quantization": _LOADED,
     "adapter": _LOADED,
+    "mesh": _LOADED,
     "resample": f"{_GENERATE}::test_resampling_can_be_chosen",
     "mask_vae": f"{_HERE}::test_masks_are_those_of_the_named_decoder",
     "image": f"{_HERE}::test_the_prompt_and_the_image_are_those_asked_about",
@@ -119,7 +120,7 @@ COVERED = {
     "swap": BASE | dict.fromkeys(("other_image", "box", "mix", "bits"), _SWAP),
     "serve": COMMON
     | dict.fromkeys(
-        ("checkpoint", "adapter", "dtype", "quantization", "mask_vae", "num_slots"),
+        ("checkpoint", "adapter", "dtype", "quantization", "mask_vae", "mesh", "num_slots"),
         f"{_SERVE}::test_what_is_loaded_and_for_how_many",
     )
     | dict.fromkeys(
@@ -200,6 +201,8 @@ COVERED = {
     )
     | {"keep_best": f"{_WATCH}::test_the_best_is_kept"}
     | dict.fromkeys(("data_format", "data_task", "augment", "data_threads"), f"{_FINETUNE}::test_how_data_are_read")
+    | {"mesh": f"{_FINETUNE}::test_a_mesh"}
+    | dict.fromkeys(("coordinator", "num_processes", "process_id"), f"{_FINETUNE}::test_processes_are_joined")
     | {"check_pictures": f"{_FINETUNE}::test_pictures_are_checked_before"}
     | {"label_smoothing": f"{_FINETUNE}::test_the_loss", "dtype": f"{_FINETUNE}::test_the_weights"}
     | dict.fromkeys(

@@ -96,13 +96,14 @@ def test_the_prompt_and_the_image_are_those_asked_about(run, answer_with, pictur
 
 @pytest.mark.parametrize("name", ["generate", "chat", "evaluate", "inspect", "swap"])
 def test_what_is_loaded_is_what_the_config_says(run, loaded_with, checkpoint, name, tmp_path):
-    """checkpoint, adapter, dtype, quantization and mask_vae."""
+    """checkpoint, adapter, dtype, quantization, mask_vae and mesh."""
     keys = {"dtype": "float16", "quantization": "int4", "mask_vae": tmp_path / "other.npz", "adapter": "org/lora"}
+    keys |= {"mesh": "tensor=2"}
     assert run(name, **keys)[2].endswith("error: enough\n")
     assert run(name, checkpoint=tmp_path, dtype="bfloat16")[2].endswith("error: enough\n")
     assert [{key: call[key] for key in ("path", *keys)} for call in loaded_with] == [
         keys | {"path": str(checkpoint), "mask_vae": str(keys["mask_vae"])},
-        {"path": str(tmp_path), "dtype": "bfloat16", "quantization": None, "mask_vae": None, "adapter": None},
+        {"path": str(tmp_path), "dtype": "bfloat16"} | dict.fromkeys(("quantization", "mask_vae", "adapter", "mesh")),
     ]
 
 

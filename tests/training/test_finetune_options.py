@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax.traverse_util import flatten_dict
+from jax.sharding import NamedSharding, SingleDeviceSharding
 from PIL import Image
 
 from paligemma_jax.checkpoints import expected_shapes
@@ -141,6 +142,28 @@ def test_the_weights(planned):
         assert {leaf.dtype for leaf in [*jax.tree.leaves(state.params), *moments]} == {jnp.dtype("float32")}
         network = make_step["join"](state.params, make_step["frozen"])
         assert {leaf.dtype for leaf in jax.tree.leaves(network)} == {jnp.dtype(dtype)}
+
+
+def test_a_mesh(planned):
+    """mesh: of what devices, here a single one, the state and the batches lie on."""
+    for mesh, kind in (("", SingleDeviceSharding), ("fsdp=1", NamedSharding)):
+        fit = planned(mesh=mesh)["fit"]
+        assert {type(leaf.sharding) for leaf in jax.tree.leaves(fit["state"])} == {kind}
+        assert isinstance(fit["batch_at"](0)["tokens"], jax.Array if mesh else np.ndarray)
+
+
+def test_processes_are_joined(planned, monkeypatch, capsys):
+    """coordinator, num_processes and process_id."""
+    told = []
+    monkeypatch.setattr(jax.distributed, "initialize", lambda **given: told.append(given))
+    planned(coordinator="localhost:9", num_processes=2, process_id=1)
+    planned(coordinator="auto")
+    planned()
+    assert told == [{"coordinator_address": "localhost:9", "num_processes": 2, "process_id": 1}, {}]
+    for keys in ({"num_processes": 2}, {"coordinator": "a:1", "num_processes": 2, "process_id": 2}):
+        with pytest.raises(AssertionError):
+            planned(**keys)
+        assert "coordinator=" in capsys.readouterr().err
 
 
 def leaves(plan):
