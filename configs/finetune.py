@@ -9,15 +9,28 @@ def get_config() -> ConfigDict:
     config = base.common()
     config.run = "train"
     config.checkpoint = base.shipped("tiny")  # where to start from; for real tasks a pt checkpoint
-    config.dtype = "float32"  # of weights and optimizer state
+    config.dtype = "float32"  # of activations and frozen weights; what trains is float32 always
     config.data = ""  # .jsonl file: {"image": "1.png", "prefix": "caption en", "suffix": "a cat"} on each line
     config.image_root = ""  # folder that pictures are named from; by default the file's own
-    config.output_dir = "output/finetune"  # the tuned model, and the state to resume from
+    config.output_dir = "output/finetune"  # the tuned model, its adapter/, and the state to resume from
+
+    config.method = "full"  # what trains: full (everything), decoder, lora (adapters), qlora (over int4 or int8)
+    config.trainable = ""  # names or patterns of what trains instead; with lora and qlora, beside the adapters
+    config.freeze = ""  # names or patterns of what does not: "vision_tower multi_modal_projector"
+    config.lora_rank = 8  # of each adapter
+    config.lora_alpha = 16.0  # adapters count alpha / rank times
+    config.lora_targets = "decoder"  # what has adapters: decoder, all (every linear layer), or names and patterns
+    config.use_rslora = False  # alpha / sqrt(rank) instead
+    config.use_dora = False  # train the norms of the rows apart (DoRA)
+    config.quantization = "auto"  # of what qlora is over: int4, int8, or auto: as the checkpoint has it, else int4
+    config.verify = False  # compare answers of the tuned model with those that transformers gives
 
     config.epochs = 15  # passes over the data
     config.batch_size = 32  # examples of a step
+    config.accumulate = 1  # parts that a batch is computed in, one after the other, to take less memory
+    config.remat = "none"  # layers: compute the inside of each layer again for its gradient, to take less memory
     config.text_length = 128  # tokens of prefix and suffix together; longer examples are an error
-    config.learning_rate = 1e-5  # peak, after the warm-up
+    config.learning_rate = 0.0  # peak, after the warm-up; 0 is the method's: 1e-5, of adapters 1e-4
     config.schedule = "cosine"  # after the warm-up: cosine or linear, both to 0, or constant
     config.warmup_fraction = 0.05  # of all steps, in which the learning rate rises from 0
     config.lr_multipliers = ""  # by pattern, "vision_tower=0.1 ; .*=1": the first that fits; each parameter needs one

@@ -115,7 +115,10 @@ class DecoderLayer(nn.Module):
 
 
 class Gemma(nn.Module):
+    """The decoder; `remat`: see `run_layer`."""
+
     config: TextConfig
+    remat: bool = False
 
     def setup(self):
         cfg = self.config
@@ -152,8 +155,8 @@ class Gemma(nn.Module):
         for i, layer in enumerate(self.layers):
             columns = output_columns if i == self.config.num_layers - 1 else None
             drop = None if dropout is None else dropout.fold_in(i)
-            kv = None if cache is None else cache[i]
-            x, kv, _ = run_layer(layer, x, positions, sin_cos, masks[i], kv, columns, None, drop)
+            args = (x, positions, sin_cos, masks[i], None if cache is None else cache[i], columns, None, drop)
+            x, kv, _ = run_layer(layer, *args, remat=self.remat)
             key_values.append(kv)
         return self.norm(x), tuple(key_values)
 

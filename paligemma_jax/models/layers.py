@@ -25,15 +25,17 @@ def parameter(module: nn.Module, name: str, init: nn.initializers.Initializer, s
     return module.param(name, init, shape)
 
 
-def run_layer(layer: nn.Module, *args: Any) -> Any:
+def run_layer(layer: nn.Module, *args: Any, remat: bool = False) -> Any:
     """Call one of many layers that differ in their weights only.
 
     The call is a jitted function of the layer's configuration and its weights, so that all layers with the same shapes
-    share one trace: tracing a network of 26 layers takes the time of one.
+    share one trace: tracing a network of 26 layers takes the time of one. With `remat` a gradient keeps what enters the
+    layer only, and computes the rest of it again.
     """
     if layer.is_initializing():
         return layer(*args)
-    return _apply_layer(layer.clone(parent=None, name=None), layer.variables["params"], *args)
+    apply = jax.checkpoint(_apply_layer, static_argnums=0) if remat else _apply_layer
+    return apply(layer.clone(parent=None, name=None), layer.variables["params"], *args)
 
 
 @functools.partial(jax.jit, static_argnums=0)

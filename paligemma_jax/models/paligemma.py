@@ -26,12 +26,15 @@ class Projector(nn.Module):
 
 
 class PaliGemma(nn.Module):
+    """The whole model; `remat`: gradients keep what enters each layer only (`models.layers.run_layer`)."""
+
     config: PaliGemmaConfig
+    remat: bool = False
 
     def setup(self):
-        self.vision_tower = SigLIP(self.config.vision)
+        self.vision_tower = SigLIP(self.config.vision, self.remat)
         self.multi_modal_projector = Projector(self.config.text.width)
-        self.language_model = Gemma(self.config.text)
+        self.language_model = Gemma(self.config.text, self.remat)
 
     def encode_image(self, pixels: jax.Array) -> jax.Array:
         """Pixels [I, S, S, 3] in [-1, 1] to the encoder's features of each patch [I, N, E]."""

@@ -14,8 +14,10 @@ from paligemma_jax.errors import ConfigError, DataError
 from paligemma_jax.files import expanded, read_json, write_json
 from paligemma_jax.runs import model as models
 from paligemma_jax.runs import settings
+from paligemma_jax.runs.answers_check import compare_answers
 from paligemma_jax.runs.notes import note
 from paligemma_jax.training.finetune import Settings, finetune
+from paligemma_jax.training.methods import LEARNING_RATES, Method
 from paligemma_jax.training.optimizer import Recipe
 from paligemma_jax.training.watch import Watch
 
@@ -34,15 +36,19 @@ def run(config: ConfigDict) -> int:
     config = config.copy_and_resolve_references()
     for key in ("data", "val_data", "image_root", "output_dir"):
         config[key] = str(expanded(config[key])) if config[key] else ""
+    method = settings.from_config(Method, config)
+    config.learning_rate = config.learning_rate or LEARNING_RATES[method.method]
     wanted, recipe, watch = (settings.from_config(kind, config) for kind in (Settings, Recipe, Watch))
-    directory, fresh = Path(config.output_dir), _fingerprint(config, recipe)
+    directory, fresh = Path(config.output_dir), _fingerprint(config, recipe, method)
     _check(directory, fresh, config.overwrite)
-    finetune(wanted, recipe, watch, functools.partial(_claim, directory, fresh, config.overwrite))
+    finetune(wanted, recipe, functools.partial(_claim, directory, fresh, config.overwrite), method, watch)
     note(f"wrote {directory}: use it with --config.checkpoint={directory}")
+    if config.verify:
+        note(compare_answers(directory))
     return 0
 
 
-def _fingerprint(config: ConfigDict, recipe: Recipe) -> dict[str, Any]:
+def _fingerprint(config: ConfigDict, recipe: Recipe, method: Method) -> dict[str, Any]:
     """What the tuned weights depend on, and which of them are best."""
     keys = ("dtype", "image_root", "epochs", "batch_size", "text_length", "seed", "val_data", "val_examples", "metric")
     try:
@@ -50,7 +56,8 @@ def _fingerprint(config: ConfigDict, recipe: Recipe) -> dict[str, Any]:
     except OSError as error:
         raise DataError(f"{config.data} cannot be read ({error.strerror}): give a .jsonl file as data") from None
     weights = fingerprint.of_weights(config.checkpoint)
-    return {"data": data, "checkpoint": weights, **{key: config[key] for key in keys}, **dataclasses.asdict(recipe)}
+    chosen = {key: config[key] for key in keys} | dataclasses.asdict(recipe) | dataclasses.asdict(method)
+    return {"data": data, "checkpoint": weights, **chosen}
 
 
 def _check(directory: Path, fresh: dict[str, Any], overwrite: bool) -> None:

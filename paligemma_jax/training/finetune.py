@@ -1,4 +1,4 @@
-"""Fine-tuning of a whole model on JSON lines, with the recipe of big_vision's transfers."""
+"""Fine-tuning on JSON lines, by any method, with the recipe of big_vision's transfers."""
 
 import dataclasses
 import functools
@@ -6,20 +6,26 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from flax.traverse_util import flatten_dict
+import jax
+import numpy as np
 
-from paligemma_jax import numerics, ops
-from paligemma_jax.errors import ConfigError
-from paligemma_jax.loading import load
+from paligemma_jax import numerics
+from paligemma_jax.config import PaliGemmaConfig
+from paligemma_jax.errors import ConfigError, DataError
 from paligemma_jax.models.paligemma import PaliGemma
+from paligemma_jax.training import methods
 from paligemma_jax.training.checkpoints import open_checkpoints
 from paligemma_jax.training.data import check_pictures, make_batches, read_jsonl
 from paligemma_jax.training.logs import make_loggers
 from paligemma_jax.training.loop import fit
 from paligemma_jax.training.loss import dropout_keys, suffix_loss
+from paligemma_jax.training.memory import memory_table
+from paligemma_jax.training.methods import Method, Plan
 from paligemma_jax.training.optimizer import Recipe, averaged, make_optimizer, make_schedule
 from paligemma_jax.training.step import Tree, init_state, make_step
 from paligemma_jax.training.watch import Watch, make_validation, recover
+
+REMAT = ("none", "layers")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,6 +39,8 @@ class Settings:
     output_dir: str
     epochs: int
     batch_size: int
+    accumulate: int
+    remat: str
     text_length: int
     seed: int
     log_every: int
@@ -41,21 +49,32 @@ class Settings:
     check_pictures: bool
 
     def __post_init__(self):
-        for name in ("epochs", "batch_size", "text_length", "log_every", "save_every"):
+        for name in ("epochs", "batch_size", "accumulate", "text_length", "log_every", "save_every"):
             if (value := getattr(self, name)) < 1:
                 raise ConfigError(f"{name}={value} is not possible: give an integer of at least 1")
+        if self.batch_size % self.accumulate:
+            raise ConfigError(
+                f"accumulate={self.accumulate} does not divide batch_size={self.batch_size}: change one of them"
+            )
+        if self.remat not in REMAT:
+            raise ConfigError(f"remat={self.remat!r} is not possible: give {' or '.join(REMAT)}")
         if not self.save_minutes > 0:
             raise ConfigError(f"save_minutes={self.save_minutes} is not possible: give a number above 0")
 
 
 def finetune(
-    settings: Settings, recipe: Recipe, watch: Watch | None = None, claim: Callable[[], None] = lambda: None
+    settings: Settings,
+    recipe: Recipe,
+    claim: Callable[[], None] = lambda: None,
+    method: Method | None = None,
+    watch: Watch | None = None,
 ) -> Path:
     """Train, going on where an earlier run with the same output_dir stopped.
 
     Args:
-      watch: what is measured and told meanwhile; by default the training loss alone.
       claim: called when data and model are read and nothing is wrong with them, before anything is written.
+      method: what trains; by default everything.
+      watch: what is measured and told meanwhile; by default the training loss alone.
 
     Returns:
       The directory of the tuned model, in Hugging Face layout.
@@ -63,53 +82,66 @@ def finetune(
     Raises:
       UserError: see the message.
     """
+    method = method or Method()
     examples = read_jsonl(settings.data, settings.image_root)
-    model = load(settings.checkpoint, settings.dtype, prepare=False)
-    if any(map(ops.is_weight, flatten_dict(model.params).values())):
-        raise ConfigError(f"{settings.checkpoint} is quantized and cannot be trained: give the original weights")
-    sizes = {name: getattr(settings, name) for name in ("batch_size", "epochs", "text_length", "seed")}
-    batches = make_batches(examples, model.processor, **sizes)
+    model = methods.load_base(method, settings.checkpoint, settings.dtype)
+    sizes = {name: getattr(settings, name) for name in ("epochs", "text_length", "seed")}
+    batches = make_batches(
+        examples, model.processor, batch_size=settings.batch_size // settings.accumulate, **sizes
+    )  # micro-batches
+    if not (num_steps := len(batches) // settings.accumulate):
+        raise DataError(
+            f"{len(examples)} examples and epochs={settings.epochs} do not fill one batch of {settings.batch_size}: "
+            "lower batch_size"
+        )
     if settings.check_pictures:
         check_pictures(examples, model.processor.image_settings)
-    print(f"{len(examples)} examples, {len(batches)} steps of {settings.batch_size}", file=sys.stderr)
+    print(f"{len(examples)} examples, {num_steps} steps of {settings.batch_size}", file=sys.stderr)
 
-    optimizer = make_optimizer(recipe, len(batches))
-    loss = functools.partial(
-        suffix_loss, PaliGemma(model.config), recipe.label_smoothing, batches.num_answers, dropout=recipe.dropout
-    )
+    plan = methods.make_plan(method, model, settings.dtype, settings.seed)
+    print(plan.summary, file=sys.stderr)
+    optimizer = make_optimizer(recipe, num_steps)
+    network = PaliGemma(model.config, remat=settings.remat == "layers")
+    smoothing, dropout = recipe.label_smoothing, recipe.dropout
+    loss = functools.partial(suffix_loss, network, smoothing, batches.num_answers, dropout=dropout)
+    batch_at = functools.partial(stacked, batches, settings.accumulate)
+    if dropout:
+        batch_at = functools.partial(with_dropout_keys, batch_at, settings)
     output = Path(settings.output_dir)
 
-    def save(params: Tree, directory: Path) -> None:
-        model.params = params
-        model.save(directory)
+    def save(trained: Tree, directory: Path) -> None:
+        methods.export(method, model, plan, trained, settings.checkpoint, settings.dtype, directory)
 
     watch = watch or Watch()
     validation = make_validation(
         watch,
         model,
         settings.image_root,
-        settings.batch_size,
-        len(batches) // settings.epochs,
+        settings.batch_size // settings.accumulate,
+        num_steps // settings.epochs,
         output,
-        lambda params: params,
+        lambda trained: plan.join(trained, plan.frozen),
         save,
     )
     loggers = make_loggers(output, watch.log)
-    schedule = make_schedule(recipe, len(batches))
-    state = init_state(model.params, optimizer)
+    schedule = make_schedule(recipe, num_steps)
+    state = init_state(plan.trained, optimizer)
     claim()
     recover(output)
+    step = make_step(loss, optimizer, plan.frozen, plan.join, settings.accumulate)
+    print(memory_table(step.compile(state, batch_at(0)), state, plan.frozen), file=sys.stderr)
+
     state = fit(
         state,
-        make_step(loss, optimizer),
-        _with_dropout_keys(batches, settings) if recipe.dropout else batches,
-        len(batches),
+        step,
+        batch_at,
+        num_steps,
         checkpoints=open_checkpoints(output / "checkpoints"),
         save_every=settings.save_every,
         save_minutes=settings.save_minutes,
         log_every=settings.log_every,
         name="finetune",
-        explain=functools.partial(numerics.explain_batch, model.config),
+        explain=functools.partial(explain, model.config, plan, settings.accumulate),
         loggers=loggers,
         validation=validation,
         num_examples=settings.batch_size,
@@ -119,10 +151,24 @@ def finetune(
     return output
 
 
-def _with_dropout_keys(batches: Callable[[int], Tree], settings: Settings) -> Callable[[int], Tree]:
-    """Batches that say which values are dropped, as a function of the step too."""
+def stacked(batches: Callable[[int], Tree], accumulate: int, step: int) -> Tree:
+    """The batch of a step; where it has several micro-batches, they are a first axis of its arrays."""
+    if accumulate == 1:
+        return batches(step)
+    parts = [batches(step * accumulate + i) for i in range(accumulate)]
+    return jax.tree.map(lambda *arrays: np.stack(arrays), *parts)
 
-    def batch_at(step: int) -> Tree:
-        return {**batches(step), "dropout_keys": dropout_keys(settings.seed, step, settings.batch_size)}
 
-    return batch_at
+def with_dropout_keys(batch_at: Callable[[int], Tree], settings: Settings, step: int) -> Tree:
+    """The batch of a step with what says which values are dropped, the same however the batch is split."""
+    batch = batch_at(step)
+    keys = dropout_keys(settings.seed, step, settings.batch_size)
+    return {**batch, "dropout_keys": keys.reshape(*batch["length"].shape, 2)}
+
+
+def explain(config: PaliGemmaConfig, plan: Plan, accumulate: int, trained: Tree, batch: Tree) -> str:
+    """Why the loss or the gradient of a batch is not finite, from its micro-batches."""
+    params = plan.join(trained, plan.frozen)
+    parts = [batch] if accumulate == 1 else [{name: x[i] for name, x in batch.items()} for i in range(accumulate)]
+    reasons = [numerics.explain_batch(config, params, part) for part in parts]
+    return next((reason for reason in reasons if not reason.startswith(numerics.ALL_FINITE)), reasons[0])

@@ -9,8 +9,8 @@ import jax.numpy as jnp
 import optax
 
 from paligemma_jax.errors import ConfigError
-from paligemma_jax.training import patterns
 from paligemma_jax.training.step import TrainState
+from paligemma_jax.training.trainable import labels, path_of, patterns_of
 
 SCHEDULES = ("cosine", "linear", "constant")
 _INFINITY = float("inf")
@@ -32,7 +32,7 @@ class Recipe:
     """Optimizer and loss settings; the defaults are big_vision's for a data set of one's own.
 
     `weight_decay` is per step: it follows the schedule, and is multiplied by no learning rate. `decayed` and
-    `lr_multipliers` are patterns, see `training.patterns`; the comments of configs/finetune.py say more.
+    `lr_multipliers` are patterns, see `training.trainable`; the comments of configs/finetune.py say more.
     """
 
     learning_rate: float = 1e-5
@@ -55,7 +55,22 @@ class Recipe:
                 raise ConfigError(f"{name}={value} is not possible: give a number from {low:g} to below {high:g}")
         if self.schedule not in SCHEDULES:
             raise ConfigError(f"schedule={self.schedule!r} is not possible: give {', '.join(SCHEDULES)}")
-        patterns.multipliers("lr_multipliers", self.lr_multipliers)
+        _ = self.multipliers
+
+    @property
+    def multipliers(self) -> list[tuple[str, float]]:
+        """The patterns of `lr_multipliers` with their numbers; ConfigError when one is not so, or not above 0."""
+        rules = []
+        for part in patterns_of(self.lr_multipliers):
+            pattern, _, number = part.rpartition("=")
+            try:
+                value = float(number)
+            except ValueError:
+                value = 0.0
+            if not pattern or not 0 < value < _INFINITY:
+                raise ConfigError(f"lr_multipliers: {part!r} is not possible: give PATTERN=NUMBER, a number above 0")
+            rules.append((pattern, value))
+        return rules
 
 
 def make_schedule(recipe: Recipe, num_steps: int) -> optax.Schedule:
@@ -88,10 +103,10 @@ def make_optimizer(recipe: Recipe, num_steps: int) -> optax.GradientTransformati
 
 
 def _scale_by_learning_rate(recipe: Recipe) -> optax.GradientTransformation:
-    rules = patterns.multipliers("lr_multipliers", recipe.lr_multipliers)
+    rules = recipe.multipliers
 
     def rates(params: Any) -> Any:
-        factors = patterns.labels(params, rules) if rules else jax.tree.map(lambda _: 1.0, params)
+        factors = labels(params, rules) if rules else jax.tree.map(lambda _: 1.0, params)
         return jax.tree.map(lambda factor: recipe.learning_rate * factor, factors)
 
     def init(params: Any) -> optax.EmptyState:
@@ -105,8 +120,8 @@ def _scale_by_learning_rate(recipe: Recipe) -> optax.GradientTransformation:
 
 
 def _add_decay(recipe: Recipe) -> optax.GradientTransformation:
-    rules = [(pattern, True) for pattern in patterns.split(recipe.decayed)]
-    mask = functools.partial(patterns.labels, rules=rules, default=False) if rules else _picture_kernels
+    rules = [(pattern, True) for pattern in patterns_of(recipe.decayed)]
+    mask = functools.partial(labels, rules=rules, default=False) if rules else _picture_kernels
     return optax.add_decayed_weights(recipe.weight_decay, mask)
 
 
@@ -114,7 +129,7 @@ def _picture_kernels(params: Any) -> Any:
     """True for the kernels of image encoder and projector."""
 
     def is_kernel(path: tuple[Any, ...], value: jax.Array) -> bool:
-        names = patterns.path_of(path).split("/")
+        names = path_of(path).split("/")
         picture_side = names[0] in ("vision_tower", "multi_modal_projector")
         return picture_side and value.ndim > 1 and names[-2] != "position_embedding"
 

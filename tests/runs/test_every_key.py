@@ -190,7 +190,13 @@ COVERED = {
     )
     | {"keep_best": f"{_WATCH}::test_the_best_is_kept"}
     | {"check_pictures": f"{_FINETUNE}::test_pictures_are_checked_before"}
-    | {"label_smoothing": f"{_FINETUNE}::test_the_loss", "dtype": f"{_FINETUNE}::test_the_weights"},
+    | {"label_smoothing": f"{_FINETUNE}::test_the_loss", "dtype": f"{_FINETUNE}::test_the_weights"}
+    | dict.fromkeys(
+        ("method", "trainable", "freeze", "lora_targets", "use_dora", "quantization"), f"{_FINETUNE}::test_what_trains"
+    )
+    | dict.fromkeys(("lora_rank", "lora_alpha", "use_rslora"), f"{_FINETUNE}::test_adapters")
+    | dict.fromkeys(("accumulate", "remat"), f"{_FINETUNE}::test_memory_is_saved")
+    | {"verify": f"{_FINETUNE}::test_the_answers_are_compared_if_that_is_asked"},
 }
 
 
