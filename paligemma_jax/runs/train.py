@@ -42,7 +42,7 @@ def run(config: ConfigDict) -> int:
     wanted, recipe, watch = (settings.from_config(kind, config) for kind in (Settings, Recipe, Watch))
     directory, fresh = Path(config.output_dir), _fingerprint(config, recipe, method)
     _check(directory, fresh, config.overwrite)
-    finetune(wanted, recipe, method, watch, functools.partial(_claim, directory, fresh, config.overwrite))
+    finetune(wanted, recipe, functools.partial(_claim, directory, fresh, config.overwrite), method, watch)
     note(f"wrote {directory}: use it with --config.checkpoint={directory}")
     if config.verify:
         note(compare_answers(directory))

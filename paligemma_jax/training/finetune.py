@@ -76,16 +76,16 @@ class Settings:
 def finetune(
     settings: Settings,
     recipe: Recipe,
+    claim: Callable[[], None] = lambda: None,
     method: Method | None = None,
     watch: Watch | None = None,
-    claim: Callable[[], None] = lambda: None,
 ) -> Path:
     """Train, going on where an earlier run with the same output_dir stopped.
 
     Args:
+      claim: called when data and model are read and nothing is wrong with them, before anything is written.
       method: what trains; by default everything.
       watch: what is measured and told meanwhile; by default the training loss alone.
-      claim: called when data and model are read and nothing is wrong with them, before anything is written.
 
     Returns:
       The directory of the tuned model, in Hugging Face layout.
@@ -197,26 +197,21 @@ def _open(settings: Settings, data: str, split: str, codec: MaskCodec) -> list[E
 
 
 def global_batch(batches: Batches, layout: Layout | None, settings: Settings, drops: bool, step: int) -> Tree:
-    """The batch of a step, divided over the devices.
-
-    Where it has several micro-batches, they are a first axis of its arrays. What is dropped is a function of the step
-    too, and of all rows, whichever host they are on.
-    """
+    """The batch of a step, divided over the devices, with what says which values are dropped, if any are."""
     accumulate, index, count = settings.accumulate, batches.host_index, batches.host_count
-
-    def micro(number: int) -> Tree:
-        batch = batches(number)
-        if drops:
-            keys = dropout_keys(settings.seed, number, batches.batch_size)
-            batch["dropout_keys"] = np.split(keys, count)[index]
-        return batch
-
-    if accumulate == 1:
-        batch = micro(step)
-    else:
-        parts = [micro(step * accumulate + i) for i in range(accumulate)]
-        batch = jax.tree.map(lambda *arrays: np.stack(arrays), *parts)
+    batch = stacked(batches, accumulate, step)
+    if drops:  # the same however the rows are divided
+        rows = dropout_keys(settings.seed, step, settings.batch_size).reshape(accumulate, count, -1, 2)[:, index]
+        batch["dropout_keys"] = rows if accumulate > 1 else rows[0]
     return shard_batch(layout, batch, index, count, micro=accumulate > 1)
+
+
+def stacked(batches: Callable[[int], Tree], accumulate: int, step: int) -> Tree:
+    """The batch of a step; where it has several micro-batches, they are a first axis of its arrays."""
+    if accumulate == 1:
+        return batches(step)
+    parts = [batches(step * accumulate + i) for i in range(accumulate)]
+    return jax.tree.map(lambda *arrays: np.stack(arrays), *parts)
 
 
 def explain(config: PaliGemmaConfig, plan: Plan, accumulate: int, trained: Tree, batch: Tree) -> str:

@@ -55,22 +55,22 @@ class Recipe:
                 raise ConfigError(f"{name}={value} is not possible: give a number from {low:g} to below {high:g}")
         if self.schedule not in SCHEDULES:
             raise ConfigError(f"schedule={self.schedule!r} is not possible: give {', '.join(SCHEDULES)}")
-        _multipliers(self.lr_multipliers)
+        _ = self.multipliers
 
-
-def _multipliers(text: str) -> list[tuple[str, float]]:
-    """Patterns with a number each, "one=0.1 ; two=1"; ConfigError when one is not so, or not above 0."""
-    rules = []
-    for part in patterns_of(text):
-        pattern, _, number = part.rpartition("=")
-        try:
-            value = float(number)
-        except ValueError:
-            value = 0.0
-        if not pattern or not 0 < value < _INFINITY:
-            raise ConfigError(f"lr_multipliers: {part!r} is not possible: give PATTERN=NUMBER with a number above 0")
-        rules.append((pattern, value))
-    return rules
+    @property
+    def multipliers(self) -> list[tuple[str, float]]:
+        """The patterns of `lr_multipliers` with their numbers; ConfigError when one is not so, or not above 0."""
+        rules = []
+        for part in patterns_of(self.lr_multipliers):
+            pattern, _, number = part.rpartition("=")
+            try:
+                value = float(number)
+            except ValueError:
+                value = 0.0
+            if not pattern or not 0 < value < _INFINITY:
+                raise ConfigError(f"lr_multipliers: {part!r} is not possible: give PATTERN=NUMBER, a number above 0")
+            rules.append((pattern, value))
+        return rules
 
 
 def make_schedule(recipe: Recipe, num_steps: int) -> optax.Schedule:
@@ -106,7 +106,7 @@ def make_optimizer(recipe: Recipe, num_steps: int, names: Names | None = None) -
 
 
 def _scale_by_learning_rate(recipe: Recipe, names: Names | None) -> optax.GradientTransformation:
-    rules = _multipliers(recipe.lr_multipliers)
+    rules = recipe.multipliers
 
     def rates(params: Any) -> Any:
         factors = labels(params, rules, names=names) if rules else jax.tree.map(lambda _: 1.0, params)

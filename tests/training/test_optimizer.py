@@ -67,7 +67,7 @@ def test_decay_is_by_pattern_and_by_no_learning_rate():
         ({"lr_multipliers": "vision_tower=0.1"}, "language_model/norm/weight and 0 more parameters fit none"),
         ({"lr_multipliers": "vision_towr=0.1 ; .*=1"}, "'vision_towr' matches no parameter"),
         ({"decayed": "qproj"}, "'qproj' matches no parameter"),
-        ({"decayed": "(norm"}, "'\\(norm' is neither a name nor a regular expression"),
+        ({"decayed": "(norm"}, "'\\(norm' matches no parameter"),
     ],
 )
 def test_patterns_and_parameters_that_match_nothing_are_errors(keys, message):

@@ -22,7 +22,7 @@ from paligemma_jax.training.watch import BEST, Watch, make_validation, metric_na
 def told(monkeypatch, tmp_path):
     """told(KEY=VALUE, ...): the settings, the recipe and the watch that a run is told."""
     given = []
-    monkeypatch.setattr(train_run, "finetune", lambda *arguments: given.append(arguments[:3]))
+    monkeypatch.setattr(train_run, "finetune", lambda *arguments: given.append([*arguments[:2], arguments[4]]))
     (tmp_path / "data.jsonl").write_text("{}")
 
     def run(**keys):
@@ -37,7 +37,7 @@ def told(monkeypatch, tmp_path):
 
 
 def test_keys_are_told(told, tmp_path):
-    assert told()[1:] == (Recipe(), Watch())  # the defaults of the config are those of the code
+    assert told()[1:] == [Recipe(), Watch()]  # the defaults of the config are those of the code
     keys = {"val_every": 7, "val_examples": 9, "metric": "", "patience": 3, "keep_best": False, "log": "tensorboard"}
     watch = told(val_data=tmp_path / "val.jsonl", **keys)[2]
     assert watch == Watch(val_data=str(tmp_path / "val.jsonl"), **keys)
@@ -140,9 +140,13 @@ def test_exact_is_the_share_of_equal_answers():
 
 
 def test_dropout_keys_are_added_to_the_batches():
-    settings = type("Settings", (), {"seed": 3, "batch_size": 2})
-    batches = finetune._with_dropout_keys(lambda step: {"step": step}, settings)
-    first, again, second = batches(0), batches(0), batches(1)
-    assert first["step"] == 0 and first["dropout_keys"].shape == (2, 2)
+    settings = type("Settings", (), {"seed": 3, "batch_size": 6})
+
+    def keyed(step, *shape):
+        return finetune.with_dropout_keys(lambda step: {"step": step, "length": np.zeros(shape)}, settings, step)
+
+    first, again, second, parts = keyed(0, 6), keyed(0, 6), keyed(1, 6), keyed(0, 3, 2)
+    assert first["step"] == 0 and first["dropout_keys"].shape == (6, 2)
+    np.testing.assert_array_equal(parts["dropout_keys"], first["dropout_keys"].reshape(3, 2, 2))
     np.testing.assert_array_equal(first["dropout_keys"], again["dropout_keys"])
     assert (first["dropout_keys"] != second["dropout_keys"]).any()
