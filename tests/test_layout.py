@@ -33,6 +33,7 @@ SIDEWAYS = {
     "loading": {"api"},
     "paligemma_jax": {"api", "loading"},
     "serving": {"inspection", "patch_vit"},
+    "training": {"evaluation"},
     "patch_vit": {"training"},
     "shapes_world": {"training", "evaluation", "inspection", "patch_vit"},
 }

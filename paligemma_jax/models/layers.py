@@ -5,7 +5,7 @@ Axes: D input features, F output features, V vocabulary.
 
 import functools
 import itertools
-from typing import Any
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -41,6 +41,26 @@ def run_layer(layer: nn.Module, *args: Any, remat: bool = False) -> Any:
 @functools.partial(jax.jit, static_argnums=0)
 def _apply_layer(layer: nn.Module, params: Any, *args: Any) -> Any:
     return layer.apply({"params": params}, *args)
+
+
+class Dropout(NamedTuple):
+    """Dropout of a training step: values of the decoder's residual branches become 0, the others are scaled up.
+
+    rate: the share that becomes 0.
+    keys: u32 [B, 2], a random key for each row, so that a row is the same however a batch is split.
+    """
+
+    rate: float
+    keys: jax.Array
+
+    def fold_in(self, number: int) -> "Dropout":
+        """The same with other keys, for one of several places."""
+        return self._replace(keys=jax.vmap(lambda key: jax.random.fold_in(key, number))(self.keys))
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Drop from x [B, ...]."""
+        kept = jax.vmap(lambda key: jax.random.bernoulli(key, 1 - self.rate, x.shape[1:]))(self.keys)
+        return jnp.where(kept, x / (1 - self.rate), 0).astype(x.dtype)
 
 
 class Linear(nn.Module):

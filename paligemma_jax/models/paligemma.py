@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from paligemma_jax.config import PaliGemmaConfig
 from paligemma_jax.models.gemma import Gemma
-from paligemma_jax.models.layers import Linear
+from paligemma_jax.models.layers import Dropout, Linear
 from paligemma_jax.models.siglip import SigLIP
 from paligemma_jax.ops import Cache
 
@@ -63,14 +63,15 @@ class PaliGemma(nn.Module):
         prefix_length: jax.Array,
         length: jax.Array,
         output_columns: jax.Array | None = None,
+        dropout: Dropout | None = None,
     ) -> tuple[jax.Array, Cache]:
         """Whole sequences without a cache: hidden states [B, T, D] and each layer's keys and values.
 
-        With `output_columns` [B, n] the hidden states [B, n, D] are those of these columns.
+        With `output_columns` [B, n] the hidden states [B, n, D] are those of these columns. `dropout` is the decoder's.
         """
         x = self.embed(tokens, image_slots, soft_tokens)
         positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
-        return self.language_model(x, positions, prefix_length, length, output_columns=output_columns)
+        return self.language_model(x, positions, prefix_length, length, None, output_columns, dropout)
 
     def trace(
         self,

@@ -26,7 +26,8 @@ RUNS = {  # config.run: module in paligemma_jax/runs, and what it does
     "annotate": "answer prompts about very many pictures, into files, resumable (needs configs/annotate.py)",
     "chat": "answer prompts about a picture as they are typed",
     "train": "fine-tune a model on your own pictures (needs configs/finetune.py)",
-    "evaluate": "measure the shipped model on pictures it has not seen",
+    "check": "look for faults in data before training (needs configs/check.py)",
+    "evaluate": "measure the shipped model on its scenes, or with configs/evaluate.py a model on a data set",
     "inspect": "draw what an answer is based on: attention, similarity, logit lens (needs configs/inspect.py)",
     "swap": "answer about a picture with another one's embeddings (needs configs/swap.py)",
     "heatmap": "draw where phrases are in a picture (this and the next three need configs/patch_vit.py)",
@@ -45,18 +46,19 @@ _SELECTION = ("min_score", "nms", "loc_scale")
 _SAMPLING = ("temperature", "top_k", "top_p", "min_p", "seed", "max_new_tokens", "speculate")
 _GOING_ON = ("resume", "overwrite")
 _FILES = (*_GOING_ON, "stream", "export", "output_dir", "save_embeddings", "load_embeddings", "embeddings")
-_SEARCH = ("index", "query_image", "top", "refresh", "overwrite", "ranking", "save_every_s")
+_SEARCH = ("index", "query_image", "top", "refresh", "ranking", "save_every_s")
 _LOCATE = ("background", "threshold", "min_score", "nms", "export")
 _PALIGEMMA = ("checkpoint", "hub_id", "dtype", "seed")
 UNUSED = {  # by run, keys of its config that change nothing in it
     "generate": _EVALUATION,
     "chat": (*_EVALUATION, "prompt", "stream", "batch_size", "video_fps", "embeddings", *_GOING_ON),
-    "inspect": (*_EVALUATION, "min_score", "nms", "video_fps", "embeddings", "batch_size", *_GOING_ON),
-    "swap": (*_EVALUATION, *_SELECTION, "video_fps", "mask_vae", *_GOING_ON),
+    "inspect": (*_EVALUATION, "min_score", "nms", "video_fps", "embeddings", "batch_size", "resume"),
+    "swap": (*_EVALUATION, *_SELECTION, "video_fps", "mask_vae", "resume"),
     "heatmap": (*_PALIGEMMA, *_SEARCH, *_LOCATE),
     "compare": ("seed", *_SEARCH, *_LOCATE, "prompt", "windows", "output"),
     "search": (*_PALIGEMMA, *_LOCATE, "windows", "output"),
     "locate": (*_PALIGEMMA, *_SEARCH, "output"),
+    "check": ("dtype",),
     "evaluate": (
         *("image", "prompt", "prompts_file", "prompt_form", "split_classes", "video_fps", "batch_size"),
         *(*_SELECTION, *_SAMPLING, *_FILES),
@@ -89,7 +91,8 @@ def main(arguments: Sequence[str]) -> int:
             print(_help(file, config))
             return 0
         name = one_of(config, "run", RUNS)
-        if unused := sorted(set(_keys(overrides)) & set(UNUSED.get(name, ()))):
+        unused = () if "task" in config else UNUSED.get(name, ())  # an evaluation on a data set has keys of its own
+        if unused := sorted(set(_keys(overrides)) & set(unused)):
             note(f"note: run={name} does not use {', '.join(unused)}")
         if not debug:
             environment.quiet()

@@ -15,6 +15,7 @@ from ml_collections import ConfigDict
 from paligemma_jax.annotate.fingerprint import differences
 from paligemma_jax.errors import ConfigError
 from paligemma_jax.files import read_json, write_json
+from paligemma_jax.runs.command_line import UNUSED
 from paligemma_jax.runs.folder import make_folder, refuse_used
 
 # What no file depends on.
@@ -47,9 +48,10 @@ class Drawings:
         self._write()
 
     def own(self, files: Iterable[Path]) -> list[Path]:
-        """Note files before they are written; returns them."""
+        """Note files, before they are written or soon after; returns them. Of a folder, which is ours, those in it."""
         files = list(files)
-        self.files = list(dict.fromkeys([*self.files, *(str(file.relative_to(self.directory)) for file in files)]))
+        each = [item for file in files for item in (sorted(file.iterdir()) if file.is_dir() else (file,))]
+        self.files = list(dict.fromkeys([*self.files, *(str(item.relative_to(self.directory)) for item in each)]))
         self._write()
         return files
 
@@ -68,7 +70,8 @@ def claim(config: ConfigDict, directory: Path) -> Drawings:
     make_folder(directory)
     refuse_used(directory)
     marker = directory / ".run" / f"{config.run}.json"
-    settings = {key: value for key, value in sorted(config.to_dict().items()) if key not in _IMMATERIAL}
+    immaterial = {*_IMMATERIAL, *UNUSED.get(config.run, ())}
+    settings = {key: value for key, value in sorted(config.to_dict().items()) if key not in immaterial}
     before = read_json(marker) if marker.exists() else {}
     earlier, changed = before.get("files", []), differences(before.get("settings", {}), settings)
     strange = (file for pattern in _NAMES[config.run] for file in sorted(directory.glob(pattern)))

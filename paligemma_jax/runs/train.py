@@ -1,8 +1,7 @@
-"""config.run=train: fine-tune on JSON lines."""
+"""config.run=train: fine-tune on your own pictures."""
 
 import dataclasses
 import functools
-import hashlib
 import shutil
 from pathlib import Path
 from typing import Any
@@ -16,31 +15,34 @@ from paligemma_jax.runs import model as models
 from paligemma_jax.runs import settings
 from paligemma_jax.runs.answers_check import compare_answers
 from paligemma_jax.runs.notes import note
+from paligemma_jax.training import data
 from paligemma_jax.training.finetune import Settings, finetune
 from paligemma_jax.training.methods import LEARNING_RATES, Method
 from paligemma_jax.training.optimizer import Recipe
 from paligemma_jax.training.parallel import is_first
+from paligemma_jax.training.watch import Watch
 
 _RUN, _CHECKPOINTS = "training.json", "checkpoints"
+_RESULTS = ("best", "samples", "tensorboard", "wandb")  # folders beside the model
 _CHOICE = "name another output_dir, or add overwrite=True to begin anew"
 
 
 def run(config: ConfigDict) -> int:
-    """Train to the end, or to Ctrl-C; the same command goes on from there."""
+    """Train to the end, or to Ctrl-C or SIGTERM; the same command goes on from there."""
     if not config.data:
-        raise DataError("no data is given: name a .jsonl file with --config.data=FILE")
+        raise DataError("no data is given: name a .jsonl file, or the folder of a data set, with --config.data=...")
     if not config.output_dir:
         raise ConfigError("output_dir is empty: name a folder for the tuned model")
     models.check_weights(config)
     config = config.copy_and_resolve_references()
-    for key in ("data", "image_root", "output_dir"):
+    for key in ("image_root", "output_dir"):
         config[key] = str(expanded(config[key])) if config[key] else ""
     method = settings.from_config(Method, config)
     config.learning_rate = config.learning_rate or LEARNING_RATES[method.method]
-    wanted, recipe = settings.from_config(Settings, config), settings.from_config(Recipe, config)
+    wanted, recipe, watch = (settings.from_config(kind, config) for kind in (Settings, Recipe, Watch))
     directory, fresh = Path(config.output_dir), _fingerprint(config, recipe, method)
     _check(directory, fresh, config.overwrite)
-    finetune(wanted, recipe, functools.partial(_claim, directory, fresh, config.overwrite), method)
+    finetune(wanted, recipe, functools.partial(_claim, directory, fresh, config.overwrite), method, watch)
     note(f"wrote {directory}: use it with --config.checkpoint={directory}")
     if config.verify:
         note(compare_answers(directory))
@@ -48,15 +50,13 @@ def run(config: ConfigDict) -> int:
 
 
 def _fingerprint(config: ConfigDict, recipe: Recipe, method: Method) -> dict[str, Any]:
-    """What the tuned weights depend on."""
-    keys = ("dtype", "image_root", "epochs", "batch_size", "text_length", "seed")
-    try:
-        data = hashlib.sha256(Path(config.data).read_bytes()).hexdigest()
-    except OSError as error:
-        raise DataError(f"{config.data} cannot be read ({error.strerror}): give a .jsonl file as data") from None
+    """What the tuned weights depend on, and which of them are best."""
+    keys = ("dtype", "image_root", "data_format", "data_task", "augment", "epochs", "batch_size", "text_length", "seed")
+    keys += ("val_data", "val_examples", "metric")
+    found = data.fingerprint(config.data, data_format=config.data_format)
     weights = fingerprint.of_weights(config.checkpoint)
     chosen = {key: config[key] for key in keys} | dataclasses.asdict(recipe) | dataclasses.asdict(method)
-    return {"data": data, "checkpoint": weights, **chosen}
+    return {"data": found, "checkpoint": weights, **chosen}
 
 
 def _check(directory: Path, fresh: dict[str, Any], overwrite: bool) -> None:
@@ -85,8 +85,8 @@ def _claim(directory: Path, fresh: dict[str, Any], overwrite: bool) -> None:
     """Make a folder that of this training, when nothing about data and model is wrong."""
     if not is_first():  # of several processes that share the folder
         return
-    steps = directory / _CHECKPOINTS
-    if overwrite and steps.exists():
-        shutil.rmtree(steps.resolve())
+    for name in (_CHECKPOINTS, *_RESULTS) if overwrite else ():
+        if (old := directory / name).exists():
+            shutil.rmtree(old.resolve())
     directory.mkdir(parents=True, exist_ok=True)
     write_json(directory / _RUN, fresh)

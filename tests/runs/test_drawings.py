@@ -36,6 +36,16 @@ def test_another_one_is_refused_and_overwrite_leaves_nothing_of_it(tmp_path, key
     assert draw(tmp_path, ["a.png"], overwrite=True, **keys) == ["a.png", "mine.png"]
 
 
+def test_labels_go_with_the_run(tmp_path):
+    drawings = claim(config(run="locate"), tmp_path)
+    drawings.begin()
+    (tmp_path / "labels").mkdir()
+    (tmp_path / "labels" / "a.txt").write_text("")
+    drawings.own([tmp_path / "labels"])
+    claim(config(run="locate", prompt="circle", overwrite=True), tmp_path).begin()
+    assert not list((tmp_path / "labels").iterdir())
+
+
 def test_nothing_goes_before_a_run_begins(tmp_path):
     draw(tmp_path, ["a.png"])
     claim(config(prompt="circle", overwrite=True), tmp_path)

@@ -14,7 +14,9 @@ _TOLD, _LOADED = (
     f"{_HERE}::test_what_is_loaded_is_what_the_config_says",
 )
 _PHRASES, _SEARCHED = "runs/test_phrase_runs.py", "runs/test_search_run.py"
-_FINETUNE = "training/test_finetune_options.py"
+_CHECK = "runs/test_check_run.py"
+_TASK = "runs/test_evaluate_task.py"
+_FINETUNE, _WATCH = "training/test_finetune_options.py", "training/test_watch.py"
 COMMON = {
     "run": "runs/test_command_line.py::test_a_config_for_another_run_is_one_line",
     "checkpoint": _LOADED,
@@ -90,6 +92,21 @@ ANNOTATE = COMMON | {
 COVERED = {
     "tiny": BASE,
     "annotate": ANNOTATE,
+    "evaluate": COMMON
+    | dict.fromkeys(
+        ("checkpoint", "dtype", "quantization", "mask_vae"), f"{_TASK}::test_what_is_loaded_is_what_the_config_says"
+    )
+    | dict.fromkeys(("max_new_tokens", "num_beams", "batch_size"), f"{_TASK}::test_how_answers_are_made")
+    | dict.fromkeys(("split", "limit", "metric", "prompt"), f"{_TASK}::test_limit_split_metric_and_prompt")
+    | dict.fromkeys(("seed", "resamples"), f"{_TASK}::test_seed_and_resamples_are_those_of_the_interval")
+    | dict.fromkeys(("task", "data", "loc_scale"), f"{_TASK}::test_loc_scale_is_the_far_edge")
+    | {
+        "adapter": f"{_TASK}::test_an_adapter_must_be_there",
+        "resample": f"{_TASK}::test_resampling_can_be_chosen",
+        "format": f"{_TASK}::test_json_without_a_folder",
+        "output_dir": f"{_TASK}::test_a_table_records_and_a_result",
+        "overwrite": f"{_TASK}::test_other_settings_are_refused_until_the_folder_may_begin_anew",
+    },
     "inspect": BASE
     | {
         "answer": "runs/test_inspect.py::test_every_map_is_written_as_a_picture_and_a_plain_array",
@@ -158,6 +175,15 @@ COVERED = {
         "ranking": f"{_SEARCHED}::test_faiss_ranks_alike",
         "save_every_s": f"{_SEARCHED}::test_saving_as_often_as_told",
     },
+    "check": COMMON
+    | dict.fromkeys(("checkpoint", "mask_vae"), f"{_CHECK}::test_codes_need_the_named_vae")
+    | dict.fromkeys(("image_root", "data_format"), f"{_CHECK}::test_where_pictures_are_and_what_the_data_are")
+    | dict.fromkeys(
+        ("output_dir", "preview", "num_preview", "data_task", "augment", "seed"),
+        f"{_CHECK}::test_the_report_and_the_preview_are_files",
+    )
+    | dict.fromkeys(("data", "val_data", "format"), f"{_CHECK}::test_the_same_picture_twice_and_in_two_splits")
+    | {"text_length": f"{_CHECK}::test_classes_are_counted"},
     "finetune": COMMON
     | dict.fromkeys(
         ("learning_rate", "warmup_fraction", "weight_decay", "b2", "clip_norm"),
@@ -167,6 +193,14 @@ COVERED = {
     | dict.fromkeys(
         ("output_dir", "log_every", "save_every", "save_minutes", "overwrite"), f"{_FINETUNE}::test_the_loop"
     )
+    | dict.fromkeys(
+        ("schedule", "lr_multipliers", "decayed", "b1", "dropout", "ema", "log"), f"{_WATCH}::test_keys_are_told"
+    )
+    | dict.fromkeys(
+        ("val_data", "val_every", "val_examples", "metric", "patience"), f"{_WATCH}::test_the_rule_is_that_of_the_keys"
+    )
+    | {"keep_best": f"{_WATCH}::test_the_best_is_kept"}
+    | dict.fromkeys(("data_format", "data_task", "augment", "data_threads"), f"{_FINETUNE}::test_how_data_are_read")
     | {"mesh": f"{_FINETUNE}::test_a_mesh"}
     | dict.fromkeys(("coordinator", "num_processes", "process_id"), f"{_FINETUNE}::test_processes_are_joined")
     | {"check_pictures": f"{_FINETUNE}::test_pictures_are_checked_before"}
@@ -184,7 +218,7 @@ COVERED = {
 def test_every_key_has_a_test_that_knows_it(name, main, monkeypatch):
     """The test exists, and names the key."""
     seen = []
-    for run in ("annotate", "generate", "heatmap", "inspect", "swap", "train", "serve", "ui"):
+    for run in ("annotate", "check", "evaluate", "generate", "heatmap", "inspect", "swap", "train", "serve", "ui"):
         monkeypatch.setattr(f"paligemma_jax.runs.{run}.run", lambda config: seen.append(set(config)) or 0)
     assert main(f"--config=configs/{name}.py", "--config.compilation_cache=false")[0] == 0
     assert seen == [set(COVERED[name])]

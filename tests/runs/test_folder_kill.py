@@ -28,6 +28,11 @@ def written(output: Path) -> int:
     return size + 1000 * len(list(output.glob("*_drawn.png")))
 
 
+def same_names(output: Path) -> dict[str, bytes]:
+    """`contents` without the name of the folder, which records have in the paths of masks."""
+    return {name: data.replace(bytes(output), b"OUT") for name, data in contents(output).items()}
+
+
 def test_killed_at_random_moments(tmp_path):
     (tmp_path / "pictures").mkdir()
     for i in range(PICTURES):
@@ -36,7 +41,7 @@ def test_killed_at_random_moments(tmp_path):
     process = start(tmp_path, tmp_path / "whole")
     _, err = process.communicate(timeout=300)
     assert process.returncode == 1 and f"{PICTURES - 1} of {PICTURES} pictures, 1 failed" in err, err
-    whole, rng = contents(tmp_path / "whole"), random.Random(3)
+    whole, rng = same_names(tmp_path / "whole"), random.Random(3)
     assert len([name for name in whole if name.endswith("_drawn.png")]) > PICTURES / 2
     assert any("_mask_" in name for name in whole) and "coco_results.json" in whole
 
@@ -47,4 +52,4 @@ def test_killed_at_random_moments(tmp_path):
     process = start(tmp_path, output, resume=True)
     _, err = process.communicate(timeout=300)
     assert process.returncode == 1 and f"{PICTURES - 1} of {PICTURES} pictures, 1 failed" in err, err
-    assert contents(output) == whole
+    assert same_names(output) == whole

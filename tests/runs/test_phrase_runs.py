@@ -57,7 +57,7 @@ def size_of(path):
 
 
 def names(folder):
-    return sorted(path.name for path in folder.iterdir() if path.is_file())
+    return sorted(path.name for path in folder.iterdir() if path.name != ".run")
 
 
 def test_a_heat_map_is_drawn_filmed_and_saved(phrases, tmp_path):

@@ -18,6 +18,7 @@ from paligemma_jax.checkpoints import expected_shapes
 from paligemma_jax.runs import command_line, train
 from paligemma_jax.training import finetune
 from paligemma_jax.training.optimizer import Recipe, make_optimizer
+from tests.training.data import worlds
 
 
 @pytest.fixture(scope="module")
@@ -88,6 +89,25 @@ def test_batches(planned, data):
     (data / "pictures" / "one.jsonl").write_text(line)
     one = planned(data=data / "pictures" / "one.jsonl", image_root="", batch_size=1)["fit"]  # beside the file itself
     assert one["num_steps"] == 1 and float(one["batch_at"](0)["pixels"].mean()) == max(first)
+
+
+def test_how_data_are_read(planned, tmp_path):
+    """data_format, data_task, augment and data_threads."""
+    folder = worlds.write_coco(tmp_path / "set")
+    keys = {"data": folder, "image_root": "", "batch_size": 3}
+    shipped = {"checkpoint": "tiny"}  # which has a mask VQ-VAE, and its own tokenizer
+
+    def batches(**more):
+        return planned(**keys, **more)["fit"]["batch_at"]
+
+    assert {example.prefix for example in batches(data_format="coco").examples(0)} == {worlds.PREFIX}
+    masked = batches(data_task="segment", **shipped).examples(0)
+    assert {example.prefix for example in masked} == {worlds.PREFIX.replace("detect", "segment")}
+    assert any("<seg" in example.suffix for example in masked)
+    plain, changed = batches(), batches(augment="flip,crop,color", data_threads=2)
+    assert (plain.num_threads, changed.num_threads) == (4, 2)
+    assert plain(0)["pixels"].shape == changed(0)["pixels"].shape
+    assert (plain(0)["pixels"] != changed(0)["pixels"]).any()
 
 
 def test_the_loop(planned, tmp_path):
