@@ -10,7 +10,8 @@ emoji are those of `npm install emoji-datasource-google` (Noto, Apache-2.0).
 words: a short word, printed in any place, size and colour with Pillow's font; `test` has the words of training,
 `new_words` others.
 
-Each folder has `train.jsonl` and `test.jsonl` with the pictures beside; emoji are a COCO data set, `train` and `valid`.
+Each folder has `train.jsonl` and `test.jsonl`, pictures beside. Emoji are a COCO data set too (`train`, `valid`);
+their rows ask what is there, for the boxes of all kinds, and for those of one.
 """
 
 import argparse
@@ -23,6 +24,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
+
+from paligemma_jax.tasks.detection import Detection, format_objects
 
 _SIDE = 128
 _NAMES = {  # of emoji, by their code points: things unlike one another
@@ -106,10 +109,11 @@ def emoji(folder: Path, args: argparse.Namespace) -> None:
     held_out = len(photos) // 4
     for split, count, grounds in (("train", args.count, photos[held_out:]), ("valid", 150, photos[:held_out])):
         (folder / split).mkdir(parents=True, exist_ok=True)
-        images, annotations = [], []
+        images, annotations, rows = [], [], []
         for index in range(count):
             image, found = _scene(grounds, pictures, rng)
             image.save(folder / split / f"{index:05d}.png")
+            rows += [{"image": f"{split}/{index:05d}.png"} | row for row in _questions(found, rng)]
             images.append({"id": index + 1, "file_name": f"{index:05d}.png", "width": _SIDE, "height": _SIDE})
             for name, mask in found:
                 code = coco_mask.encode(np.asfortranarray(mask.astype(np.uint8)))
@@ -120,6 +124,26 @@ def emoji(folder: Path, args: argparse.Namespace) -> None:
         categories = [{"id": i, "name": name} for i, name in enumerate(_NAMES, 1)]
         data = {"images": images, "annotations": annotations, "categories": categories}
         (folder / split / "_annotations.coco.json").write_text(json.dumps(data))
+        name = "train" if split == "train" else "test"
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        for kind in ("answer", "detect"):
+            of_kind = [row for row in rows if row["prefix"].startswith(kind)]
+            (folder / f"{name}_{kind}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in of_kind))
+
+
+def _questions(found: list[tuple[str, np.ndarray]], rng: np.random.Generator) -> list[dict[str, str]]:
+    """Prefixes and suffixes about a picture: what is there, all boxes, and those of a kind that may be absent."""
+    objects = []
+    for name, mask in sorted(found, key=lambda item: (item[0], *np.argwhere(item[1]).min(axis=0))):
+        (y0, x0), (y1, x1) = np.argwhere(mask).min(axis=0), np.argwhere(mask).max(axis=0) + 1
+        objects.append(Detection(name, (float(x0), float(y0), float(x1), float(y1))))
+    names, one = [item.label for item in objects], str(rng.choice(list(_NAMES)))
+    here = [item for item in objects if item.label == one]
+    return [
+        {"prefix": "answer en what is here?", "suffix": ", ".join(names)},
+        {"prefix": f"detect {' ; '.join(_NAMES)}", "suffix": format_objects(objects, (_SIDE, _SIDE))},
+        {"prefix": f"detect {one}", "suffix": format_objects(here, (_SIDE, _SIDE))},
+    ]
 
 
 def _photographs() -> list[Image.Image]:

@@ -3,7 +3,7 @@
     python benchmarks/scenes_as_coco.py output/scenes --count 16
 
 DIR/val/*.png, DIR/annotations/captions_val.json and instances_val.json as COCO has them (labels are shapes), and in
-our own format DIR/answer.jsonl and detect.jsonl.
+our own format DIR/caption.jsonl, answer.jsonl and detect.jsonl.
 """
 
 import argparse
@@ -29,7 +29,7 @@ def write(directory: Path, count: int, seed: int = SEED) -> None:
     (directory / "val").mkdir(parents=True, exist_ok=True)
     (directory / "annotations").mkdir(exist_ok=True)
     images, captions, objects = [], [], []
-    rows = {"answer": [], "detect": []}
+    rows = {"caption": [], "answer": [], "detect": []}
     for number in range(1, count + 1):
         sample = scene_sample(seed, number - 1)
         name = f"{number:012d}.png"
@@ -48,12 +48,13 @@ def write(directory: Path, count: int, seed: int = SEED) -> None:
 
 
 def questions(sample: Sample, rng: np.random.Generator) -> list[tuple[str, str, str]]:
-    """Task, prefix and suffix of a question in words and of one about boxes."""
+    """Task, prefix and suffix of a caption, of a question in words and of one about boxes."""
     word = sample_answer(sample.kinds, rng)
     left = np.array([box[0] for box in sample.boxes])
     boxes = sample_locate("detect", sample.kinds, left, rng)
     true = [Detection(label, sample.boxes[index]) for index, label in boxes.objects]
     return [
+        ("caption", "caption en", caption(sample.kinds)),
         ("answer", word.prefix, word.suffix),
         ("detect", boxes.prefix, format_objects(true, sample.image.size)),
     ]

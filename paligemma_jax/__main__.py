@@ -4,6 +4,7 @@ import os
 import sys
 import warnings
 
+from paligemma_jax.errors import Stopped
 from paligemma_jax.runs import command_line
 
 
@@ -19,6 +20,8 @@ def main() -> int:
         status = command_line.main(sys.argv[1:])
         sys.stdout.flush()
         return status
+    except Stopped as error:
+        return 128 + error.signal
     except KeyboardInterrupt:
         return 130  # as shells say it: 128 + SIGINT
     except BrokenPipeError:  # the reader of our output, such as `head`, has left

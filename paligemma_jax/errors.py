@@ -80,6 +80,14 @@ class NumericsError(UserError):
     """Results that are NaN or infinite: numbers too large for their format, or damaged weights."""
 
 
+class Stopped(KeyboardInterrupt):
+    """A signal that asks a process to end, such as SIGTERM, once its work is saved; `signal` is its number."""
+
+    def __init__(self, signal: int):
+        super().__init__(f"signal {signal}")
+        self.signal = signal
+
+
 class ServingError(UserError):
     """A request that a server did not answer."""
 

@@ -6,6 +6,7 @@ import glob
 import hashlib
 import json
 import os
+import shutil
 import sys
 import threading
 import time
@@ -116,6 +117,36 @@ def replacing(path: Path) -> Iterator[Path]:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def replacing_folder(path: Path) -> Iterator[Path]:
+    """An empty temporary folder beside `path`, which it replaces when the block ends well; it is removed otherwise.
+
+    At every moment a whole folder is there: the old one or the new one at `path`, or, between two renames, both beside
+    it, from where `recover_folder` brings the old one back.
+    """
+    recover_folder(path)
+    temporary, old = path.with_name(f".{path.name}.new"), path.with_name(f".{path.name}.old")
+    temporary.mkdir(parents=True)
+    try:
+        yield temporary
+        if path.exists():
+            path.rename(old)
+        temporary.rename(path)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+        recover_folder(path)
+
+
+def recover_folder(path: Path) -> None:
+    """Bring back the folder that a process was killed while replacing (`replacing_folder`), and remove what is left."""
+    temporary, old = path.with_name(f".{path.name}.new"), path.with_name(f".{path.name}.old")
+    if old.exists() and not path.exists():
+        old.rename(path)
+    for left in (temporary, old):
+        if left.exists():
+            shutil.rmtree(left)
 
 
 def remove_leftovers(path: Path, after_s: float = 3600.0) -> None:

@@ -20,6 +20,7 @@ from paligemma_jax.engine.generate import Generation, Group, Progress
 from paligemma_jax.engine.runner import Call
 from paligemma_jax.errors import NumericsError
 
+ALL_FINITE = "give a lower learning_rate"  # what is said where only a gradient is not finite
 _FAMILIES = {
     "vision_tower": "the image encoder",
     "multi_modal_projector": "the projector",
@@ -102,7 +103,7 @@ def explain_batch(config: PaliGemmaConfig, params: steps.Params, batch: dict[str
         if not np.isfinite(values[:length]).all():
             return explain(config, params, one_row(inputs, row), batch["pixels"])
     half = params["language_model"]["norm"]["weight"].dtype == jnp.float16
-    return "give a lower learning_rate" + ", or dtype=bfloat16: float16 ends at 65504" * half
+    return ALL_FINITE + ", or dtype=bfloat16: float16 ends at 65504" * half
 
 
 def _damaged(params: steps.Params) -> str | None:

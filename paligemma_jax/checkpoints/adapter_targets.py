@@ -22,6 +22,7 @@ _TEXTS = (  # what replaces layout A's "language_model.model", its head's name (
     ("language_model", "lm_head", "model."),
     ("language_model", None, ""),  # the model without its head
 )
+_TEXT_NOW = _TEXTS[1]
 _VISIONS = ("vision_tower.vision_model", "vision_tower")  # before transformers 5, and since
 _HEADLESS = re.compile(r"(base_model\.model\.)?language_model\.(layers|embed_tokens|norm)\.")
 _LAYER = re.compile(r"layers_\d+")
@@ -32,10 +33,10 @@ def all_shapes(config: PaliGemmaConfig) -> dict[str, shapes.Shape]:
     return shapes.expected_shapes(dataclasses.replace(config, text=dataclasses.replace(config.text, tied=False)))
 
 
-def _namings(config: PaliGemmaConfig) -> list[dict[str, str]]:
-    """Path of a parameter -> name of it in transformers ("lm_head.weight"), in each naming."""
+def namings(config: PaliGemmaConfig) -> list[dict[str, str]]:
+    """Path of a parameter -> name of it in transformers ("lm_head.weight"), in each naming that it has had."""
     keys = {path: huggingface.key_of(path, config.version) for path in all_shapes(config)}
-    namings = []
+    found = []
     for (text, head, first), vision in itertools.product(_TEXTS, _VISIONS):
         names = {}
         for path, key in keys.items():
@@ -44,8 +45,13 @@ def _namings(config: PaliGemmaConfig) -> list[dict[str, str]]:
                 names[path] = first + key
             elif head is not None:
                 names[path] = f"{head}.weight"
-        namings.append(names)
-    return namings
+        found.append(names)
+    return found
+
+
+def current_naming(config: PaliGemmaConfig) -> dict[str, str]:
+    """Path of a parameter -> name of it in transformers 5."""
+    return namings(config)[_TEXTS.index(_TEXT_NOW) * len(_VISIONS) + _VISIONS.index("vision_tower")]
 
 
 def lacking(low_rank: Mapping[str, str], adapter: AdapterConfig, base: PaliGemmaConfig) -> list[str]:
@@ -59,7 +65,7 @@ def lacking(low_rank: Mapping[str, str], adapter: AdapterConfig, base: PaliGemma
     kinds = {path: shape for path, shape in all_shapes(base).items() if len(shape) > 1}  # those that PEFT has LoRA for
     missing, most = [], -1
     is_headless = any(map(_HEADLESS.match, low_rank.values()))
-    for names in (names for names in _namings(base) if HEAD in names or is_headless):
+    for names in (names for names in namings(base) if HEAD in names or is_headless):
         modules = {path: names[path].removesuffix(".weight") for path in kinds if path in names}
         expected = [path for path, module in modules.items() if is_targeted(module, len(kinds[path]), adapter)]
         absent = [path for path in expected if path not in low_rank and not _is_tied(path, low_rank, adapter)]
@@ -75,8 +81,8 @@ def lacking(low_rank: Mapping[str, str], adapter: AdapterConfig, base: PaliGemma
 
 def lacking_saved(whole: Collection[str], module: str, adapter: AdapterConfig, base: PaliGemmaConfig) -> list[str]:
     """Paths of the parameters of a module of `modules_to_save` that are not there whole."""
-    one, namings = dataclasses.replace(adapter, modules_to_save=(module,)), _namings(base)
-    named = [path for path in namings[0] if all(one.saves(names[path]) for names in namings if path in names)]
+    one, known = dataclasses.replace(adapter, modules_to_save=(module,)), namings(base)
+    named = [path for path in known[0] if all(one.saves(names[path]) for names in known if path in names)]
     return [path for path in named if path not in whole and not _is_tied(path, whole, adapter)]
 
 

@@ -11,13 +11,13 @@ Source: peft 0.21, tuners/lora/{config,layer,dora}.py, utils/save_and_load.py
 import dataclasses
 import math
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from paligemma_jax.checkpoints import adapter_targets, big_vision, foreign, huggingface, shapes, tensor_files
+from paligemma_jax.checkpoints import adapter_targets, big_vision, foreign, huggingface, low_rank, shapes, tensor_files
 from paligemma_jax.checkpoints.adapter_config import AdapterConfig, read_config
 from paligemma_jax.checkpoints.adapter_targets import HEAD, TABLE
 from paligemma_jax.checkpoints.arrays import cast_into, empty_aligned
@@ -30,7 +30,6 @@ _LOW_RANK = re.compile(
     r"(?:\.default)?(?:\.(?P<leaf>weight|bias))?"
 )
 _WRAPPERS = re.compile(r"\.(base_layer|modules_to_save(\.default)?)(?=\.\w+$)")
-_CHUNK_ELEMENTS = 1 << 22
 _MOST_LETTERS = 400  # of the problems of one kind
 
 Base = huggingface.Contents | big_vision.Contents
@@ -58,44 +57,17 @@ class Change:
         """A parameter with the change, as `dtype`; sums are float32, and rounded once."""
         if self.whole is not None:
             array = tensor_files.read(self.whole)
+        if self.left is not None:
+            left, right = tensor_files.read(self.left), tensor_files.read(self.right)
+            left, right = (left.T, right.T) if self.is_embedding else (left, right)
+            magnitude = None if self.magnitude is None else tensor_files.read(self.magnitude)
+            return low_rank.merge(array, left, right, self.scale, magnitude, self.is_embedding, dtype, name)
         out = empty_aligned(array.shape, dtype)
         if self.bias is not None:
-            cast_into(out, _float32(array) + np.float32(self.scale) * _float32(tensor_files.read(self.bias)), name)
-        elif self.left is None:
-            cast_into(out, array, name)
-        else:
-            flat = out.reshape(len(out), -1)
-            for rows, values in self._merged(array.reshape(flat.shape)):
-                cast_into(flat[rows], values, name)
+            bias = np.asarray(tensor_files.read(self.bias), np.float32)
+            array = np.asarray(array, np.float32) + np.float32(self.scale) * bias
+        cast_into(out, array, name)
         return out
-
-    def _merged(self, weight: np.ndarray) -> Iterator[tuple[slice, np.ndarray]]:
-        """Some rows of the merged weight [F, D] at a time, float32."""
-        left, right = (_float32(tensor_files.read(tensor)) for tensor in (self.left, self.right))
-        if self.is_embedding:
-            left, right = left.T, right.T
-        left, right = left.reshape(len(weight), -1), right.reshape(-1, weight.shape[1])
-
-        def pieces() -> Iterator[tuple[slice, np.ndarray]]:
-            step = max(1, _CHUNK_ELEMENTS // weight.shape[1])
-            for rows in (slice(start, start + step) for start in range(0, len(weight), step)):
-                yield rows, _float32(weight[rows]) + (left[rows] @ right) * np.float32(self.scale)
-
-        if self.magnitude is None:
-            yield from pieces()
-            return
-        magnitude = _float32(tensor_files.read(self.magnitude)).reshape(-1)
-        if self.is_embedding:
-            norms = np.sqrt(sum(np.square(piece, dtype=np.float64).sum(axis=0) for _, piece in pieces()))
-            factors = (magnitude / norms).astype(np.float32)[None]
-            yield from ((rows, piece * factors) for rows, piece in pieces())
-        else:
-            for rows, piece in pieces():
-                yield rows, piece * (magnitude[rows] / np.linalg.norm(piece, axis=1))[:, None]
-
-
-def _float32(array: np.ndarray) -> np.ndarray:
-    return np.asarray(array, np.float32)
 
 
 @dataclasses.dataclass(frozen=True)

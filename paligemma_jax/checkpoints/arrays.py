@@ -35,3 +35,12 @@ def cast_into(target: np.ndarray, source: np.ndarray, name: str) -> None:
     if narrows and not np.array_equal(np.isfinite(target), np.isfinite(source)):
         remedy = "use bfloat16" if target.dtype == np.float16 else "are they damaged?"
         raise CheckpointError(f"{name} holds values beyond the range of {target.dtype.name}: {remedy}")
+
+
+def cast(array: np.ndarray, dtype: np.dtype, name: str) -> np.ndarray:
+    """An array as another dtype, itself if it has that; CheckpointError as of `cast_into`."""
+    if array.dtype == dtype:
+        return array
+    out = empty_aligned(array.shape, dtype)
+    cast_into(out, array, name)
+    return out

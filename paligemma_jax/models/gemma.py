@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from paligemma_jax import ops
 from paligemma_jax.config import TextConfig
 from paligemma_jax.models.attention import Rotation, prefix_lm_mask, rope, rotation
-from paligemma_jax.models.layers import Embedder, Linear, RMSNorm, projections, run_layer
+from paligemma_jax.models.layers import Dropout, Embedder, Linear, RMSNorm, projections, run_layer
 from paligemma_jax.ops import Cache, KeyValues
 
 
@@ -82,6 +82,7 @@ class DecoderLayer(nn.Module):
 
     With `output_columns` [B, n] the result [B, n, D] is of those columns; the keys and values are of all. With
     `traced_columns` [B, n] the last result holds the attention probabilities of those columns, float32 [B, N, n, S].
+    `dropout` is applied to what attention and MLP return, before the residual sum (big_vision).
     """
 
     config: TextConfig
@@ -96,20 +97,28 @@ class DecoderLayer(nn.Module):
         cache: KeyValues | None,
         output_columns: jax.Array | None = None,
         traced_columns: jax.Array | None = None,
+        dropout: Dropout | None = None,
     ) -> tuple[jax.Array, KeyValues, jax.Array | None]:
         def norm(name: str, y: jax.Array) -> jax.Array:
             return RMSNorm(self.config.rms_norm_eps, name=name)(y)
 
+        def branch(number: int, name: str, y: jax.Array) -> jax.Array:
+            y = norm(name, y) if self.config.version == 2 else y
+            return y if dropout is None else dropout.fold_in(number)(y)
+
         y = norm("pre_attention_norm", x)
         attention = Attention(self.config, name="self_attn")
         y, key_values, weights = attention(y, positions, sin_cos, mask, cache, output_columns, traced_columns)
-        x = take_columns(x, output_columns) + (norm("post_attention_norm", y) if self.config.version == 2 else y)
+        x = take_columns(x, output_columns) + branch(0, "post_attention_norm", y)
         y = GatedMlp(self.config.mlp_dim, name="mlp")(norm("pre_ffw_norm", x))
-        return x + (norm("post_ffw_norm", y) if self.config.version == 2 else y), key_values, weights
+        return x + branch(1, "post_ffw_norm", y), key_values, weights
 
 
 class Gemma(nn.Module):
+    """The decoder; `remat`: see `run_layer`."""
+
     config: TextConfig
+    remat: bool = False
 
     def setup(self):
         cfg = self.config
@@ -130,6 +139,7 @@ class Gemma(nn.Module):
         length: jax.Array,
         cache: Cache | None = None,
         output_columns: jax.Array | None = None,
+        dropout: Dropout | None = None,
     ) -> tuple[jax.Array, Cache]:
         """Run the layers over embeddings x [B, T, D] at `positions` [B, T].
 
@@ -137,14 +147,18 @@ class Gemma(nn.Module):
         per layer. With one they are written into it at their positions and see all of it up to `length` [B]; the result
         holds the new cache. Returns hidden states [B, T, D] after the final norm, and the keys and values. With
         `output_columns` [B, n] the hidden states [B, n, D] are of those columns, the only ones that the last layer
-        computes.
+        computes. `dropout` is for training.
         """
         num_keys = x.shape[1] if cache is None else ops.num_cache_slots(cache)
         masks, sin_cos = self._masks(positions, num_keys, prefix_length, length), self._rotation(positions)
         key_values = []
         for i, layer in enumerate(self.layers):
             columns = output_columns if i == self.config.num_layers - 1 else None
-            x, kv, _ = run_layer(layer, x, positions, sin_cos, masks[i], None if cache is None else cache[i], columns)
+            drop = None if dropout is None else dropout.fold_in(i)
+            kv = None if cache is None else cache[i]
+            x, kv, _ = run_layer(
+                layer, x, positions, sin_cos, masks[i], kv, columns, None, drop, remat=self.remat
+            )
             key_values.append(kv)
         return self.norm(x), tuple(key_values)
 

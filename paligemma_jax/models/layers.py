@@ -5,7 +5,7 @@ Axes: D input features, F output features, V vocabulary.
 
 import functools
 import itertools
-from typing import Any
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -25,20 +25,42 @@ def parameter(module: nn.Module, name: str, init: nn.initializers.Initializer, s
     return module.param(name, init, shape)
 
 
-def run_layer(layer: nn.Module, *args: Any) -> Any:
+def run_layer(layer: nn.Module, *args: Any, remat: bool = False) -> Any:
     """Call one of many layers that differ in their weights only.
 
     The call is a jitted function of the layer's configuration and its weights, so that all layers with the same shapes
-    share one trace: tracing a network of 26 layers takes the time of one.
+    share one trace: tracing a network of 26 layers takes the time of one. With `remat` a gradient keeps what enters the
+    layer only, and computes the rest of it again.
     """
     if layer.is_initializing():
         return layer(*args)
-    return _apply_layer(layer.clone(parent=None, name=None), layer.variables["params"], *args)
+    apply = jax.checkpoint(_apply_layer, static_argnums=0) if remat else _apply_layer
+    return apply(layer.clone(parent=None, name=None), layer.variables["params"], *args)
 
 
 @functools.partial(jax.jit, static_argnums=0)
 def _apply_layer(layer: nn.Module, params: Any, *args: Any) -> Any:
     return layer.apply({"params": params}, *args)
+
+
+class Dropout(NamedTuple):
+    """Dropout of a training step: values of the decoder's residual branches become 0, the others are scaled up.
+
+    rate: the share that becomes 0.
+    keys: u32 [B, 2], a random key for each row, so that a row is the same however a batch is split.
+    """
+
+    rate: float
+    keys: jax.Array
+
+    def fold_in(self, number: int) -> "Dropout":
+        """The same with other keys, for one of several places."""
+        return self._replace(keys=jax.vmap(lambda key: jax.random.fold_in(key, number))(self.keys))
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Drop from x [B, ...]."""
+        kept = jax.vmap(lambda key: jax.random.bernoulli(key, 1 - self.rate, x.shape[1:]))(self.keys)
+        return jnp.where(kept, x / (1 - self.rate), 0).astype(x.dtype)
 
 
 class Linear(nn.Module):

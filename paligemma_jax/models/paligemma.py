@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from paligemma_jax.config import PaliGemmaConfig
 from paligemma_jax.models.gemma import Gemma
-from paligemma_jax.models.layers import Linear
+from paligemma_jax.models.layers import Dropout, Linear
 from paligemma_jax.models.siglip import SigLIP
 from paligemma_jax.ops import Cache
 
@@ -26,12 +26,15 @@ class Projector(nn.Module):
 
 
 class PaliGemma(nn.Module):
+    """The whole model; `remat`: gradients keep what enters each layer only (`models.layers.run_layer`)."""
+
     config: PaliGemmaConfig
+    remat: bool = False
 
     def setup(self):
-        self.vision_tower = SigLIP(self.config.vision)
+        self.vision_tower = SigLIP(self.config.vision, self.remat)
         self.multi_modal_projector = Projector(self.config.text.width)
-        self.language_model = Gemma(self.config.text)
+        self.language_model = Gemma(self.config.text, self.remat)
 
     def encode_image(self, pixels: jax.Array) -> jax.Array:
         """Pixels [I, S, S, 3] in [-1, 1] to the encoder's features of each patch [I, N, E]."""
@@ -60,14 +63,15 @@ class PaliGemma(nn.Module):
         prefix_length: jax.Array,
         length: jax.Array,
         output_columns: jax.Array | None = None,
+        dropout: Dropout | None = None,
     ) -> tuple[jax.Array, Cache]:
         """Whole sequences without a cache: hidden states [B, T, D] and each layer's keys and values.
 
-        With `output_columns` [B, n] the hidden states [B, n, D] are those of these columns.
+        With `output_columns` [B, n] the hidden states [B, n, D] are those of these columns. `dropout` is the decoder's.
         """
         x = self.embed(tokens, image_slots, soft_tokens)
         positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
-        return self.language_model(x, positions, prefix_length, length, output_columns=output_columns)
+        return self.language_model(x, positions, prefix_length, length, None, output_columns, dropout)
 
     def trace(
         self,

@@ -12,7 +12,10 @@ from paligemma_jax.models.layers import LayerNorm, run_layer
 
 
 class SigLIP(nn.Module):
+    """The encoder; `remat`: see `run_layer`."""
+
     config: VisionConfig
+    remat: bool = False
 
     @nn.compact
     def __call__(self, pixels: jax.Array) -> jax.Array:
@@ -22,5 +25,5 @@ class SigLIP(nn.Module):
         x = x + PositionEmbedding(cfg.num_tokens, cfg.width, name="position_embedding")()[None]
         for i in range(cfg.num_layers):
             layer = EncoderLayer(cfg.width, cfg.num_heads, cfg.mlp_dim, cfg.layer_norm_eps, name=f"layers_{i}")
-            x = run_layer(layer, x)
+            x = run_layer(layer, x, remat=self.remat)
         return LayerNorm(cfg.layer_norm_eps, name="post_layernorm")(x)

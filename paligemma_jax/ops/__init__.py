@@ -12,6 +12,7 @@ from paligemma_jax.ops.attention import (
 )
 from paligemma_jax.ops.autotune import Table, relative_cost
 from paligemma_jax.ops.compilation import compile_traced, compiled
+from paligemma_jax.ops.lora import Lora, row_norms
 from paligemma_jax.ops.norms import along_last, layer_norm, rms_norm
 from paligemma_jax.ops.quantization import FORMATS, quantize, quantized_shape
 from paligemma_jax.ops.reductions import argmax

@@ -63,7 +63,7 @@ def get_config() -> ConfigDict:
     config.loc_scale = 1023  # location token of the far edge: 1023, or 1024 for models that were trained so
 
     config.measure = "answers"  # what evaluate measures: answers, or pointing (where attention and similarity maps lie)
-    config.data = "scenes"  # on which pictures: scenes, drawn as in training, or foreign, of another program
+    config.data = "scenes"  # on which pictures: scenes or wide, or of another program: foreign or wide_foreign
     config.num_scenes = 500  # how many of them
     config.scenes_seed = 20_000_000  # which of them: the shipped model has not seen these
     config.output = ""  # JSON file for what evaluate measured

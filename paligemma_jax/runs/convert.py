@@ -27,6 +27,7 @@ from paligemma_jax.checkpoints import (
 from paligemma_jax.config import PaliGemmaConfig, variant_name
 from paligemma_jax.errors import MOST_CHARACTERS, CheckpointError, ConfigError, UserError, error_line, shortened
 from paligemma_jax.processing.tokenizer import TOKENIZER_FILES, Tokenizer
+from paligemma_jax.runs.answers_check import compare_answers
 from paligemma_jax.runs.verify import describe, verification
 
 _EXAMPLES = """examples:
@@ -38,13 +39,21 @@ _EXAMPLES = """examples:
 """
 
 
+_VERIFY = (
+    "say what SRC holds, and all that loading it would refuse; with DST: compare answers of what was written with "
+    "those that transformers gives"
+)
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit status, 1 for what a user can mend."""
     options = _parse(arguments)
     try:
-        if options.verify:
+        if options.verify and options.destination is None:
             return verify(locate(options.source, options.adapter), options.config)
         convert(options)
+        if options.verify:
+            _compare(options)
     except (UserError, OSError) as error:
         if options.debug:
             raise
@@ -67,7 +76,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     add = parser.add_argument
     add("source", metavar="SRC", help="a Hugging Face directory or hub id, a big_vision .npz, or a PEFT adapter")
     add("destination", metavar="DST", nargs="?", help="the directory or .npz to write")
-    add("--verify", action="store_true", help="write nothing: say what SRC holds, and all that loading it would refuse")
+    add("--verify", action="store_true", help=_VERIFY)
     add("--format", choices=("huggingface", "big_vision"), help="of DST; default: by its name, .npz or a directory")
     add("--dtype", choices=("bfloat16", "float16", "float32"), help="cast to this; default: keep")
     add(
@@ -82,8 +91,8 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--overwrite", action="store_true", help="write DST even if it exists")
     add("--debug", action="store_true", help="show tracebacks")
     options = parser.parse_args(arguments)
-    if options.verify == (options.destination is not None):
-        parser.error("give either DST or --verify")
+    if options.destination is None and not options.verify:
+        parser.error("give DST, --verify, or both")
     return options
 
 
@@ -120,6 +129,13 @@ def convert(options: argparse.Namespace) -> None:
     beside = destination.parent if to_npz else destination
     if not any((beside / name).is_file() for name in TOKENIZER_FILES):
         print("note: no tokenizer was copied; --processor DIR names a directory that has one", file=sys.stderr)
+
+
+def _compare(options: argparse.Namespace) -> None:
+    destination = Path(options.destination)
+    is_model = destination.is_dir()
+    said = compare_answers(destination) if is_model else "note: answers were not compared, transformers reads no .npz"
+    print(said, file=sys.stderr if said.startswith("note: ") else sys.stdout)
 
 
 def _on_host(path: str, leaf: Any) -> Any:

@@ -13,17 +13,21 @@ from paligemma_jax.errors import ConfigError, DataError
 from paligemma_jax.files import expanded, read_json, write_json
 from paligemma_jax.runs import model as models
 from paligemma_jax.runs import settings
+from paligemma_jax.runs.answers_check import compare_answers
 from paligemma_jax.runs.notes import note
 from paligemma_jax.training import data
 from paligemma_jax.training.finetune import Settings, finetune
+from paligemma_jax.training.methods import LEARNING_RATES, Method
 from paligemma_jax.training.optimizer import Recipe
+from paligemma_jax.training.watch import Watch
 
 _RUN, _CHECKPOINTS = "training.json", "checkpoints"
+_RESULTS = ("best", "samples", "tensorboard", "wandb")  # folders beside the model
 _CHOICE = "name another output_dir, or add overwrite=True to begin anew"
 
 
 def run(config: ConfigDict) -> int:
-    """Train to the end, or to Ctrl-C; the same command goes on from there."""
+    """Train to the end, or to Ctrl-C or SIGTERM; the same command goes on from there."""
     if not config.data:
         raise DataError("no data is given: name a .jsonl file, or the folder of a data set, with --config.data=...")
     if not config.output_dir:
@@ -32,20 +36,26 @@ def run(config: ConfigDict) -> int:
     config = config.copy_and_resolve_references()
     for key in ("image_root", "output_dir"):
         config[key] = str(expanded(config[key])) if config[key] else ""
-    wanted, recipe = settings.from_config(Settings, config), settings.from_config(Recipe, config)
-    directory, fresh = Path(config.output_dir), _fingerprint(config, recipe)
+    method = settings.from_config(Method, config)
+    config.learning_rate = config.learning_rate or LEARNING_RATES[method.method]
+    wanted, recipe, watch = (settings.from_config(kind, config) for kind in (Settings, Recipe, Watch))
+    directory, fresh = Path(config.output_dir), _fingerprint(config, recipe, method)
     _check(directory, fresh, config.overwrite)
-    finetune(wanted, recipe, functools.partial(_claim, directory, fresh, config.overwrite))
+    finetune(wanted, recipe, method, watch, functools.partial(_claim, directory, fresh, config.overwrite))
     note(f"wrote {directory}: use it with --config.checkpoint={directory}")
+    if config.verify:
+        note(compare_answers(directory))
     return 0
 
 
-def _fingerprint(config: ConfigDict, recipe: Recipe) -> dict[str, Any]:
-    """What the tuned weights depend on."""
+def _fingerprint(config: ConfigDict, recipe: Recipe, method: Method) -> dict[str, Any]:
+    """What the tuned weights depend on, and which of them are best."""
     keys = ("dtype", "image_root", "data_format", "data_task", "augment", "epochs", "batch_size", "text_length", "seed")
+    keys += ("val_data", "val_examples", "metric")
     found = data.fingerprint(config.data, data_format=config.data_format)
     weights = fingerprint.of_weights(config.checkpoint)
-    return {"data": found, "checkpoint": weights, **{key: config[key] for key in keys}, **dataclasses.asdict(recipe)}
+    chosen = {key: config[key] for key in keys} | dataclasses.asdict(recipe) | dataclasses.asdict(method)
+    return {"data": found, "checkpoint": weights, **chosen}
 
 
 def _check(directory: Path, fresh: dict[str, Any], overwrite: bool) -> None:
@@ -72,8 +82,8 @@ def _check(directory: Path, fresh: dict[str, Any], overwrite: bool) -> None:
 
 def _claim(directory: Path, fresh: dict[str, Any], overwrite: bool) -> None:
     """Make a folder that of this training, when nothing about data and model is wrong."""
-    steps = directory / _CHECKPOINTS
-    if overwrite and steps.exists():
-        shutil.rmtree(steps.resolve())
+    for name in (_CHECKPOINTS, *_RESULTS) if overwrite else ():
+        if (old := directory / name).exists():
+            shutil.rmtree(old.resolve())
     directory.mkdir(parents=True, exist_ok=True)
     write_json(directory / _RUN, fresh)

@@ -1,6 +1,7 @@
 """Training states on disk, by Orbax."""
 
 from pathlib import Path
+from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
@@ -14,6 +15,17 @@ def open_checkpoints(directory: str | Path, *, keep: int = 2) -> ocp.CheckpointM
     options = ocp.CheckpointManagerOptions(max_to_keep=keep, enable_async_checkpointing=False)
     handler = ocp.StandardCheckpointHandler()
     return ocp.CheckpointManager(Path(directory).absolute(), options=options, item_handlers=handler)
+
+
+def save(manager: ocp.CheckpointManager, step: int, state: TrainState, notes: dict[str, Any]) -> None:
+    """Write a state and, in the same checkpoint, `notes` that JSON can hold: both are there, or neither."""
+    manager.save(step, args=ocp.args.StandardSave(state), custom_metadata=notes)
+
+
+def saved_notes(manager: ocp.CheckpointManager) -> dict[str, Any]:
+    """The notes beside the newest saved state; none when nothing was saved yet."""
+    step = manager.latest_step()
+    return {} if step is None else manager.metadata(step).custom_metadata or {}
 
 
 def restore(manager: ocp.CheckpointManager, state: TrainState) -> TrainState:

@@ -1,4 +1,4 @@
-"""Fine-tuning of a whole model on examples, with the recipe of big_vision's transfers."""
+"""Fine-tuning on JSON lines, by any method, with the recipe of big_vision's transfers."""
 
 import dataclasses
 import functools
@@ -6,20 +6,24 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from flax.traverse_util import flatten_dict
+import jax
+import numpy as np
 
-from paligemma_jax import numerics, ops
-from paligemma_jax.errors import ConfigError
-from paligemma_jax.loading import load
+from paligemma_jax import numerics
+from paligemma_jax.config import PaliGemmaConfig
+from paligemma_jax.errors import ConfigError, DataError
 from paligemma_jax.models.paligemma import PaliGemma
+from paligemma_jax.training import methods
 from paligemma_jax.training.checkpoints import open_checkpoints
-from paligemma_jax.training.data import check_pictures, make_batches, open_data
-from paligemma_jax.training.data.augment import Augmentation, read_kinds
-from paligemma_jax.training.data.masks import MaskCodec
+from paligemma_jax.training.data import check_pictures, make_batches, read_jsonl
 from paligemma_jax.training.loop import fit
 from paligemma_jax.training.loss import suffix_loss
+from paligemma_jax.training.memory import memory_table
+from paligemma_jax.training.methods import Method, Plan
 from paligemma_jax.training.optimizer import Recipe, make_optimizer
-from paligemma_jax.training.step import init_state, make_step
+from paligemma_jax.training.step import Tree, init_state, make_step
+
+REMAT = ("none", "layers")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,13 +34,11 @@ class Settings:
     dtype: str
     data: str
     image_root: str
-    data_format: str
-    data_task: str
-    augment: str
-    data_threads: int
     output_dir: str
     epochs: int
     batch_size: int
+    accumulate: int
+    remat: str
     text_length: int
     seed: int
     log_every: int
@@ -45,18 +47,27 @@ class Settings:
     check_pictures: bool
 
     def __post_init__(self):
-        for name in ("epochs", "batch_size", "text_length", "data_threads", "log_every", "save_every"):
+        for name in ("epochs", "batch_size", "accumulate", "text_length", "log_every", "save_every"):
             if (value := getattr(self, name)) < 1:
                 raise ConfigError(f"{name}={value} is not possible: give an integer of at least 1")
+        if self.batch_size % self.accumulate:
+            raise ConfigError(
+                f"accumulate={self.accumulate} does not divide batch_size={self.batch_size}: change one of them"
+            )
+        if self.remat not in REMAT:
+            raise ConfigError(f"remat={self.remat!r} is not possible: give {' or '.join(REMAT)}")
         if not self.save_minutes > 0:
             raise ConfigError(f"save_minutes={self.save_minutes} is not possible: give a number above 0")
 
 
-def finetune(settings: Settings, recipe: Recipe, claim: Callable[[], None] = lambda: None) -> Path:
+def finetune(
+    settings: Settings, recipe: Recipe, claim: Callable[[], None] = lambda: None, method: Method | None = None
+) -> Path:
     """Train, going on where an earlier run with the same output_dir stopped.
 
     Args:
       claim: called when data and model are read and nothing is wrong with them, before anything is written.
+      method: what trains; by default everything.
 
     Returns:
       The directory of the tuned model, in Hugging Face layout.
@@ -64,46 +75,61 @@ def finetune(settings: Settings, recipe: Recipe, claim: Callable[[], None] = lam
     Raises:
       UserError: see the message.
     """
-    kinds = read_kinds(settings.augment)
-    codec = MaskCodec(lambda: model.mask_decoder())
-    examples = open_data(
-        settings.data,
-        settings.image_root,
-        data_format=settings.data_format,
-        task=settings.data_task,
-        encode=codec.encode,
-        tell=functools.partial(print, file=sys.stderr),
-    )
-    model = load(settings.checkpoint, settings.dtype, prepare=False)
-    if settings.data_task == "segment":
-        model.mask_decoder()  # a file that is missing is known before anything is trained
-    if any(map(ops.is_weight, flatten_dict(model.params).values())):
-        raise ConfigError(f"{settings.checkpoint} is quantized and cannot be trained: give the original weights")
-    sizes = {name: getattr(settings, name) for name in ("batch_size", "epochs", "text_length", "seed")}
-    augmentation = Augmentation(kinds, settings.seed, codec) if kinds else None
+    method = method or Method()
+    examples = read_jsonl(settings.data, settings.image_root)
+    model = methods.load_base(method, settings.checkpoint, settings.dtype)
+    sizes = {name: getattr(settings, name) for name in ("epochs", "text_length", "seed")}
     batches = make_batches(
-        examples, model.processor, **sizes, augmentation=augmentation, num_threads=settings.data_threads
-    )
+        examples, model.processor, batch_size=settings.batch_size // settings.accumulate, **sizes
+    )  # micro-batches
+    if not (num_steps := len(batches) // settings.accumulate):
+        raise DataError(
+            f"{len(examples)} examples and epochs={settings.epochs} do not fill one batch of {settings.batch_size}: "
+            "lower batch_size"
+        )
     if settings.check_pictures:
         check_pictures(examples, model.processor.image_settings)
-    print(f"{len(examples)} examples, {len(batches)} steps of {settings.batch_size}", file=sys.stderr)
+    print(f"{len(examples)} examples, {num_steps} steps of {settings.batch_size}", file=sys.stderr)
 
-    optimizer = make_optimizer(recipe, len(batches))
-    loss = functools.partial(suffix_loss, PaliGemma(model.config), recipe.label_smoothing, batches.num_answers)
+    plan = methods.make_plan(method, model, settings.dtype, settings.seed)
+    print(plan.summary, file=sys.stderr)
+    optimizer = make_optimizer(recipe, num_steps)
+    network = PaliGemma(model.config, remat=settings.remat == "layers")
+    loss = functools.partial(suffix_loss, network, recipe.label_smoothing, batches.num_answers)
+    batch_at = functools.partial(stacked, batches, settings.accumulate)
     output = Path(settings.output_dir)
     claim()
+    state = init_state(plan.trained, optimizer)
+    step = make_step(loss, optimizer, plan.frozen, plan.join, settings.accumulate)
+    print(memory_table(step.compile(state, batch_at(0)), state, plan.frozen), file=sys.stderr)
+
     state = fit(
-        init_state(model.params, optimizer),
-        make_step(loss, optimizer),
-        batches,
-        len(batches),
+        state,
+        step,
+        batch_at,
+        num_steps,
         checkpoints=open_checkpoints(output / "checkpoints"),
         save_every=settings.save_every,
         save_minutes=settings.save_minutes,
         log_every=settings.log_every,
         name="finetune",
-        explain=functools.partial(numerics.explain_batch, model.config),
+        explain=functools.partial(explain, model.config, plan, settings.accumulate),
     )
-    model.params = state.params
-    model.save(output)
+    methods.export(method, model, plan, state.params, settings.checkpoint, settings.dtype, output)
     return output
+
+
+def stacked(batches: Callable[[int], Tree], accumulate: int, step: int) -> Tree:
+    """The batch of a step; where it has several micro-batches, they are a first axis of its arrays."""
+    if accumulate == 1:
+        return batches(step)
+    parts = [batches(step * accumulate + i) for i in range(accumulate)]
+    return jax.tree.map(lambda *arrays: np.stack(arrays), *parts)
+
+
+def explain(config: PaliGemmaConfig, plan: Plan, accumulate: int, trained: Tree, batch: Tree) -> str:
+    """Why the loss or the gradient of a batch is not finite, from its micro-batches."""
+    params = plan.join(trained, plan.frozen)
+    parts = [batch] if accumulate == 1 else [{name: x[i] for name, x in batch.items()} for i in range(accumulate)]
+    reasons = [numerics.explain_batch(config, params, part) for part in parts]
+    return next((reason for reason in reasons if not reason.startswith(numerics.ALL_FINITE)), reasons[0])

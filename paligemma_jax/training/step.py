@@ -18,7 +18,7 @@ StepFn = Callable[["TrainState", Tree], tuple["TrainState", dict[str, jax.Array]
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class TrainState:
-    """Everything a run needs to go on: step number, parameters and optimizer state."""
+    """Everything a run needs to go on: step number, parameters that train (float32) and optimizer state."""
 
     step: jax.Array
     params: Tree
@@ -29,14 +29,61 @@ def init_state(params: Tree, optimizer: optax.GradientTransformation) -> TrainSt
     return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params))
 
 
-def make_step(loss_fn: LossFn, optimizer: optax.GradientTransformation) -> StepFn:
-    """A jitted update with the old state donated; the metrics gain `loss` and `grad_norm`.
+class Step:
+    """A jitted update (state, batch) -> (state, metrics); the old state is donated, what is frozen is not."""
+
+    def __init__(self, update: Callable[..., Any], frozen: Tree):
+        self._jitted = jax.jit(update, donate_argnums=0, compiler_options=_compiler_options())
+        self._run: Callable[..., Any] = self._jitted
+        self.frozen = frozen
+
+    def __call__(self, state: TrainState, batch: Tree) -> tuple[TrainState, dict[str, jax.Array]]:
+        return self._run(state, self.frozen, batch)
+
+    def compile(self, state: TrainState, batch: Tree) -> jax.stages.Compiled:
+        """The program for a state and batches like these, which later calls then run: batches of other shapes fail."""
+        self._run = compiled = self._jitted.lower(state, self.frozen, batch).compile()
+        return compiled
+
+
+def make_step(
+    loss_fn: LossFn,
+    optimizer: optax.GradientTransformation,
+    frozen: Tree = None,
+    join: Callable[[Tree, Tree], Tree] | None = None,
+    accumulate: int = 1,
+) -> Step:
+    """The update of a training; the metrics gain `loss` and `grad_norm`.
 
     Where one of those is not finite, parameters and optimizer state stay as they were.
+
+    Args:
+      loss_fn: (params, batch) -> loss, metrics; means over the rows of a batch.
+      frozen: what does not train, an argument of the program that it neither changes nor copies.
+      join: (state.params, frozen) -> the params of `loss_fn`; by default they are `state.params`.
+      accumulate: micro-batches of a batch, whose arrays have them as their first axis: gradients and metrics are their
+        means.
     """
 
-    def step(state: TrainState, batch: Tree) -> tuple[TrainState, dict[str, jax.Array]]:
-        (loss, metrics), grads = jax.value_and_grad(loss_fn, has_aux=True)(state.params, batch)
+    def gradients(params: Tree, frozen: Tree, batch: Tree) -> tuple[Any, Tree]:
+        def loss(params: Tree) -> tuple[jax.Array, dict[str, jax.Array]]:
+            return loss_fn(params if join is None else join(params, frozen), batch)
+
+        return jax.value_and_grad(loss, has_aux=True)(params)
+
+    def mean_gradients(params: Tree, frozen: Tree, batch: Tree) -> tuple[Any, Tree]:
+        if accumulate == 1:
+            return gradients(params, frozen, batch)
+
+        def add(total: Any, micro: Tree) -> tuple[Any, None]:
+            return jax.tree.map(jnp.add, total, gradients(params, frozen, micro)), None
+
+        like = jax.eval_shape(gradients, params, frozen, jax.tree.map(lambda x: x[0], batch))
+        total, _ = jax.lax.scan(add, jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), like), batch)
+        return jax.tree.map(lambda x: x / accumulate, total)
+
+    def update(state: TrainState, frozen: Tree, batch: Tree) -> tuple[TrainState, dict[str, jax.Array]]:
+        (loss, metrics), grads = mean_gradients(state.params, frozen, batch)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         norm = optax.tree.norm(grads)
@@ -46,7 +93,7 @@ def make_step(loss_fn: LossFn, optimizer: optax.GradientTransformation) -> StepF
         )
         return TrainState(state.step + 1, *kept), {"loss": loss, **metrics, "grad_norm": norm}
 
-    return jax.jit(step, donate_argnums=0, compiler_options=_compiler_options())
+    return Step(update, frozen)
 
 
 def _compiler_options() -> dict[str, str]:

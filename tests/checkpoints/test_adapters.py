@@ -192,7 +192,7 @@ def test_a_piece_at_a_time_is_the_same(checkpoint, adapter, monkeypatch):
     tensors |= queries() | {f"{module}lora_magnitude_vector": drawn(20)}
     tensors |= {Q.format(i=i) + ".lora_magnitude_vector": drawn(24) for i in range(3)}
     whole = load(adapter(tensors, use_dora=True))
-    monkeypatch.setattr("paligemma_jax.checkpoints.adapters._CHUNK_ELEMENTS", 70)
+    monkeypatch.setattr("paligemma_jax.checkpoints.low_rank._CHUNK_ELEMENTS", 70)
     for name, value in load(adapter(tensors, use_dora=True)).items():
         np.testing.assert_allclose(value, whole[name], rtol=1e-6)
 

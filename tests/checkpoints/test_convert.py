@@ -89,7 +89,7 @@ def test_problems_are_one_line_each_and_exit_1(tmp_path, checkpoint, capsys, und
     assert "has a config.json of its own" in refused(capsys, source, "--verify", "--config", source / "config.json")
 
 
-@pytest.mark.parametrize("arguments", ([], ["a"], ["a", "b", "--verify"], ["a", "b", "--dtype", "int3"]))
+@pytest.mark.parametrize("arguments", ([], ["a"], ["a", "b", "--dtype", "int3"]))
 def test_unusable_arguments_show_the_usage(arguments, capsys):
     with pytest.raises(SystemExit) as caught:
         main(arguments)

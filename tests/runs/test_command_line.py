@@ -13,7 +13,7 @@ import jax
 import pytest
 
 from configs import patch_vit
-from paligemma_jax.errors import ImageError
+from paligemma_jax.errors import ImageError, Stopped
 from paligemma_jax.loading import keep_compiled
 from paligemma_jax.runs import base, command_line
 
@@ -170,15 +170,16 @@ def test_ctrl_c_is_quiet(checkpoint, pictures):
     assert chat.returncode == 130
 
 
-def test_ctrl_c_is_130(monkeypatch):
+@pytest.mark.parametrize("error, status", [(KeyboardInterrupt(), 130), (Stopped(signal.SIGTERM), 143)])
+def test_signals_are_128_and_their_number(monkeypatch, error, status):
     def interrupt(*args):
-        raise KeyboardInterrupt
+        raise error
 
     monkeypatch.syspath_prepend(ROOT)
     monkeypatch.setattr(command_line, "main", interrupt)
     program = runpy.run_path(str(ROOT / "main.py"))
     with warnings.catch_warnings():
-        assert program["main"]() == 130
+        assert program["main"]() == status
 
 
 @pytest.mark.parametrize("run", [run for run in command_line.UNUSED if run not in (*PHRASE_RUNS, "check")])

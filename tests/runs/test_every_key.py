@@ -16,7 +16,7 @@ _TOLD, _LOADED = (
 _PHRASES, _SEARCHED = "runs/test_phrase_runs.py", "runs/test_search_run.py"
 _CHECK = "runs/test_check_run.py"
 _TASK = "runs/test_evaluate_task.py"
-_FINETUNE = "training/test_finetune_options.py"
+_FINETUNE, _WATCH = "training/test_finetune_options.py", "training/test_watch.py"
 COMMON = {
     "run": "runs/test_command_line.py::test_a_config_for_another_run_is_one_line",
     "checkpoint": _LOADED,
@@ -192,9 +192,22 @@ COVERED = {
     | dict.fromkeys(
         ("output_dir", "log_every", "save_every", "save_minutes", "overwrite"), f"{_FINETUNE}::test_the_loop"
     )
+    | dict.fromkeys(
+        ("schedule", "lr_multipliers", "decayed", "b1", "dropout", "ema", "log"), f"{_WATCH}::test_keys_are_told"
+    )
+    | dict.fromkeys(
+        ("val_data", "val_every", "val_examples", "metric", "patience"), f"{_WATCH}::test_the_rule_is_that_of_the_keys"
+    )
+    | {"keep_best": f"{_WATCH}::test_the_best_is_kept"}
     | dict.fromkeys(("data_format", "data_task", "augment", "data_threads"), f"{_FINETUNE}::test_how_data_are_read")
     | {"check_pictures": f"{_FINETUNE}::test_pictures_are_checked_before"}
-    | {"label_smoothing": f"{_FINETUNE}::test_the_loss", "dtype": f"{_FINETUNE}::test_the_weights"},
+    | {"label_smoothing": f"{_FINETUNE}::test_the_loss", "dtype": f"{_FINETUNE}::test_the_weights"}
+    | dict.fromkeys(
+        ("method", "trainable", "freeze", "lora_targets", "use_dora", "quantization"), f"{_FINETUNE}::test_what_trains"
+    )
+    | dict.fromkeys(("lora_rank", "lora_alpha", "use_rslora"), f"{_FINETUNE}::test_adapters")
+    | dict.fromkeys(("accumulate", "remat"), f"{_FINETUNE}::test_memory_is_saved")
+    | {"verify": f"{_FINETUNE}::test_the_answers_are_compared_if_that_is_asked"},
 }
 
 

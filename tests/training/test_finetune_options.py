@@ -4,14 +4,17 @@ import inspect
 import json
 import warnings
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax.traverse_util import flatten_dict
 from PIL import Image
 
-from paligemma_jax.runs import command_line
+from paligemma_jax.checkpoints import expected_shapes
+from paligemma_jax.runs import command_line, train
 from paligemma_jax.training import finetune
 from paligemma_jax.training.optimizer import Recipe, make_optimizer
 from tests.training.data import worlds
@@ -47,7 +50,8 @@ def planned(checkpoint, data, monkeypatch, tmp_path):
         monkeypatch.setattr(finetune, name, call)
 
     recorded("suffix_loss", lambda given: (jnp.zeros(()), {}))
-    recorded("make_step", lambda given: given["loss_fn"](None, None))
+    recorded("make_step", lambda given: given["loss_fn"](None, None) and SimpleNamespace(compile=lambda *_: None))
+    monkeypatch.setattr(finetune, "memory_table", lambda *_: "memory")
     recorded("fit", lambda given: given["state"])
 
     def run(**keys) -> dict:
@@ -129,11 +133,83 @@ def test_the_loss(planned):
 
 
 def test_the_weights(planned):
-    """dtype: of the parameters, and so of the optimizer's state."""
+    """dtype: of what the network is given; what trains, and so the optimizer's state, is float32."""
     for keys, dtype in (({}, jnp.float32), ({"dtype": "bfloat16"}, jnp.bfloat16)):
-        state = planned(**keys)["fit"]["state"]
+        plan = planned(**keys)
+        state, make_step = plan["fit"]["state"], plan["make_step"]
         moments = [leaf for leaf in jax.tree.leaves(state.opt_state) if leaf.ndim]
-        assert {leaf.dtype for leaf in [*jax.tree.leaves(state.params), *moments]} == {jnp.dtype(dtype)}
+        assert {leaf.dtype for leaf in [*jax.tree.leaves(state.params), *moments]} == {jnp.dtype("float32")}
+        network = make_step["join"](state.params, make_step["frozen"])
+        assert {leaf.dtype for leaf in jax.tree.leaves(network)} == {jnp.dtype(dtype)}
+
+
+def leaves(plan):
+    """What trains, by its path."""
+    return flatten_dict(plan["fit"]["state"].params, sep="/")
+
+
+def test_what_trains(planned, small):
+    """method, trainable, freeze, lora_targets, use_dora and quantization."""
+    everything = expected_shapes(small)
+    assert set(leaves(planned())) == set(everything)
+    assert set(leaves(planned(method="decoder"))) == {path for path in everything if path.startswith("language")}
+    assert set(leaves(planned(freeze="language_model vision_tower"))) == {p for p in everything if "projector" in p}
+    assert set(leaves(planned(trainable="language_model/norm"))) == {"language_model/norm/weight"}
+    q = "language_model/layers_0/self_attn/q_proj/weight/"
+    lora = leaves(planned(method="lora"))
+    assert len(lora) == 2 * 7 * 2 and {q + "down", q + "up"} <= set(lora)
+    dora = leaves(planned(method="lora", use_dora=True, lora_targets="q_proj", freeze="vision_tower layers_1"))
+    assert set(dora) == {q + part for part in ("down", "up", "magnitude")}
+    for keys, format in (({}, "int4"), ({"quantization": "int8"}, "int8")):
+        frozen = flatten_dict(planned(method="qlora", **keys)["make_step"]["frozen"], sep="/")
+        assert frozen[q.removesuffix("/")].quantization == format
+
+
+def test_adapters(planned):
+    """lora_rank, lora_alpha and use_rslora; seed draws them."""
+
+    def scale_and_rank(**keys):
+        plan = planned(method="lora", **keys)
+        weight = plan["make_step"]["join"](plan["fit"]["state"].params, plan["make_step"]["frozen"])
+        weight = weight["language_model"]["layers_0"]["mlp"]["up_proj"]["weight"]
+        return weight.scale, len(weight.down)
+
+    assert scale_and_rank() == (2.0, 8)
+    assert scale_and_rank(lora_rank=4, lora_alpha=2.0) == (0.5, 4)
+    assert scale_and_rank(lora_rank=4, lora_alpha=2.0, use_rslora=True) == (1.0, 4)
+    first, second = (leaves(planned(method="lora", seed=seed)) for seed in (0, 1))
+    down = next(path for path in first if path.endswith("down"))
+    assert (first[down] != second[down]).any()
+
+
+def test_memory_is_saved(planned):
+    """accumulate and remat."""
+    plain, parts = planned(), planned(accumulate=2)
+    assert [plan["make_step"]["accumulate"] for plan in (plain, parts)] == [1, 2]
+    assert plain["fit"]["num_steps"] == parts["fit"]["num_steps"] == 3
+    whole, halves = (plan["fit"]["batch_at"](1) for plan in (plain, parts))
+    assert halves["tokens"].shape[:2] == (2, 1)
+    for name in ("tokens", "length", "pixels"):
+        np.testing.assert_array_equal(halves[name].reshape(whole[name].shape), whole[name])
+    assert [planned(**keys)["suffix_loss"]["model"].remat for keys in ({}, {"remat": "layers"})] == [False, True]
+
+
+def test_the_answers_are_compared_if_that_is_asked(planned, monkeypatch, capsys):
+    monkeypatch.setattr(train, "compare_answers", lambda directory: f"compared {directory.name}")
+    planned()
+    assert "compared tuned" not in capsys.readouterr().err
+    planned(verify=True)
+    assert "compared tuned" in capsys.readouterr().err
+
+
+def test_a_learning_rate_that_is_not_given_is_the_methods(planned, monkeypatch):
+    told = []
+    monkeypatch.setattr(
+        finetune, "make_optimizer", lambda recipe, steps: told.append(recipe) or make_optimizer(recipe, steps)
+    )
+    for keys in ({}, {"method": "lora"}, {"method": "lora", "learning_rate": 0.5}):
+        planned(**keys)
+    assert [recipe.learning_rate for recipe in told] == [1e-5, 1e-4, 0.5]
 
 
 RECIPES = {

@@ -1,76 +1,23 @@
 import itertools
 import signal
 import threading
-import time
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
 
-from paligemma_jax.errors import CheckpointError, ImageError, NumericsError
+from paligemma_jax.errors import CheckpointError, ImageError, NumericsError, Stopped
 from paligemma_jax.training.checkpoints import open_checkpoints, restore
 from paligemma_jax.training.loop import fit
-from paligemma_jax.training.step import init_state, make_step
-
-WEIGHTS = np.array([1.0, -2.0, 0.5, 3.0], np.float32)
-OPTIMIZER = optax.adam(0.05)
-
-
-def batch_at(step):
-    x = np.random.default_rng(step).normal(size=(16, 4)).astype(np.float32)
-    return {"x": x, "y": x @ WEIGHTS}
-
-
-def loss_fn(params, batch):
-    error = batch["x"] @ params["w"] + params["b"] - batch["y"]
-    return jnp.mean(error**2), {"off": jnp.mean(jnp.abs(error))}
-
-
-STEP = make_step(loss_fn, OPTIMIZER)
-
-
-def start(size=4, optimizer=OPTIMIZER):
-    return init_state({"w": jnp.zeros(size), "b": jnp.zeros(())}, optimizer)
-
-
-def assert_same(a, b):
-    jax.tree.map(np.testing.assert_array_equal, a, b)
+from paligemma_jax.training.step import init_state
+from tests.training.toy import OPTIMIZER, STEP, assert_same, batch_at, start
 
 
 @pytest.fixture(scope="module")
 def whole():
     """A run of 30 steps without a stop."""
     return fit(start(), STEP, batch_at, 30)
-
-
-def test_loss_falls_and_is_reported(capsys):
-    logged = []
-    state = fit(start(), STEP, batch_at, 130, log_every=50, name="toy", log=logged.append)
-    assert int(state.step) == 130 and [entry["step"] for entry in logged] == [50, 100, 130]
-    assert logged[2]["loss"] < logged[1]["loss"] < logged[0]["loss"]
-    assert set(logged[0]) == {"step", "steps_per_second", "loss", "off", "grad_norm"}
-    lines = capsys.readouterr().err.splitlines()
-    assert len(lines) == 3 and lines[0].startswith(f"toy 50/130  loss {logged[0]['loss']:.4g}  grad_norm ")
-
-
-def test_a_line_tells_speed_and_time_left(monkeypatch, capsys):
-    """By a clock of its own: 4 seconds a step are 0.25 steps/s, and 90 steps of them 6 minutes."""
-    now = 100.0
-    monkeypatch.setattr(time, "perf_counter", lambda: now)
-
-    def step(state, batch):
-        nonlocal now
-        now += 4.0
-        return state, {"loss": 2.0 + batch % 2, "grad_norm": 0.5}
-
-    logged = []
-    fit(start(), step, lambda number: number, 110, log_every=20, name="toy", log=logged.append)
-    lines = capsys.readouterr().err.splitlines()
-    assert lines[0] == "toy 20/110  loss 2.5  grad_norm 0.5  0.25 steps/s  6 min left"
-    assert lines[-1] == "toy 110/110  loss 2.5  grad_norm 0.5  0.25 steps/s  0 min left"
-    assert logged[1] == {"step": 40, "steps_per_second": 0.25, "loss": 2.5, "grad_norm": 0.5}
 
 
 def test_how_often_it_saves_is_how_often_it_is_told(tmp_path):
@@ -86,13 +33,6 @@ def test_it_saves_when_time_has_passed_too(tmp_path, monkeypatch):
     manager = open_checkpoints(tmp_path, keep=20)
     fit(start(), STEP, batch_at, 10, checkpoints=manager, save_every=100, save_minutes=0.3)
     assert len(manager.all_steps()) > 2 and manager.latest_step() == 10
-
-
-def test_means_are_over_the_steps_since_the_last_line():
-    each, mean = [], []
-    fit(start(), STEP, batch_at, 7, log_every=1, log=lambda m: each.append(m["loss"]))
-    fit(start(), STEP, batch_at, 7, log_every=3, log=lambda m: mean.append(m["loss"]))
-    np.testing.assert_allclose(mean, [np.mean(each[:3]), np.mean(each[3:6]), each[6]], rtol=1e-6)
 
 
 def test_every_batch_is_used_once_in_order():
@@ -136,14 +76,14 @@ def test_what_stops_the_batches_saves(tmp_path, whole, error):
     assert_same(fit(start(), STEP, batch_at, 30, checkpoints=manager), whole)
 
 
-def interrupting(at, times=1):
-    """A step that is interrupted in the middle."""
+def interrupting(at, times=1, number=signal.SIGINT):
+    """A step that a signal comes in the middle of."""
     count = iter(range(1000))
 
     def step(state, batch):
         if next(count) == at:
             for _ in range(times):
-                signal.raise_signal(signal.SIGINT)
+                signal.raise_signal(number)
         return STEP(state, batch)
 
     return step
@@ -155,6 +95,15 @@ def test_ctrl_c_ends_the_step_and_saves(tmp_path, whole, capsys):
         fit(start(), interrupting(at=3), batch_at, 30, checkpoints=manager)
     assert manager.latest_step() == 4 and "Ctrl-C again to stop at once" in capsys.readouterr().err
     assert signal.getsignal(signal.SIGINT) is before
+    assert_same(fit(start(), STEP, batch_at, 30, checkpoints=manager), whole)
+
+
+def test_sigterm_ends_the_step_and_saves_too(tmp_path, whole):
+    manager, before = open_checkpoints(tmp_path), signal.getsignal(signal.SIGTERM)
+    with pytest.raises(Stopped) as caught:
+        fit(start(), interrupting(at=3, number=signal.SIGTERM), batch_at, 30, checkpoints=manager)
+    assert caught.value.signal == signal.SIGTERM and manager.latest_step() == 4
+    assert signal.getsignal(signal.SIGTERM) is before
     assert_same(fit(start(), STEP, batch_at, 30, checkpoints=manager), whole)
 
 

@@ -1,11 +1,12 @@
 import dataclasses
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from paligemma_jax.models.paligemma import PaliGemma
-from paligemma_jax.training.loss import mean_where, suffix_loss
+from paligemma_jax.training.loss import dropout_keys, mean_where, suffix_loss, token_losses
 
 TEXTS = [("caption en", "a red circle and two blue squares"), ("detect star", ""), ("answer en how many", "2")]
 
@@ -62,3 +63,91 @@ def test_mean_of_nothing_is_zero():
     values, where = np.array([[1.0, 3.0], [np.nan, np.inf]], np.float32), np.array([[True, True], [False, False]])
     np.testing.assert_array_equal(mean_where(values, where, axis=1), [2, 0])
     assert mean_where(values, where) == 2
+
+
+def change(batch, row, position, token):
+    tokens = batch["tokens"].copy()
+    assert tokens[row, position] != token
+    tokens[row, position] = token
+    return {**batch, "tokens": tokens}
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_a_later_suffix_token_changes_nothing_before_it(small, random_params, make_batch, dropout):
+    """Bit for bit: losses up to and with the token before the one that is changed, and all of the other rows."""
+    batch = {**make_batch(48), "dropout_keys": dropout_keys(0, 0, 3)}
+    model, num_answers = PaliGemma(small), 12
+    compute = jax.jit(lambda p, b: token_losses(model, p, b, num_answers, dropout=dropout))
+    first = int(batch["prefix_length"][0])
+    plain, _, exists = compute(random_params(small), batch)
+    assert int(exists[0].sum()) > 5
+    for place in (1, 3, 5):
+        changed, _, _ = compute(random_params(small), change(batch, 0, first + place, 7))
+        np.testing.assert_array_equal(changed[0, :place], plain[0, :place])
+        np.testing.assert_array_equal(changed[1:], plain[1:])
+        assert (changed[0, place : place + 2] != plain[0, place : place + 2]).all()
+
+
+def test_three_tokens_by_hand_labels_are_shifted_once():
+    """Each suffix token, and eos, is said by the position before it: a network whose logits are its inputs' ids."""
+
+    class Echo:
+        """Logits of each column: 2 for the token after the one that stands there, 0 for the other four."""
+
+        def apply(self, variables, *args, method):
+            if method == "embed_image":
+                return args[0]
+            if method == "logits":
+                return args[0]
+            _, tokens, _, _, _, columns, dropout = args
+            assert dropout is None
+            said = jnp.take_along_axis(tokens, columns, axis=1)
+            return 2.0 * jax.nn.one_hot((said + 1) % 5, 5), None
+
+    tokens = np.array([[4, 0, 1, 2, 3, 0]])  # prefix 4 0, suffix 1 2 3, padding
+    batch = {"tokens": tokens, "image_slots": tokens * 0 - 1, "pixels": np.zeros(1)}
+    batch |= {"prefix_length": np.array([2]), "length": np.array([5])}
+    losses, correct, exists = token_losses(Echo(), {}, batch, 4)
+    right = -2.0 + np.log(np.exp(2.0) + 4)  # of a token that has the logit 2
+    np.testing.assert_allclose(losses[0, :3], [right] * 3, rtol=1e-6)
+    assert exists.tolist() == [[True, True, True, False]] and correct[0, :3].all()
+    loss, metrics = suffix_loss(Echo(), 0.0, 4, {}, batch)
+    assert float(loss) == pytest.approx(right, rel=1e-6) and float(metrics["token_acc"]) == 1
+    wrong = np.log(np.exp(2.0) + 4)
+    batch["tokens"] = np.array([[4, 0, 1, 3, 3, 0]])  # the second is not said, and what it leads to is not the third
+    losses, _, _ = token_losses(Echo(), {}, batch, 4)
+    np.testing.assert_allclose(losses[0, :3], [right, wrong, wrong], rtol=1e-6)
+
+
+def test_the_end_is_supervised(small, random_params, make_batch):
+    """The last term of each row is that of eos, also of a row whose suffix is empty."""
+    batch = make_batch(48)
+    loss = jax.jit(lambda p, b: token_losses(PaliGemma(small), p, b, 12))
+    losses, _, exists = loss(random_params(small), batch)
+    counts = batch["length"] - batch["prefix_length"]
+    assert exists.sum(axis=1).tolist() == counts.tolist() and counts[1] == 1
+    ends = batch["tokens"][np.arange(3), batch["length"] - 1]
+    assert ends.tolist() == [small.eos_token_id] * 3
+    for row, count in enumerate(counts):
+        other, _, _ = loss(random_params(small), change(batch, row, batch["length"][row] - 1, 7))
+        assert other[row, count - 1] != losses[row, count - 1]
+
+
+def test_a_row_of_padding_counts_nowhere_and_gives_no_nan(small, random_params, make_batch):
+    """Three times the same row, or twice and a row of padding, have the same loss and gradient."""
+    batch = make_batch(48)
+    model = PaliGemma(small)
+    compute = jax.jit(jax.value_and_grad(lambda p, b: suffix_loss(model, 0.1, 12, p, b)[0]))
+
+    def rows(count):
+        """The first row so many times, and padding."""
+        made = {"pixels": batch["pixels"]}
+        for name in ("tokens", "image_slots", "prefix_length", "length"):
+            nothing = np.full_like(batch[name][:1], -(name == "image_slots"))
+            made[name] = np.concatenate([batch[name][:1]] * count + [nothing] * (3 - count))
+        return compute(random_params(small), made)
+
+    (loss, gradient), (other, with_padding), (zero, of_nothing) = map(rows, (3, 2, 0))
+    assert float(loss) == pytest.approx(float(other), rel=1e-6) and float(zero) == 0
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-6), gradient, with_padding)
+    assert not any(np.any(leaf) for leaf in jax.tree.leaves(of_nothing))  # NaN is not false
