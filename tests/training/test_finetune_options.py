@@ -299,7 +299,7 @@ def test_the_optimizer_is_that_of_the_recipe(monkeypatch, planned):
     monkeypatch.setattr(
         finetune,
         "make_optimizer",
-        lambda recipe, *rest: told.append((recipe, rest[0])) or make_optimizer(recipe, *rest),
+        lambda recipe, *more: told.append((recipe, more[0])) or make_optimizer(recipe, *more),
     )
     keys = {"learning_rate": 0.5, "weight_decay": 0.25, "b2": 0.75, "clip_norm": 2.0, "warmup_fraction": 0.125}
     planned(**keys, label_smoothing=0.5)
