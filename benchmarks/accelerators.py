@@ -208,9 +208,14 @@ def device(chip: str) -> Any:
       UserError: the package with that compiler is missing.
     """
     platform, topology = CHIPS[chip]
+    require_compiler(platform, chip)
+    return topologies.get_topology_desc(platform=platform, **topology).devices[0]
+
+
+def require_compiler(platform: str, chip: str) -> None:
+    """UserError when the package with the compiler for a chip of a platform is missing."""
     if not any(importlib.util.find_spec(name) for name in _PACKAGES[platform]):
         raise UserError(f"no compiler for {chip} here: pip install {_INSTALL[platform].format(jax.__version__)}")
-    return topologies.get_topology_desc(platform=platform, **topology).devices[0]
 
 
 def parameters(case: Case, config: PaliGemmaConfig) -> Any:

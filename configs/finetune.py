@@ -1,4 +1,4 @@
-"""Fine-tuning on your own pictures: JSON lines with image, prefix and suffix."""
+"""Fine-tuning on your own pictures: JSON lines with image, prefix and suffix, or a data set with boxes."""
 
 from ml_collections import ConfigDict
 
@@ -10,8 +10,12 @@ def get_config() -> ConfigDict:
     config.run = "train"
     config.checkpoint = base.shipped("tiny")  # where to start from; for real tasks a pt checkpoint
     config.dtype = "float32"  # of activations and frozen weights; what trains is float32 always
-    config.data = ""  # .jsonl file: {"image": "1.png", "prefix": "caption en", "suffix": "a cat"} on each line
+    config.data = ""  # .jsonl file: {"image": "1.png", "prefix": "caption en", "suffix": "a cat"}; or see docs/data.md
     config.image_root = ""  # folder that pictures are named from; by default the file's own
+    config.data_format = "auto"  # jsonl, coco, yolo, voc, label_studio, csv or datasets; auto looks what it is
+    config.data_task = "auto"  # what objects of a data set become: detect, or segment (with mask codes); auto is detect
+    config.augment = ""  # changes at random, with commas: flip, crop, scale, color
+    config.data_threads = 4  # that decode pictures while a step runs
     config.output_dir = "output/finetune"  # the tuned model, its adapter/, and the state to resume from
 
     config.method = "full"  # what trains: full (everything), decoder, lora (adapters), qlora (over int4 or int8)
@@ -38,7 +42,7 @@ def get_config() -> ConfigDict:
     config.decayed = ""  # patterns of what decays; by default the kernels of image encoder and projector
     config.b1 = 0.9  # of Adam
     config.b2 = 0.999  # of Adam
-    config.clip_norm = 1.0  # of the gradient over all parameters that train
+    config.clip_norm = 1.0  # of the gradient over all that trains
     config.label_smoothing = 0.0  # probability spread over all other tokens
     config.dropout = 0.0  # share of the decoder's values that are dropped in training, in each residual branch
     config.ema = 0.0  # decay of a moving average of the parameters, 0.999 for one: what is measured and saved then
@@ -55,5 +59,9 @@ def get_config() -> ConfigDict:
     config.save_every = 500  # steps between checkpoints
     config.save_minutes = 10.0  # and minutes, where that is sooner
     config.check_pictures = True  # read all pictures before training starts
+    config.mesh = ""  # devices, as "data=2,fsdp=4" (tensor too), or auto: all, with weights and state divided (fsdp)
+    config.coordinator = ""  # of several processes: HOST:PORT of the first, or auto where the cluster knows; see docs
+    config.num_processes = 1  # how many there are, each with the same command but for `process_id`
+    config.process_id = 0  # which this one is, from 0
     config.overwrite = False  # remove the training that `output_dir` holds, and begin anew
     return config

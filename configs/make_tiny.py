@@ -9,11 +9,14 @@ def get_config() -> ConfigDict:
     config = base.common()
     config.run = "make_tiny"
     config.work_dir = "output/make_tiny"  # scenes, checkpoints and stages that are done; about 4 GB
-    config.start_from = ""  # a model that an earlier run made, to go on with; its tokenizer and mask VQ-VAE are kept
+    config.start_from = ""  # a model that an earlier run made, to go on with; its tokenizer is kept
     config.output_dir = base.shipped("tiny")  # the finished model
 
     config.num_scenes = 60_000  # pictures drawn to train on
+    config.wide_share = 0.0  # of them: shapes at any rotation on textures, leaves, clouds; 0 draws the calm world alone
+    config.mask_vae = "keep"  # that of start_from: keep, or train it further, which shifts the meaning of codes
     config.mask_vae_steps = 800  # of the mask VQ-VAE
+    config.mask_vae_learning_rate = 1e-3  # peak, after the warm-up
     config.vision_steps = 1_500  # of the image encoder alone
     config.language_steps = 5_500  # of the whole model
     config.easy_steps = 300  # curriculum: steps with one shape in a picture, then as many with up to two

@@ -10,6 +10,7 @@ def get_config() -> ConfigDict:
     config.run = "serve"
     config.checkpoint = base.shipped("tiny")
     config.dtype = "float32"  # of weights and activations; bfloat16 for the released models
+    config.mesh = ""  # of devices: "data=2,tensor=4" divides rows over 2 and weights over 4; auto takes all there are
     config.adapter = ""  # directory or hub id of a PEFT adapter (LoRA), merged into the checkpoint while it is read
     config.quantization = "none"  # of the weights: none, int8 (half of bfloat16) or int4 (under a third)
     config.resample = "auto"  # how pictures are resized: bicubic, bilinear, or auto, as the checkpoint says

@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+import sys
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -22,6 +23,7 @@ from paligemma_jax.processing.image import ImageSettings
 from paligemma_jax.processing.processor import Processor
 from paligemma_jax.processing.request import Request
 from paligemma_jax.processing.tokenizer import Tokenizer
+from paligemma_jax.sharding import Layout, make_mesh
 
 
 def load(
@@ -35,6 +37,7 @@ def load(
     prepare: bool = True,
     adapter: str | Path | None = None,
     compilation_cache: bool = True,
+    mesh: str | jax.sharding.Mesh | None = None,
 ) -> PaliGemma:
     """Load a model.
 
@@ -55,6 +58,8 @@ def load(
         `checkpoints.expected_shapes`, as training needs them.
       adapter: directory or hub id of a PEFT adapter, which is merged into the weights of `path` while they are read.
       compilation_cache: keep compiled programs on disk for the next process, see `keep_compiled`.
+      mesh: several devices to divide the model and rows over, as text ("data=2,tensor=4", "auto", see
+        `sharding.parse_mesh`) or a mesh with these axes. Each device gets its shards of a parameter as it is read.
 
     Raises:
       ConfigError, CheckpointError, TokenizerError, PromptError: see the message.
@@ -70,12 +75,17 @@ def load(
     processor = Processor(config, tokenizer, read_image_settings(source, config))
     masks = find_mask_vae(source, mask_vae)
     num_rows = min(batch_size, most_at_once(config.vision.num_tokens))
+    layout = lay_out(mesh, config)
     target = target or ops.Target.detect(num_rows)
     if dtype == "float16" and target.platform == "tpu":
         raise ConfigError("dtype 'float16' is not supported on TPU: use bfloat16")
-    shapes = checkpoints.abstract(contents, dtype, quantization)
+    fuse = layout is None or layout.num_tensor == 1
+    shapes = checkpoints.abstract(contents, dtype, quantization, fuse)
+    prepare = prepare and layout is None  # kernels and fused projections are made for one device
     table = ops.tune(shapes, target) if prepare else ops.Table()  # measured now, while nothing else runs
-    runner = Runner(target, table)
+    runner = Runner(target, table, layout)
+    for note in layout.notes(shapes) if layout else ():
+        print(f"note: {note}", file=sys.stderr)
     with ThreadPoolExecutor(1) as pool:
         compiling = None
         if warm_up:
@@ -83,10 +93,10 @@ def load(
             compiling = pool.submit(lambda: runner.compile(programs(runner, abstract, processor, warm_up, batch_size)))
 
         def place(path: str, leaf: ops.Weight) -> ops.Weight:
-            leaf = checkpoints.on_device(path, leaf)
+            leaf = checkpoints.on_device(path, leaf) if layout is None else layout.place(path, leaf)
             return ops.prepare_leaf(path, leaf, target, table) if prepare else leaf
 
-        _, params = checkpoints.load(contents, dtype, quantization=quantization, place=place)
+        _, params = checkpoints.load(contents, dtype, quantization=quantization, place=place, fuse=fuse)
         if prepare:
             params = ops.prepare(params, target, table)  # what takes several weights: fusing them
         jax.block_until_ready(params)
@@ -95,6 +105,13 @@ def load(
             compiling.result()
     waited_s = time.perf_counter() - start - load_s
     return PaliGemma(config, params, processor, masks, source.directories, runner, load_s, waited_s)
+
+
+def lay_out(mesh: str | jax.sharding.Mesh | None, config: PaliGemmaConfig) -> Layout | None:
+    """How a model to generate with lies on a mesh; None without one. ConfigError as of `sharding.make_mesh`."""
+    if not mesh:
+        return None
+    return Layout(make_mesh(mesh, config.text) if isinstance(mesh, str) else mesh, config)
 
 
 def keep_compiled() -> None:

@@ -19,7 +19,7 @@ ORDER = [
     ("files", "buckets"),
     ("config",),
     ("processing", "tasks", "ops"),
-    ("models",),
+    ("models", "sharding"),
     ("checkpoints", "engine"),
     ("numerics",),
     ("api", "loading", "paligemma_jax"),

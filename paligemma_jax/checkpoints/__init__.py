@@ -59,11 +59,12 @@ def load(
     config: PaliGemmaConfig | None = None,
     quantization: str | None = None,
     place: Callable[[str, Any], Any] = on_device,
+    fuse: bool = True,
 ) -> tuple[PaliGemmaConfig, dict[str, Any]]:
     """Geometry and parameter tree of a Hugging Face directory, a hub id, a big_vision .npz or an adapter over one.
 
     Plain weights have the paths of `expected_shapes`. Quantized ones are fused (`fused_shapes`) where they are in the
-    file, and always where `quantization` makes them so.
+    file, and always where `quantization` makes them so, unless `fuse` says no.
 
     Args:
       source: directory, .npz file or hub id ("org/name"), or what `scan` found.
@@ -75,6 +76,7 @@ def load(
       place: called with the path of each parameter and what was read, by several threads: an array, or a weight of
         arrays, in host memory but for what was just quantized. What it returns is in the tree: it puts the parameter
         on a device, and may prepare it (`ops.prepare_leaf`).
+      fuse: False takes all projections apart, as several devices that divide heads need them.
     Raises:
       ConfigError, CheckpointError: nothing is read unless the whole fits.
     """
@@ -88,18 +90,18 @@ def load(
     for note in contents.notes if progress else ():
         print(f"note: {note}", file=sys.stderr)
     read = next(part.read for part in (huggingface, big_vision, adapters) if isinstance(contents, part.Contents))
-    read(contents, target, progress, _quantizing(quantization, contents, emit))
+    read(contents, target, progress, _quantizing(quantization, contents, emit, fuse))
     return contents.config, unflatten_dict({path: params[path] for path in sorted(params)}, sep="/")
 
 
-def abstract(contents: Contents, dtype: str, quantization: str | None = None) -> dict[str, Any]:
+def abstract(contents: Contents, dtype: str, quantization: str | None = None, fuse: bool = True) -> dict[str, Any]:
     """The tree that `load` gives if `place` changes nothing, as shapes and dtypes only.
 
     Its leaves are `jax.ShapeDtypeStruct`, or `ops.Int8` and `ops.Int4` of them.
     """
     target = dtype_named(dtype)
     params: dict[str, Any] = {}
-    emit = _quantizing(quantization, contents, params.__setitem__)
+    emit = _quantizing(quantization, contents, params.__setitem__, fuse)
     if isinstance(contents, huggingface.Contents):
         for path, tensor in contents.tensors.items():
             is_plain = not isinstance(tensor, quantized.QuantizedTensor)
@@ -110,7 +112,9 @@ def abstract(contents: Contents, dtype: str, quantization: str | None = None) ->
     return unflatten_dict({path: params[path] for path in sorted(params)}, sep="/")
 
 
-def _quantizing(name: str | None, contents: Contents, emit: Callable[[str, Any], None]) -> Callable[[str, Any], None]:
+def _quantizing(
+    name: str | None, contents: Contents, emit: Callable[[str, Any], None], fuse: bool
+) -> Callable[[str, Any], None]:
     """`emit` with parameters quantized and fused before, if a quantization is asked for that the file does not have."""
     if name is not None and name not in ops.FORMATS:
         raise ConfigError(f"quantization {name!r} is unknown: use {' or '.join(ops.FORMATS)}, or leave it out")
@@ -119,8 +123,8 @@ def _quantizing(name: str | None, contents: Contents, emit: Callable[[str, Any],
             f"the checkpoint is {contents.quantization} already: leave quantization={name!r} out, or give the original"
         )
     if name is None or contents.quantization is not None:
-        return emit
-    fusing = fusion.Fusing(emit)
+        return emit if fuse else fusion.Splitting(emit, expected_shapes(contents.config))
+    fusing = fusion.Fusing(emit) if fuse else emit
     return lambda path, leaf: fusing(path, quantized.quantize(path, leaf, name))
 
 

@@ -8,6 +8,7 @@ Axes: F outputs, D inputs.
 """
 
 import dataclasses
+import functools
 import math
 import re
 import threading
@@ -75,6 +76,29 @@ class Fusing:
                 return None
             del self._waiting[group.fused]
         return self._emit(group.fused, jax.tree.map(_concatenate, *(found[part] for part in group.parts)))
+
+
+class Splitting:
+    """Callback that passes parameters on, fused ones as their parts: the reverse of `Fusing`."""
+
+    def __init__(self, emit: Callable[[str, Any], None], shapes: Mapping[str, Shape]):
+        self._emit, self._shapes = emit, shapes
+
+    def __call__(self, path: str, leaf: Any) -> None:
+        group = group_of(path)
+        if group is None or path != group.fused:
+            return self._emit(path, leaf)
+        stop = 0
+        for part in group.parts:
+            start, stop = stop, stop + self._shapes[part][0]
+            self._emit(part, jax.tree.map(functools.partial(_slice, start=start, stop=stop), leaf))
+        return None
+
+
+def _slice(rows: Any, start: int, stop: int) -> Any:
+    if not isinstance(rows, jax.ShapeDtypeStruct):
+        return rows[start:stop]
+    return jax.ShapeDtypeStruct((stop - start, *rows.shape[1:]), rows.dtype)
 
 
 def _concatenate(*rows: Any) -> Any:

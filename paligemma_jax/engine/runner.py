@@ -8,6 +8,7 @@ from typing import Any
 import jax
 
 from paligemma_jax import ops
+from paligemma_jax.sharding import Layout, put, trace
 from paligemma_jax.tasks.output import Timing
 
 
@@ -30,10 +31,12 @@ class Runner:
     Args:
       target: what programs are compiled for.
       table: the times of kernels by which the model's weights were prepared.
+      layout: how parameters and states lie on several devices; None is one device.
     """
 
-    def __init__(self, target: ops.Target, table: ops.Table | None = None):
+    def __init__(self, target: ops.Target, table: ops.Table | None = None, layout: Layout | None = None):
         self.target = target
+        self.layout = layout
         self.table = table or ops.Table()
         self._compiled: dict[Hashable, jax.stages.Compiled] = {}
         self._params: tuple[Any, Hashable] = (None, ())  # the last parameters and their structure, which is large
@@ -43,7 +46,7 @@ class Runner:
 
     def declare(self, function: Callable[..., Any], params: Any, *args: Any, **static: Any) -> Program:
         """The program of function(params, *args, **static), whose arguments may be shapes; nothing is compiled yet."""
-        return Program(self._key(function, params, args, static), function.trace(params, *args, **static))
+        return Program(self._key(function, params, args, static), trace(self.layout, function, params, *args, **static))
 
     def compile(self, programs: Iterable[Program]) -> None:
         """Compile declared programs: the warm-up of a run."""
@@ -57,7 +60,7 @@ class Runner:
         """The compiled program of a call, compiled now if it was not declared."""
         key = self._key(function, params, args, static)
         if key not in self._compiled:
-            self.compile([Program(key, function.trace(params, *args, **static))])
+            self.compile([Program(key, trace(self.layout, function, params, *args, **static))])
         return self._compiled[key]
 
     def _key(
@@ -123,6 +126,6 @@ class Call:
         start = time.perf_counter()
         program = self._runner.get(function, self.params, args, static)
         ready = time.perf_counter()
-        result = jax.block_until_ready(program(self.params, *args))
+        result = jax.block_until_ready(program(self.params, *put(self._runner.layout, args)))
         self._compile_s += ready - start
         return result, time.perf_counter() - ready

@@ -155,8 +155,8 @@ class Gemma(nn.Module):
         for i, layer in enumerate(self.layers):
             columns = output_columns if i == self.config.num_layers - 1 else None
             drop = None if dropout is None else dropout.fold_in(i)
-            args = (x, positions, sin_cos, masks[i], None if cache is None else cache[i], columns, None, drop)
-            x, kv, _ = run_layer(layer, *args, remat=self.remat)
+            kv = None if cache is None else cache[i]
+            x, kv, _ = run_layer(layer, x, positions, sin_cos, masks[i], kv, columns, None, drop, remat=self.remat)
             key_values.append(kv)
         return self.norm(x), tuple(key_values)
 

@@ -114,6 +114,14 @@ class Processor:
         size = self.image_settings.size
         return Batch(np.zeros((0, size, size, 3), np.float32), tokens, image_slots, prefix_length, length)
 
+    def count_prefix(self, prompt: str | Prompt, num_images: int = 1) -> int:
+        """Number of tokens of bos, prompt and line break; PromptError as of `__call__`."""
+        return len(self._prefix(prompt, num_images))
+
+    def count_suffix(self, suffix: str | None) -> int:
+        """Number of tokens of an answer and eos; PromptError as of `__call__`."""
+        return len(self._suffix(suffix))
+
     def _image_slots(self, group: Sequence[int]) -> np.ndarray:
         if not len(group):
             raise PromptError("a prompt has an empty list of pictures: give at least one for each prompt")

@@ -26,6 +26,7 @@ def common() -> ConfigDict:
 def get_config() -> ConfigDict:
     """Keys of the runs that use a model: generate, chat and evaluate."""
     config = common()
+    config.mesh = ""  # of devices: "data=2,tensor=4" divides rows over 2 and weights over 4; auto takes all there are
     config.adapter = ""  # directory or hub id of a PEFT adapter (LoRA), merged into the checkpoint while it is read
     config.quantization = "none"  # of the weights: none, int8 (half of bfloat16) or int4 (under a third)
     config.resample = "auto"  # how pictures are resized: bicubic, bilinear, or auto, as the checkpoint says
@@ -63,7 +64,7 @@ def get_config() -> ConfigDict:
     config.loc_scale = 1023  # location token of the far edge: 1023, or 1024 for models that were trained so
 
     config.measure = "answers"  # what evaluate measures: answers, or pointing (where attention and similarity maps lie)
-    config.data = "scenes"  # on which pictures: scenes, drawn as in training, or foreign, of another program
+    config.data = "scenes"  # on which pictures: scenes or wide, or of another program: foreign or wide_foreign
     config.num_scenes = 500  # how many of them
     config.scenes_seed = 20_000_000  # which of them: the shipped model has not seen these
     config.output = ""  # JSON file for what evaluate measured

@@ -26,6 +26,7 @@ RUNS = {  # config.run: module in paligemma_jax/runs, and what it does
     "annotate": "answer prompts about very many pictures, into files, resumable (needs configs/annotate.py)",
     "chat": "answer prompts about a picture as they are typed",
     "train": "fine-tune a model on your own pictures (needs configs/finetune.py)",
+    "check": "look for faults in data before training (needs configs/check.py)",
     "evaluate": "measure the shipped model on its scenes, or with configs/evaluate.py a model on a data set",
     "inspect": "draw what an answer is based on: attention, similarity, logit lens (needs configs/inspect.py)",
     "swap": "answer about a picture with another one's embeddings (needs configs/swap.py)",
@@ -57,6 +58,7 @@ UNUSED = {  # by run, keys of its config that change nothing in it
     "compare": ("seed", *_SEARCH, *_LOCATE, "prompt", "windows", "output"),
     "search": (*_PALIGEMMA, *_LOCATE, "windows", "output"),
     "locate": (*_PALIGEMMA, *_SEARCH, "output"),
+    "check": ("dtype",),
     "evaluate": (
         *("image", "prompt", "prompts_file", "prompt_form", "split_classes", "video_fps", "batch_size"),
         *(*_SELECTION, *_SAMPLING, *_FILES),

@@ -15,6 +15,7 @@ from paligemma_jax.errors import ConfigError
 from paligemma_jax.files import expanded
 from paligemma_jax.runs.notes import note
 from paligemma_jax.runs.settings import one_of
+from paligemma_jax.training.parallel import connect
 
 _OBJECTS = 100_000  # that are new when Python looks for cycles among them
 _INSTALL = {"gpu": 'pip install -U "jax[cuda13]"', "tpu": 'pip install -U "jax[tpu]"', "cpu": "pip install -U jax"}
@@ -34,15 +35,18 @@ def quiet() -> None:
 
 
 def select_platform(config: ConfigDict) -> None:
-    """Make config.platform the one that arrays live on.
+    """Make config.platform the one that arrays live on, and join the processes of a run that has several.
 
     Raises:
-      ConfigError: it is not there; the message says what to install.
+      ConfigError: it is not there, the message says what to install; or as of `parallel.connect`.
     """
     name = one_of(config, "platform", ("auto", "cpu", "gpu", "tpu"))
+    if name != "auto":
+        jax.config.update("jax_platforms", "cpu" if name == "cpu" else "")  # "": whatever is there, the fastest first
+    if "coordinator" in config:  # before anything asks for devices: afterwards there are those of this process only
+        connect(config.coordinator, config.num_processes, config.process_id)
     if name == "auto":
         return
-    jax.config.update("jax_platforms", "cpu" if name == "cpu" else "")  # "": whatever is there, the fastest first
     if (found := jax.default_backend()) != name:
         remedy = f"`{_INSTALL[name]}` on a machine that has one, or platform=auto"
         raise ConfigError(f"platform={name} is not available, JAX found {found} only: {remedy}")

@@ -12,11 +12,16 @@ from paligemma_jax.runs import environment, evaluate_task, settings
 from paligemma_jax.runs import model as models
 from paligemma_jax.runs.notes import note
 from paligemma_jax.shapes_world import evaluation
-from paligemma_jax.shapes_world.foreign_scenes import foreign_sample
+from paligemma_jax.shapes_world.foreign_scenes import foreign_sample, wide_foreign_sample
 from paligemma_jax.shapes_world.pointing import pointing
-from paligemma_jax.shapes_world.samples import scene_sample
+from paligemma_jax.shapes_world.samples import scene_sample, wide_sample
 
-_SOURCES = {"scenes": scene_sample, "foreign": foreign_sample}  # config.data
+SOURCES = {  # config.data
+    "scenes": scene_sample,
+    "foreign": foreign_sample,
+    "wide": wide_sample,
+    "wide_foreign": wide_foreign_sample,
+}
 
 
 def run(config: ConfigDict) -> int:
@@ -24,7 +29,7 @@ def run(config: ConfigDict) -> int:
     if "task" in config:  # configs/evaluate.py
         return evaluate_task.run(config)
     output_format = settings.one_of(config, "format", ("text", "json"))
-    source = _SOURCES[settings.one_of(config, "data", _SOURCES)]
+    source = SOURCES[settings.one_of(config, "data", SOURCES)]
     measure = settings.one_of(config, "measure", ("answers", "pointing"))
     if config.num_scenes < 1:
         raise ConfigError(f"num_scenes={config.num_scenes} is not possible: give an integer of at least 1")

@@ -36,6 +36,7 @@ def load(config: ConfigDict, warm_up: Sequence[pj.Request] = (), batch_size: int
         warm_up=warm_up,
         adapter=config.adapter or None,
         compilation_cache=config.compilation_cache,
+        mesh=config.get("mesh") or None,
     )
     if resample != "auto":
         settings = dataclasses.replace(model.processor.image_settings, resample=resample)

@@ -1,8 +1,7 @@
-"""config.run=train: fine-tune on JSON lines."""
+"""config.run=train: fine-tune on your own pictures."""
 
 import dataclasses
 import functools
-import hashlib
 import shutil
 from pathlib import Path
 from typing import Any
@@ -16,9 +15,11 @@ from paligemma_jax.runs import model as models
 from paligemma_jax.runs import settings
 from paligemma_jax.runs.answers_check import compare_answers
 from paligemma_jax.runs.notes import note
+from paligemma_jax.training import data
 from paligemma_jax.training.finetune import Settings, finetune
 from paligemma_jax.training.methods import LEARNING_RATES, Method
 from paligemma_jax.training.optimizer import Recipe
+from paligemma_jax.training.parallel import is_first
 from paligemma_jax.training.watch import Watch
 
 _RUN, _CHECKPOINTS = "training.json", "checkpoints"
@@ -29,12 +30,12 @@ _CHOICE = "name another output_dir, or add overwrite=True to begin anew"
 def run(config: ConfigDict) -> int:
     """Train to the end, or to Ctrl-C or SIGTERM; the same command goes on from there."""
     if not config.data:
-        raise DataError("no data is given: name a .jsonl file with --config.data=FILE")
+        raise DataError("no data is given: name a .jsonl file, or the folder of a data set, with --config.data=...")
     if not config.output_dir:
         raise ConfigError("output_dir is empty: name a folder for the tuned model")
     models.check_weights(config)
     config = config.copy_and_resolve_references()
-    for key in ("data", "val_data", "image_root", "output_dir"):
+    for key in ("image_root", "output_dir"):
         config[key] = str(expanded(config[key])) if config[key] else ""
     method = settings.from_config(Method, config)
     config.learning_rate = config.learning_rate or LEARNING_RATES[method.method]
@@ -50,14 +51,12 @@ def run(config: ConfigDict) -> int:
 
 def _fingerprint(config: ConfigDict, recipe: Recipe, method: Method) -> dict[str, Any]:
     """What the tuned weights depend on, and which of them are best."""
-    keys = ("dtype", "image_root", "epochs", "batch_size", "text_length", "seed", "val_data", "val_examples", "metric")
-    try:
-        data = hashlib.sha256(Path(config.data).read_bytes()).hexdigest()
-    except OSError as error:
-        raise DataError(f"{config.data} cannot be read ({error.strerror}): give a .jsonl file as data") from None
+    keys = ("dtype", "image_root", "data_format", "data_task", "augment", "epochs", "batch_size", "text_length", "seed")
+    keys += ("val_data", "val_examples", "metric")
+    found = data.fingerprint(config.data, data_format=config.data_format)
     weights = fingerprint.of_weights(config.checkpoint)
     chosen = {key: config[key] for key in keys} | dataclasses.asdict(recipe) | dataclasses.asdict(method)
-    return {"data": data, "checkpoint": weights, **chosen}
+    return {"data": found, "checkpoint": weights, **chosen}
 
 
 def _check(directory: Path, fresh: dict[str, Any], overwrite: bool) -> None:
@@ -84,6 +83,8 @@ def _check(directory: Path, fresh: dict[str, Any], overwrite: bool) -> None:
 
 def _claim(directory: Path, fresh: dict[str, Any], overwrite: bool) -> None:
     """Make a folder that of this training, when nothing about data and model is wrong."""
+    if not is_first():  # of several processes that share the folder
+        return
     for name in (_CHECKPOINTS, *_RESULTS) if overwrite else ():
         if (old := directory / name).exists():
             shutil.rmtree(old.resolve())

@@ -33,6 +33,7 @@ from paligemma_jax.processing.request import GenerateOptions
 from paligemma_jax.serving.scheduler import split
 from paligemma_jax.serving.settings import EngineSettings
 from paligemma_jax.serving.shown import Shown, TopLogprobs, most_likely, show
+from paligemma_jax.sharding import put, trace
 
 _SHORT_TEXTS = (16, 64)  # sizes that the text of a prompt is padded to; in the largest state to the last, or the most
 _SHORT_ANSWER = 128  # tokens that the usual size has room for, behind an image and the longest short text
@@ -42,6 +43,8 @@ _FIELDS = 5  # numbers of a node before those of its single ids
 _STEPS = {"cpu": 4}  # decode steps between two looks
 _MANY_STEPS = 8  # off the CPU
 _COMPILERS = 4  # programs that are compiled at once, at most
+
+Program = Callable[..., Any]  # compiled, takes arrays only
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,8 +71,8 @@ class Programs:
     def __init__(self, model: pj.PaliGemma, settings: EngineSettings):
         config = model.config
         self.config, self.params, self.num_rows = config, model.params, settings.num_slots
-        self._target = model.runner.target
-        self.num_steps = settings.num_steps or _STEPS.get(self._target.platform, _MANY_STEPS)
+        self._runner = model.runner
+        self.num_steps = settings.num_steps or _STEPS.get(self._runner.target.platform, _MANY_STEPS)
         self._num_tokens = answer_size(settings.max_new_tokens)
         limit, per_image = config.text.max_positions, config.vision.num_tokens
         most_text, max_images, max_new_tokens = settings.max_prompt_tokens, settings.max_images, settings.max_new_tokens
@@ -89,7 +92,7 @@ class Programs:
         plain = StepConfig(config, loc_start)
         self._plain, self._objects, self._whole = plain, dataclasses.replace(plain, constrained=True), whole
         self._lock = threading.Lock()
-        self._compiled: dict[Hashable, Future[jax.stages.Compiled]] = {}  # or being compiled
+        self._compiled: dict[Hashable, Future[Program]] = {}  # or being compiled
 
     def __len__(self) -> int:
         return len(self._compiled)
@@ -207,7 +210,7 @@ class Programs:
         yield from (("join", *each) for each in dict.fromkeys(each[:2] for each in prefills))
         yield from (("resize", *pair) for pair in ((self.usual, self.largest), (self.largest, self.usual)))
 
-    def _get(self, name: str, *key: Any) -> jax.stages.Compiled:
+    def _get(self, name: str, *key: Any) -> Program:
         with self._lock:
             program = self._compiled.get((name, *key))
             if is_new := program is None:
@@ -219,31 +222,33 @@ class Programs:
                 program.set_exception(error)
         return program.result()
 
-    def _compile(self, function: Any, *args: Any, **static: Any) -> jax.stages.Compiled:
-        return ops.compiled(self._target, function, *args, **static)
+    def _compile(self, function: Any, *args: Any, **static: Any) -> Program:
+        runner = self._runner
+        program = ops.compile_traced(runner.target, trace(runner.layout, function, *args, **static))
+        return lambda *args: program(*(arg if arg is self.params else put(runner.layout, arg) for arg in args))
 
-    def _compile_blank(self, size: Size) -> jax.stages.Compiled:
+    def _compile_blank(self, size: Size) -> Program:
         return self._compile(jax.jit(functools.partial(self._blank, size)))
 
-    def _compile_resize(self, before: Size, after: Size) -> jax.stages.Compiled:
+    def _compile_resize(self, before: Size, after: Size) -> Program:
         return self._compile(_resize, self._shapes(before), size=after)
 
-    def _compile_embed(self, count: int) -> jax.stages.Compiled:
+    def _compile_embed(self, count: int) -> Program:
         side = self.config.vision.image_size
         pixels = jax.ShapeDtypeStruct((count, side, side, 3), np.float32)
         return self._compile(_embed, self.params, pixels, config=self.config)
 
-    def _compile_prefill(self, size: Size, count: int, num_images: int, length: int) -> jax.stages.Compiled:
+    def _compile_prefill(self, size: Size, count: int, num_images: int, length: int) -> Program:
         return self._compile(_prefill, self.params, *self._prompts(count, num_images, length), **self._static(size))
 
-    def _compile_join(self, size: Size, count: int) -> jax.stages.Compiled:
+    def _compile_join(self, size: Size, count: int) -> Program:
         prompts = self._prompts(count, 1, self.config.vision.num_tokens + 1)
         logits, cache = jax.eval_shape(functools.partial(_prefill, **self._static(size)), self.params, *prompts)
         slots = length = np.zeros(count, np.int32)
         arguments = self._shapes(size), slots, logits, cache, length, self._options(size, count), np.bool_(False)
         return self._compile(_join, *arguments, config=self._whole, num_tokens=self._num_tokens)
 
-    def _compile_decode(self, size: Size, config: StepConfig) -> jax.stages.Compiled:
+    def _compile_decode(self, size: Size, config: StepConfig) -> Program:
         arguments = self.params, self._shapes(size), np.bool_(False)
         return self._compile(_decode, *arguments, config=config, num_steps=self.num_steps)
 

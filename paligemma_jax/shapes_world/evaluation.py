@@ -63,7 +63,8 @@ def evaluate(
     at an IoU of at least one half; `mean_iou` is over the matched boxes, `mask_miou` over all true things, a missed one
     counting 0. `absent_empty` is the share of empty answers where nothing asked for is there, `malformed` of those with
     an incomplete object. `score_auc` is the chance that a matched box scores higher than one that is not; COCO's `map`,
-    which takes the scores too, needs pycocotools and is NaN without.
+    which takes the scores too, needs pycocotools and is NaN without. If there are scenes without a thing, "empty" has
+    the shares of their captions that say so, and of their `detect` and `segment` that find no object.
 
     With `constrain` answers with boxes can be nothing but well-formed; see `engine.constraints.grammar`.
 
@@ -104,12 +105,20 @@ def evaluate(
             "absent_empty": mean("segment absent"),
             "malformed": mean("segment malformed"),
         },
+        **_empty(tally),
         "counts": {
             "scenes": num_scenes,
             "answers": len(tally.values["answer"]),
             "objects": int(np.sum(tally.values["detect true"])),
         },
     }
+
+
+def _empty(tally: Tally) -> dict[str, dict[str, float]]:
+    """The numbers of the scenes without a thing, nothing if there are none."""
+    names = ("caption en", "caption de", "detect", "segment")
+    found = {name.replace(" ", "_"): tally.mean(f"empty {name}") for name in names if tally.values[f"empty {name}"]}
+    return {"empty": {**found, "scenes": len(tally.values["empty detect"])}} if found else {}
 
 
 def _average_precision(located: list[ImageDetections]) -> dict[str, float]:
@@ -146,6 +155,8 @@ def _measure(model: PaliGemma, asked: list[Asked], tally: Tally, constrain: bool
             continue
         right = float(output.text == item.question.suffix)
         tally.values[task].append(right)
+        if not item.sample.kinds and task != "answer":
+            tally.values[f"empty {task}"].append(right)
         if task == "answer":
             kind = " ".join(item.question.prefix.split()[2:4])
             tally.values[f"answer {kind}"].append(right)
@@ -156,6 +167,8 @@ def _measure_location(item: Asked, found: list[Detection], dropped: list[str], t
     values = tally.values
     if not truth:
         values[f"{task} absent"].append(float(not text))
+    if not item.sample.kinds:
+        values[f"empty {task}"].append(float(not found))
     values[f"{task} malformed"].append(float(bool(dropped)))
     boxes = [item.sample.boxes[index] for index, _ in truth]
     overlap = np.zeros((len(found), len(truth)))

@@ -1,7 +1,7 @@
-"""The same kind of scenes drawn by a second, independent program: an out-of-distribution test set.
+"""The same kinds of scenes drawn by a second, independent program: an out-of-distribution test set for either world.
 
 Written from a description of the images alone. Shapes are signed distances with smooth edges, colours are named
-swatches with jitter; proportions, backgrounds and placement are its own. Nothing comes from `scenes.py`.
+swatches with jitter; proportions, backgrounds and placement are its own. Nothing comes from `scenes.py` and its like.
 
 Axes: H and W of an image, P corners of a shape.
 """
@@ -12,13 +12,17 @@ import io
 import numpy as np
 from PIL import Image
 
+from paligemma_jax.shapes_world.foreign_backdrops import paint_backdrop, photograph
 from paligemma_jax.shapes_world.samples import Sample
 from paligemma_jax.tasks.detection import Box
 
 _SHAPES = ("circle", "square", "triangle", "star", "diamond")
 _SIZES = (1 / 8, 1 / 2)  # greater side of a shape's box, of the image's shorter side
-_MAX_ROTATION = 15.0  # degrees
+_MAX_ROTATION = 15.0  # degrees, in the calm world
+_SLIM = (0.55, 0.72)  # shorter diagonal of a diamond by the longer, in the calm world
 _GAP = 0.025  # free space between shapes, of the image's shorter side
+_WIDE_ASPECT = 4 / 3  # longest side by the shortest, in the wide world
+_VISIBLE = 0.97  # share of a shape's surroundings from which it must stand out, in the wide world
 
 _SWATCHES = {  # what people call by these names: CSS, plotting libraries, crayons
     "red": "ff0000 dc143c d62728 e31a1c c1121f e6194b cc0000 ee2222 b22222",
@@ -52,25 +56,51 @@ def foreign_sample(seed: int, index: int) -> Sample:
             figures.append(figure)
             kinds.append((color, shape))
             _fill(canvas, figure, rgb)
-    y, x = np.mgrid[:height, :width] + 0.5
-    masks = np.stack([figure.distance(x, y) < 0 for figure in figures])
-    image = Image.fromarray(np.round(np.clip(canvas, 0, 1) * 255).astype(np.uint8))
-    if rng.random() < 0.5:
-        file = io.BytesIO()
-        image.save(file, "JPEG", quality=int(rng.integers(70, 96)))
-        image = Image.open(file)
-        image.load()
-    return Sample(image, kinds, [figure.box for figure in figures], masks)
+    return _developed(canvas, figures, kinds, rng)
+
+
+def wide_foreign_sample(seed: int, index: int) -> Sample:
+    """An image of the wider world: up to five objects at any rotation on a busy background, or none."""
+    rng = np.random.default_rng((seed, index))
+    width, height = _image_size(rng, _WIDE_ASPECT)
+    canvas = paint_backdrop(height, width, rng)
+    slim = _wide_slim((width, height))
+    figures: list[_Figure] = []
+    kinds: list[tuple[str, str]] = []
+    count = 0 if rng.random() < 0.12 else int(rng.integers(1, 6))
+    for _ in range(40 * count):
+        if len(figures) == count:
+            break
+        color, shape = _pick_kind(kinds, rng)
+        figure = _placed(shape, figures, (width, height), rng, 180.0, slim)
+        if figure is None:  # no room for any more
+            break
+        rgb = _sample_color(color, rng)
+        if np.mean(_stands_out(rgb, _surroundings(canvas, figure))) >= _VISIBLE:
+            figures.append(figure)
+            kinds.append((color, shape))
+            _fill(canvas, figure, rgb)
+    return _developed(photograph(canvas, rng), figures, kinds, rng)
+
+
+def _wide_slim(size: tuple[int, int]) -> tuple[float, float]:
+    """Bounds of a diamond's shorter diagonal by the longer.
+
+    Stretched to a square, as models see images, it must not look like a square on its corner in a longer image.
+    """
+    return 0.4, 0.66 * min(size) / max(size)
 
 
 class _Figure:
     """A shape in pixels: corners [P, 2], or a centre and a radius."""
 
-    def __init__(self, shape: str, extent: float, rng: np.random.Generator):
+    def __init__(
+        self, shape: str, extent: float, rng: np.random.Generator, most_degrees: float, slim: tuple[float, float]
+    ):
         self.center, self.radius = np.zeros(2), extent / 2
-        self.corners = _corners(shape, rng)
+        self.corners = _corners(shape, rng, slim)
         if self.corners is not None:
-            angle = np.radians(rng.uniform(-_MAX_ROTATION, _MAX_ROTATION))
+            angle = np.radians(rng.uniform(-most_degrees, most_degrees))
             self.corners = self.corners @ np.array([[np.cos(angle), np.sin(angle)], [-np.sin(angle), np.cos(angle)]])
             self.corners *= extent / np.ptp(self.corners, axis=0).max()
         self.move(-np.array(self.box[:2]))
@@ -105,25 +135,48 @@ class _Figure:
         return np.where(inside, -1.0, 1.0) * np.sqrt(nearest)
 
 
-def _corners(shape: str, rng: np.random.Generator) -> np.ndarray | None:
+def _developed(
+    canvas: np.ndarray, figures: list[_Figure], kinds: list[tuple[str, str]], rng: np.random.Generator
+) -> Sample:
+    """The finished image, half of the time as JPEG keeps it, and its truth."""
+    height, width = canvas.shape[:2]
+    y, x = np.mgrid[:height, :width] + 0.5
+    masks = np.array([figure.distance(x, y) < 0 for figure in figures], bool).reshape(-1, height, width)
+    image = Image.fromarray(np.round(np.clip(canvas, 0, 1) * 255).astype(np.uint8))
+    if rng.random() < 0.5:
+        file = io.BytesIO()
+        image.save(file, "JPEG", quality=int(rng.integers(70, 96)))
+        image = Image.open(file)
+        image.load()
+    return Sample(image, kinds, [figure.box for figure in figures], masks)
+
+
+def _corners(shape: str, rng: np.random.Generator, slim: tuple[float, float]) -> np.ndarray | None:
     """Corners of a shape of any size around its centre; None for a circle."""
     if shape == "circle":
         return None
     if shape == "square":
         return np.array([[-1, -1], [1, -1], [1, 1], [-1, 1]], float)
     if shape == "diamond":
-        width = rng.uniform(0.55, 0.72)
+        width = rng.uniform(*slim)
         return np.array([[0, -1], [width, 0], [0, 1], [-width, 0]], float)
     radii = np.array([1.0] * 3 if shape == "triangle" else [1.0, rng.uniform(0.37, 0.44)] * 5)
     angle = 2 * np.pi * np.arange(len(radii)) / len(radii)
     return np.stack([np.sin(angle), -np.cos(angle)], axis=-1) * radii[:, None]  # the first corner points up
 
 
-def _placed(shape: str, others: list[_Figure], size: tuple[int, int], rng: np.random.Generator) -> _Figure | None:
+def _placed(
+    shape: str,
+    others: list[_Figure],
+    size: tuple[int, int],
+    rng: np.random.Generator,
+    most_degrees: float = _MAX_ROTATION,
+    slim: tuple[float, float] = _SLIM,
+) -> _Figure | None:
     """The shape at a free position inside the image, smaller where it is crowded; None when there is no room."""
     side, largest = min(size), _SIZES[1]
     for _ in range(40):
-        figure = _Figure(shape, side * rng.uniform(_SIZES[0], largest), rng)
+        figure = _Figure(shape, side * rng.uniform(_SIZES[0], largest), rng, most_degrees, slim)
         room = np.array(size) - np.array(figure.box[2:])
         for _ in range(12):
             figure.move(rng.uniform(0.5, room - 0.5) - np.array(figure.box[:2]))
@@ -155,15 +208,29 @@ def _next_kind(
 ) -> tuple[str, str, np.ndarray]:
     """Colour name, shape and colour; now and then those of an earlier object, so that objects repeat."""
     while True:
-        color, shape = str(rng.choice(list(_SWATCHES))), str(rng.choice(_SHAPES))
-        echo = rng.random()
-        if kinds and echo < 0.3:
-            old_color, shape = kinds[rng.integers(len(kinds))]
-            color = old_color if echo < 0.18 else color
+        color, shape = _pick_kind(kinds, rng)
         for _ in range(20):
             rgb = _sample_color(color, rng)
-            if _stands_out(rgb, shades):
+            if np.all(_stands_out(rgb, shades)):
                 return color, shape, rgb
+
+
+def _pick_kind(kinds: list[tuple[str, str]], rng: np.random.Generator) -> tuple[str, str]:
+    """Colour name and shape, new ones or an earlier object's."""
+    color, shape = str(rng.choice(list(_SWATCHES))), str(rng.choice(_SHAPES))
+    echo = rng.random()
+    if kinds and echo < 0.3:
+        old_color, shape = kinds[rng.integers(len(kinds))]
+        color = old_color if echo < 0.18 else color
+    return color, shape
+
+
+def _surroundings(canvas: np.ndarray, figure: _Figure) -> np.ndarray:
+    """Some colours [n, 3] of the canvas in and just around a figure's box."""
+    x0, y0, x1, y1 = figure.box
+    step, margin = max(1, int(max(x1 - x0, y1 - y0) / 30)), 0.15 * max(x1 - x0, y1 - y0)
+    top, left = max(0, int(y0 - margin)), max(0, int(x0 - margin))
+    return canvas[top : int(y1 + margin) : step, left : int(x1 + margin) : step].reshape(-1, 3)
 
 
 def _sample_color(name: str, rng: np.random.Generator) -> np.ndarray:
@@ -178,11 +245,11 @@ def _sample_color(name: str, rng: np.random.Generator) -> np.ndarray:
             return np.array(colorsys.hsv_to_rgb(hue % 360 / 360, saturation, value))
 
 
-def _stands_out(rgb: np.ndarray, shades: np.ndarray) -> bool:
-    """Whether a person sees a colour at once on each shade [..., 3]; lightness counts for more than hue."""
+def _stands_out(rgb: np.ndarray, shades: np.ndarray) -> np.ndarray:
+    """Whether a person sees a colour at once on each shade [..., 3]; lightness counts for more than hue. Bool [...]."""
     difference = _lab(shades) - _lab(rgb)
     lightness, chroma = difference[..., 0], np.hypot(difference[..., 1], difference[..., 2])
-    return bool(np.all(np.hypot(1.5 * lightness, 0.5 * chroma) >= 32))
+    return np.hypot(1.5 * lightness, 0.5 * chroma) >= 32
 
 
 def _lab(rgb: np.ndarray) -> np.ndarray:
@@ -194,12 +261,12 @@ def _lab(rgb: np.ndarray) -> np.ndarray:
     return np.stack([116 * f[..., 1] - 16, 500 * (f[..., 0] - f[..., 1]), 200 * (f[..., 1] - f[..., 2])], axis=-1)
 
 
-def _image_size(rng: np.random.Generator) -> tuple[int, int]:
-    """Width and height from 200 to 900 pixels, at most 1:2."""
+def _image_size(rng: np.random.Generator, most: float = 2) -> tuple[int, int]:
+    """Width and height from 200 to 900 pixels, at most 1:2, or 1 to `most`."""
     while True:
-        side, aspect = np.exp(rng.uniform(np.log(200), np.log(900))), 2 ** rng.uniform(-1, 1)
+        side, aspect = np.exp(rng.uniform(np.log(200), np.log(900))), most ** rng.uniform(-1, 1)
         width, height = round(side * aspect**0.5), round(side / aspect**0.5)
-        if min(width, height) >= 200 and max(width, height) <= min(900, 2 * min(width, height)):
+        if min(width, height) >= 200 and max(width, height) <= min(900, most * min(width, height)):
             return width, height
 
 

@@ -15,7 +15,7 @@ import optax
 
 from paligemma_jax.models.paligemma import PaliGemma
 from paligemma_jax.processing.processor import Processor
-from paligemma_jax.shapes_world.pool import epoch_rows, take
+from paligemma_jax.shapes_world.pool import epoch_rows, take, turn, view_index
 from paligemma_jax.shapes_world.questions import Question, sample_question
 from paligemma_jax.shapes_world.scenes import COLORS, MAX_OBJECTS, SHAPES
 from paligemma_jax.shapes_world.vision_stage import DenseHead, dense_losses, dense_targets, normalize
@@ -37,18 +37,19 @@ class BatchSpec:
     task_weights: tuple[float, ...]
 
 
-TEXT_BATCH = BatchSpec(32, 2, 40, ("caption", "answer", "detect"), (0.35, 0.25, 0.4))
-SEGMENT_BATCH = BatchSpec(20, 2, 104, ("segment",), (1.0,))
+TEXT_BATCH = BatchSpec(30, 2, 48, ("caption", "answer", "detect"), (0.35, 0.25, 0.4))
+SEGMENT_BATCH = BatchSpec(18, 2, 128, ("segment",), (1.0,))
 
 
 @dataclasses.dataclass(frozen=True)
 class QuestionBatches:
     """Batches of questions about the images of a pool, a function of the step.
 
-    `codes` i32 [2, N, K, 16] are the mask codes of every shape, as drawn and mirrored. The first `easy_steps` show one
+    `codes` u8 [V, N, K, 16] are the mask codes of every shape in V `pool.views`. The first `easy_steps` show one
     shape, as many again up to two: a curriculum. Scenes of three or more objects come twice as often as others: nearly
-    all mistakes are made there. Every `segment_every`-th batch asks for masks: their answers
-    are long, and a batch of its own keeps the others short.
+    all mistakes are made there. Every `segment_every`-th batch asks for masks: their answers are long, and a batch of
+    its own keeps the others short. With `turned`, which needs all eight views, such a batch shows each of its scenes
+    twice, turned by different quarters: mask codes err by rotation most of all.
     """
 
     pool: dict[str, np.ndarray]
@@ -57,14 +58,22 @@ class QuestionBatches:
     seed: int = 0
     easy_steps: int = 0
     segment_every: int = 3
+    turned: bool = False
 
     def __call__(self, step: int) -> dict[str, np.ndarray]:
         spec = SEGMENT_BATCH if step % self.segment_every == self.segment_every - 1 else TEXT_BATCH
         rng = np.random.default_rng((self.seed, step))
-        rows = self._rows(spec, step)
-        mirrored = rng.random(spec.num_images) < 0.5
+        copies = 2 if self.turned and spec is SEGMENT_BATCH else 1
+        num_scenes = spec.num_images // copies
+        rows = np.repeat(self._rows(num_scenes, step), copies)
+        mirrored = np.repeat(rng.random(num_scenes) < 0.5, copies)
         record = take(self.pool, rows, mirrored)
-        codes = self.codes[mirrored.astype(int), rows]
+        turns = np.zeros(len(rows), int)
+        if copies == 2:
+            first, apart = rng.integers(4, size=num_scenes), rng.integers(1, 4, size=num_scenes)
+            turns = np.stack([first, (first + apart) % 4], axis=1).ravel()
+            record = turn(record, turns)
+        codes = self.codes[view_index(mirrored, turns), rows]
         groups, prefixes, suffixes = [], [], []
         for i in range(spec.num_images):
             count = int((record["shape"][i] >= 0).sum())
@@ -87,13 +96,13 @@ class QuestionBatches:
             "dense": dense_targets(record, codes),
         }
 
-    def _rows(self, spec: BatchSpec, step: int) -> np.ndarray:
+    def _rows(self, num_scenes: int, step: int) -> np.ndarray:
         counts = (self.pool["shape"] >= 0).sum(axis=1)
         level = step // self.easy_steps if self.easy_steps else 2
         limit = (1, 2, MAX_OBJECTS)[min(level, 2)]
         eligible = np.flatnonzero(counts <= limit)
         eligible = np.concatenate([eligible, eligible[counts[eligible] >= _CROWDED]])
-        return eligible[epoch_rows(len(eligible), spec.num_images, step, self.seed)]
+        return eligible[epoch_rows(len(eligible), num_scenes, step, self.seed)]
 
 
 def answer_text(question: Question, boxes: np.ndarray, codes: np.ndarray) -> str:

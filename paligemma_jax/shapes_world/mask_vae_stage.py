@@ -20,6 +20,8 @@ from paligemma_jax.models.mask_vae import MASK_SIZE, MaskVAE, MaskVAEConfig, Par
 
 _COMMITMENT = 0.25
 _DECAY = 0.9  # of the codebook's running averages, per step
+_SLOW_DECAY = 0.99  # the same when training goes on with a codebook, whose codes should keep their meaning
+_GIVEN_COUNT = 16.0  # vectors that each code of such a codebook is taken to stand for at first
 _DEAD = 0.25  # a code used less than this part of its fair share is moved
 _CLIP_NORM = 1.0
 _LOG_EVERY = 50  # steps
@@ -45,16 +47,25 @@ def make_optimizer(num_steps: int, learning_rate: float) -> optax.GradientTransf
     return optax.chain(optax.clip_by_global_norm(_CLIP_NORM), optax.adam(schedule))
 
 
-def init_state(key: jax.Array, config: MaskVAEConfig, optimizer: optax.GradientTransformation) -> State:
-    """A fresh state; nothing is counted yet, so the first step moves the codebook to vectors of its batch."""
+def init_state(
+    key: jax.Array, config: MaskVAEConfig, optimizer: optax.GradientTransformation, params: Params | None = None
+) -> State:
+    """The first state: random, or that of `params`, if given, whose codebook stays near where it is.
+
+    For random parameters nothing is counted yet, so the first step moves the codebook to vectors of its batch.
+    """
     key, init_key = jax.random.split(key)
-    params = init_params(init_key, config)
-    shape = params["codebook"].shape
-    return State(params, optimizer.init(params), jnp.zeros(shape[0]), jnp.zeros(shape), key)
+    given = params is not None
+    params = params if given else init_params(init_key, config)
+    codebook = params["codebook"]
+    counts = jnp.full(len(codebook), _GIVEN_COUNT if given else 0.0)
+    return State(params, optimizer.init(params), counts, counts[:, None] * codebook, key)
 
 
-def train_step(state: State, masks: jax.Array, optimizer: optax.GradientTransformation) -> tuple[State, Metrics]:
-    """One step on masks [B, S, S] in 0..1."""
+def train_step(
+    state: State, masks: jax.Array, optimizer: optax.GradientTransformation, decay: float = _DECAY
+) -> tuple[State, Metrics]:
+    """One step on masks [B, S, S] in 0..1; `decay` is that of the codebook's running averages."""
     model = MaskVAE(MaskVAEConfig.from_params(state.params))
 
     def loss_fn(params: Params):
@@ -70,8 +81,8 @@ def train_step(state: State, masks: jax.Array, optimizer: optax.GradientTransfor
     key, revive_key = jax.random.split(state.key)
     vectors = vectors.reshape(-1, vectors.shape[-1])
     members = jax.nn.one_hot(codes.reshape(-1), len(state.counts))  # [N, K]
-    counts = _DECAY * state.counts + (1 - _DECAY) * jnp.sum(members, 0)
-    sums = _DECAY * state.sums + (1 - _DECAY) * members.T @ vectors
+    counts = decay * state.counts + (1 - decay) * jnp.sum(members, 0)
+    sums = decay * state.sums + (1 - decay) * members.T @ vectors
 
     # A dead code takes the place of a vector of this batch, sooner one that the codebook fits badly.
     share = len(vectors) / len(counts)
@@ -93,19 +104,22 @@ def train_mask_vae(
     num_steps: int = 4000,
     learning_rate: float = 1e-3,
     config: MaskVAEConfig | None = None,
+    params: Params | None = None,
 ) -> Params:
     """Trains a mask VQ-VAE, reporting on stderr.
 
     Args:
       masks: batches [B, 64, 64] in 0..1 (bool or number), one shape throughout, each mask cropped to its box as
         `tasks.segmentation.crop_mask` does; `num_steps` of them.
+      params: parameters to go on with; most codes keep their meaning then.
 
     Returns:
       Parameters of `models.mask_vae`.
     """
     optimizer = make_optimizer(num_steps, learning_rate)
-    state = init_state(key, config or MaskVAEConfig(), optimizer)
-    step_fn = jax.jit(lambda state, batch: train_step(state, batch, optimizer), donate_argnums=0)
+    state = init_state(key, config or MaskVAEConfig(), optimizer, params)
+    decay = _DECAY if params is None else _SLOW_DECAY
+    step_fn = jax.jit(lambda state, batch: train_step(state, batch, optimizer, decay), donate_argnums=0)
     start = time.monotonic()
     for step in range(1, num_steps + 1):
         batch = np.asarray(next(masks, None), np.float32)

@@ -38,11 +38,11 @@ def pointing(
     count = 0
     for scene in tqdm(range(num_scenes), desc="pointing", unit="scene"):
         sample = source(seed, scene)
-        covered = np.stack([coverage(mask, model.config.vision.num_tokens) for mask in sample.masks])
         unique = [index for index, kind in enumerate(sample.kinds) if sample.kinds.count(kind) == 1]
         count += len(unique)
         if not unique:
             continue
+        covered = np.stack([coverage(mask, model.config.vision.num_tokens) for mask in sample.masks])
         names = [" ".join(sample.kinds[i]) for i in unique]
         prompts = [f"detect {name}" for name in names]
         outputs = model.generate([sample.image] * len(prompts), prompts, _MAX_NEW_TOKENS)

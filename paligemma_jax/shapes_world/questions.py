@@ -13,7 +13,8 @@ from paligemma_jax.shapes_world.scenes import COLORS, SHAPES
 
 Kind = tuple[str, str]  # colour, shape
 
-_NUMBERS = {"en": ("no", "a", "two", "three", "four"), "de": ("kein", "ein", "zwei", "drei", "vier")}
+_NUMBERS = {"en": ("no", "a", "two", "three", "four", "five"), "de": ("kein", "ein", "zwei", "drei", "vier", "fünf")}
+NOTHING = {"en": "nothing", "de": "nichts"}  # caption of an empty scene, by language
 _GERMAN_SHAPES = {  # singular, plural, gender
     "circle": ("Kreis", "Kreise", "m"),
     "square": ("Quadrat", "Quadrate", "n"),
@@ -43,7 +44,9 @@ class Question:
 
 
 def caption(kinds: list[Kind], language: str = "en") -> str:
-    """Names everything: "a red circle and two blue squares"."""
+    """Names everything: "a red circle and two blue squares", or "nothing"."""
+    if not kinds:
+        return NOTHING[language]
     counts = Counter(kinds)
     ordered = sorted(counts, key=lambda kind: (SHAPES.index(kind[1]), COLORS.index(kind[0])))
     name = {"en": _english, "de": _german}[language]
@@ -109,8 +112,8 @@ def what_shape(kinds: list[Kind], color: str) -> Question | None:
 
 
 def _pick(options: tuple[str, ...], present: list[str], rng: np.random.Generator, absent: float) -> str:
-    """One of the present ones, or with probability `absent` any at all."""
-    return str(rng.choice(options if rng.random() < absent else present))
+    """One of the present ones, or with probability `absent` and if there are none any at all."""
+    return str(rng.choice(options if rng.random() < absent or not present else present))
 
 
 def sample_answer(kinds: list[Kind], rng: np.random.Generator, absent: float = 0.4) -> Question:
@@ -139,8 +142,9 @@ def sample_locate(
     """A random `detect` or `segment` of one class, or now and then of two."""
     names: list[str] = []
     for _ in range(2 if rng.random() < 0.25 else 1):
-        color, shape = kinds[rng.integers(len(kinds))]
-        if rng.random() < absent:
+        if kinds:
+            color, shape = kinds[rng.integers(len(kinds))]
+        if not kinds or rng.random() < absent:
             color, shape = str(rng.choice(COLORS)), str(rng.choice(SHAPES))
         name = shape if rng.random() < 0.4 else f"{color} {shape}"
         if not any(name in old or old in name for old in names):

@@ -5,7 +5,7 @@ import dataclasses
 import numpy as np
 from PIL import Image
 
-from paligemma_jax.shapes_world import scenes
+from paligemma_jax.shapes_world import scenes, wide_scenes
 from paligemma_jax.tasks.detection import Box
 
 
@@ -26,6 +26,14 @@ class Sample:
 
 def scene_sample(seed: int, index: int) -> Sample:
     """A scene of the program that draws the training images; a seed gives an endless list of them."""
-    scene = scenes.scene_at(seed, index)
+    return _sample(scenes.scene_at(seed, index))
+
+
+def wide_sample(seed: int, index: int) -> Sample:
+    """The same of the wider world: up to five objects or none."""
+    return _sample(wide_scenes.wide_scene_at(seed, index))
+
+
+def _sample(scene: scenes.Scene) -> Sample:
     kinds, boxes = [shape.kind for shape in scene.shapes], [shape.box for shape in scene.shapes]
     return Sample(scenes.draw(scene), kinds, boxes, scenes.masks(scene))

@@ -1,21 +1,24 @@
-"""Synthetic scenes: images of one to four coloured shapes, with exact boxes and masks.
+"""Synthetic scenes: images of coloured shapes, with exact boxes and masks.
 
-A `Scene` is plain data drawn from a random generator, so the same seed always gives the same image; `draw` turns it
-into an image, `Scene.box` and `masks` into exact labels. What people ask about a scene is in `questions.py`.
-Coordinates are pixels with (0, 0) at the top left corner of the image, x to the right and y down.
+Two worlds are drawn: the calm one, of this module, has one to four shapes that stand nearly upright on plain or lightly
+textured backgrounds; scenes of the wide one come from `wide_scenes.py`. A `Scene` is plain data drawn from a random
+generator, so the same seed always gives the same image; `draw` turns it into an image, `Scene.box` and `masks` into
+exact labels. What people ask about a scene is in `questions.py`. Coordinates are pixels with (0, 0) at the top left
+corner of the image, x to the right and y down.
 """
 
 import colorsys
 import dataclasses
 import io
 import math
+from typing import NamedTuple
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFilter
 
 SHAPES = ("circle", "square", "triangle", "star", "diamond")
 COLORS = ("red", "green", "blue", "yellow", "purple", "orange")
-MAX_OBJECTS = 4
+MAX_OBJECTS = 5  # in a scene of either world
 
 # Hue in degrees, saturation and value: what people call by the name, with room between neighbours.
 _COLOR_RANGES = {
@@ -26,7 +29,8 @@ _COLOR_RANGES = {
     "purple": ((267, 302), (0.42, 1.0), (0.42, 0.92)),
     "orange": ((21, 39), (0.8, 1.0), (0.86, 1.0)),
 }
-_SIZES = (1 / 8, 1 / 2)  # of the image's shorter side
+SIZES = (1 / 8, 1 / 2)  # greater side of a shape's box, of the image's shorter side
+_MAX_CALM_OBJECTS = 4
 _MAX_ROTATION = 15.0  # degrees
 _SUPERSAMPLE = 4
 
@@ -56,28 +60,47 @@ class Scene:
 
     size: tuple[int, int]  # width, height
     shapes: tuple[Shape, ...]
-    background: np.ndarray  # corner colours [2, 2, 3], uint8
+    background: np.ndarray  # [h, w, 3], uint8, stretched over the image: the corner colours, or a small picture
     texture: float  # standard deviation in grey levels, 0 for none
     style_seed: int
+    noise: float = 0.0  # of a camera's sensor: standard deviation in grey levels, 0 for none
+    light: float = 0.0  # how much brighter one side of the image is than its middle, 0 for even light
 
 
-def _polygon(shape: str, rng: np.random.Generator) -> np.ndarray:
+class Proportions(NamedTuple):
+    """Bounds of what varies in the shapes: sides by the half base, diagonals by each other, radii by each other."""
+
+    triangle: tuple[float, float]  # height, over half the base
+    diamond: tuple[float, float]  # shorter diagonal, over the longer
+    star: tuple[float, float]  # inner radius, over the outer
+
+
+_CALM = Proportions(triangle=(math.sqrt(3), 2.0), diamond=(0.6, 1.0), star=(0.36, 0.5))
+
+
+def polygon(shape: str, rng: np.random.Generator, proportions: Proportions = _CALM) -> np.ndarray:
     """Corners [P, 2] of an upright shape within about [-1, 1]; proportions vary as they do from hand to hand."""
     if shape == "circle":
         return _ring(96, 1.0, 0.0)
     if shape == "square":
         return np.array([(-1, -1), (1, -1), (1, 1), (-1, 1)], float)
     if shape == "triangle":
-        height = rng.uniform(math.sqrt(3), 2.0)
+        height = rng.uniform(*proportions.triangle)
         return np.array([(0, -height / 2), (1, height / 2), (-1, height / 2)], float)
     if shape == "diamond":
-        narrow = rng.uniform(0.6, 1.0)
+        narrow = rng.uniform(*proportions.diamond)
         return np.array([(0, -1), (narrow, 0), (0, 1), (-narrow, 0)], float)
     if shape == "star":
         corners = _ring(10, 1.0, -90.0)
-        corners[1::2] *= rng.uniform(0.36, 0.5)
+        corners[1::2] *= rng.uniform(*proportions.star)
         return corners
     raise ValueError(f"unknown shape {shape!r}")
+
+
+def rotated(corners: np.ndarray, degrees: float) -> np.ndarray:
+    """Points [P, 2] turned about (0, 0)."""
+    angle = np.radians(degrees)
+    return corners @ np.array([[np.cos(angle), np.sin(angle)], [-np.sin(angle), np.cos(angle)]])
 
 
 def _ring(count: int, radius: float, start: float) -> np.ndarray:
@@ -96,7 +119,7 @@ def _rgb(hue: float, saturation: float, value: float) -> tuple[int, int, int]:
     return round(red * 255), round(green * 255), round(blue * 255)
 
 
-def _sample_background(rng: np.random.Generator) -> np.ndarray:
+def sample_background(rng: np.random.Generator) -> np.ndarray:
     """Four corner colours: plain, or a gradient between two shades of one family (light, pale, grey or dark)."""
     family = rng.choice(["light", "pale", "grey", "dark"], p=[0.35, 0.25, 0.1, 0.3])
     saturation, value = {
@@ -121,7 +144,7 @@ def _sample_background(rng: np.random.Generator) -> np.ndarray:
     return np.array(corners, np.uint8)
 
 
-def _sample_kinds(count: int, rng: np.random.Generator) -> list[tuple[str, str]]:
+def sample_kinds(count: int, rng: np.random.Generator) -> list[tuple[str, str]]:
     """Colours and shapes; now and then one comes back whole or in part, so that counting has to be learnt."""
     kinds: list[tuple[str, str]] = []
     for _ in range(count):
@@ -135,17 +158,23 @@ def _sample_kinds(count: int, rng: np.random.Generator) -> list[tuple[str, str]]
     return kinds
 
 
+def sample_size(rng: np.random.Generator, aspect: float, min_side: int, max_side: int) -> tuple[int, int]:
+    """Width and height, at most `aspect` times as long as wide or as wide as long; often square."""
+    ratio = 1.0 if rng.random() < 0.4 else aspect ** rng.uniform(-1, 1)
+    longer = math.exp(rng.uniform(math.log(min_side * 1.2), math.log(max_side)))
+    width = round(longer if ratio >= 1 else longer * ratio)
+    height = round(longer / ratio if ratio >= 1 else longer)
+    return width, height
+
+
 def sample_scene(
     rng: np.random.Generator, *, num_objects: int | None = None, max_side: int = 640, min_side: int = 96
 ) -> Scene:
-    """A random scene: `num_objects` shapes (one to four if None) that do not touch, wholly inside the image."""
-    aspect = 1.0 if rng.random() < 0.4 else 2.0 ** rng.uniform(-1, 1)
-    longer = math.exp(rng.uniform(math.log(min_side * 1.2), math.log(max_side)))
-    width = round(longer if aspect >= 1 else longer * aspect)
-    height = round(longer / aspect if aspect >= 1 else longer)
-    background = _sample_background(rng)
-    count = int(rng.integers(1, MAX_OBJECTS + 1)) if num_objects is None else num_objects
-    kinds = _sample_kinds(count, rng)
+    """A random calm scene: `num_objects` shapes (one to four if None) that do not touch, wholly inside the image."""
+    width, height = sample_size(rng, 2.0, min_side, max_side)
+    background = sample_background(rng)
+    count = int(rng.integers(1, _MAX_CALM_OBJECTS + 1)) if num_objects is None else num_objects
+    kinds = sample_kinds(count, rng)
     while True:  # start again when the first shapes leave no room for the last
         shapes = _place_shapes(kinds, (width, height), background, rng)
         if shapes is not None:
@@ -165,15 +194,9 @@ def _place_shapes(
         while _contrast(rgb, background) < 60:
             rgb = sample_color(color, rng)
         for _ in range(20):
-            corners = _polygon(shape, rng)
-            angle = np.radians(rng.uniform(-_MAX_ROTATION, _MAX_ROTATION))
-            rotation = np.array([[np.cos(angle), np.sin(angle)], [-np.sin(angle), np.cos(angle)]])
-            corners = corners @ rotation
-            extent = np.ptp(corners, axis=0)
-            corners = (corners - corners.min(axis=0)) * (side * rng.uniform(*_SIZES) / extent.max())
-            room = np.array(size) - np.ptp(corners, axis=0)
-            candidate = Shape(shape, color, rgb, corners + rng.uniform(0, 1, 2) * room)
-            if all(_are_apart(candidate.box, other.box, gap) for other in placed):
+            corners = rotated(polygon(shape, rng), rng.uniform(-_MAX_ROTATION, _MAX_ROTATION))
+            candidate = Shape(shape, color, rgb, scattered(corners, size, rng))
+            if all(are_apart(candidate.box, other.box, gap) for other in placed):
                 placed.append(candidate)
                 break
         else:
@@ -181,12 +204,19 @@ def _place_shapes(
     return tuple(placed)
 
 
+def scattered(corners: np.ndarray, size: tuple[int, int], rng: np.random.Generator) -> np.ndarray:
+    """Corners [P, 2] scaled to a random size that is usual and moved anywhere inside an image."""
+    extent = np.ptp(corners, axis=0)
+    corners = (corners - corners.min(axis=0)) * (min(size) * rng.uniform(*SIZES) / extent.max())
+    return corners + rng.uniform(0, 1, 2) * (np.array(size) - np.ptp(corners, axis=0))
+
+
 def _contrast(rgb: tuple[int, int, int], background: np.ndarray) -> float:
     """Smallest distance in RGB between a colour and the corners of the background."""
     return float(np.sqrt(((background.astype(float) - rgb) ** 2).sum(axis=-1)).min())
 
 
-def _are_apart(a: tuple[float, ...], b: tuple[float, ...], gap: float) -> bool:
+def are_apart(a: tuple[float, ...], b: tuple[float, ...], gap: float) -> bool:
     return a[0] > b[2] + gap or b[0] > a[2] + gap or a[1] > b[3] + gap or b[1] > a[3] + gap
 
 
@@ -219,6 +249,8 @@ def draw(scene: Scene) -> Image.Image:
             centre = local.mean(axis=0)
             mask = coverage(centre + (local - centre) * 0.92, (right - left, bottom - top), supersample)
         image.paste(shape.rgb, (left, top), mask)
+    if scene.noise or scene.light:
+        image = _photographed(image, scene.noise, scene.light, rng)
     finish = rng.random()
     if finish < 0.2:
         buffer = io.BytesIO()
@@ -245,6 +277,20 @@ def _textured(image: Image.Image, strength: float, rng: np.random.Generator) -> 
     return Image.fromarray(np.clip(shifted, 0, 255).astype(np.uint8))
 
 
+def _photographed(image: Image.Image, noise: float, light: float, rng: np.random.Generator) -> Image.Image:
+    """As a camera takes it: light from one side, fine noise in brightness and coarser noise in colour."""
+    width, height = image.size
+    pixels = np.asarray(image, np.float32)
+    angle = rng.uniform(0, 2 * np.pi)
+    across, down = np.linspace(-1, 1, width, dtype=np.float32), np.linspace(-1, 1, height, dtype=np.float32)
+    slope = light / math.sqrt(2)
+    pixels = pixels * (1 + slope * (math.cos(angle) * across + math.sin(angle) * down[:, None]))[:, :, None]
+    pixels += noise * rng.standard_normal((height, width, 1), np.float32)
+    coarse = rng.normal(128, noise, (height // 3 + 1, width // 3 + 1, 3)).clip(0, 255).astype(np.uint8)
+    pixels += np.asarray(Image.fromarray(coarse).resize((width, height), Image.Resampling.BILINEAR), np.float32) - 128
+    return Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
+
+
 def masks(scene: Scene) -> np.ndarray:
     """Exact masks of the shapes, bool [K, H, W]: pixels covered by at least a half."""
     width, height = scene.size
@@ -256,8 +302,13 @@ def masks(scene: Scene) -> np.ndarray:
 
 def unit_mask(shape: Shape, side: int = 64) -> np.ndarray:
     """The shape's mask stretched to its own box, float32 [side, side] in 0..1: what the mask VQ-VAE encodes."""
-    low, high = shape.outline.min(axis=0), shape.outline.max(axis=0)
-    corners = (shape.outline - low) / (high - low) * side
+    return outline_mask(shape.outline, side)
+
+
+def outline_mask(outline: np.ndarray, side: int) -> np.ndarray:
+    """The same of a polygon [P, 2]."""
+    low, high = outline.min(axis=0), outline.max(axis=0)
+    corners = (outline - low) / (high - low) * side
     return np.asarray(coverage(corners, (side, side), _SUPERSAMPLE), np.float32) / 255
 
 

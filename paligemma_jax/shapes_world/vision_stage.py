@@ -75,7 +75,7 @@ class DenseModel(nn.Module):
 class DenseBatches:
     """Batches with dense labels as a function of the step: images of a pool, half of them mirrored.
 
-    `codes` i32 [2, N, K, C] are the mask codes of every shape, as drawn and mirrored.
+    `codes` u8 [V, N, K, C] are the mask codes of every shape: as drawn, mirrored, and perhaps in more views.
     """
 
     pool: dict[str, np.ndarray]

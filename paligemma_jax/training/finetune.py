@@ -1,4 +1,4 @@
-"""Fine-tuning on JSON lines, by any method, with the recipe of big_vision's transfers."""
+"""Fine-tuning on examples, by any method, with the recipe of big_vision's transfers."""
 
 import dataclasses
 import functools
@@ -12,17 +12,23 @@ import numpy as np
 from paligemma_jax import numerics
 from paligemma_jax.config import PaliGemmaConfig
 from paligemma_jax.errors import ConfigError, DataError
+from paligemma_jax.files import replacing_folder
 from paligemma_jax.models.paligemma import PaliGemma
+from paligemma_jax.sharding import Layout, make_mesh
 from paligemma_jax.training import methods
 from paligemma_jax.training.checkpoints import open_checkpoints
-from paligemma_jax.training.data import check_pictures, make_batches, read_jsonl
+from paligemma_jax.training.data import Batches, Example, check_pictures, make_batches, open_data
+from paligemma_jax.training.data.augment import Augmentation, read_kinds
+from paligemma_jax.training.data.masks import MaskCodec
 from paligemma_jax.training.logs import make_loggers
 from paligemma_jax.training.loop import fit
 from paligemma_jax.training.loss import dropout_keys, suffix_loss
 from paligemma_jax.training.memory import memory_table
 from paligemma_jax.training.methods import Method, Plan
 from paligemma_jax.training.optimizer import Recipe, averaged, make_optimizer, make_schedule
+from paligemma_jax.training.parallel import host_rows, is_first, shard_batch, shard_state, step_shardings, to_host
 from paligemma_jax.training.step import Tree, init_state, make_step
+from paligemma_jax.training.trainable import names_of
 from paligemma_jax.training.watch import Watch, make_validation, recover
 
 REMAT = ("none", "layers")
@@ -36,6 +42,10 @@ class Settings:
     dtype: str
     data: str
     image_root: str
+    data_format: str
+    data_task: str
+    augment: str
+    data_threads: int
     output_dir: str
     epochs: int
     batch_size: int
@@ -47,9 +57,10 @@ class Settings:
     save_every: int
     save_minutes: float
     check_pictures: bool
+    mesh: str
 
     def __post_init__(self):
-        for name in ("epochs", "batch_size", "accumulate", "text_length", "log_every", "save_every"):
+        for name in ("epochs", "batch_size", "accumulate", "text_length", "data_threads", "log_every", "save_every"):
             if (value := getattr(self, name)) < 1:
                 raise ConfigError(f"{name}={value} is not possible: give an integer of at least 1")
         if self.batch_size % self.accumulate:
@@ -82,13 +93,31 @@ def finetune(
     Raises:
       UserError: see the message.
     """
-    method = method or Method()
-    examples = read_jsonl(settings.data, settings.image_root)
-    model = methods.load_base(method, settings.checkpoint, settings.dtype)
-    sizes = {name: getattr(settings, name) for name in ("epochs", "text_length", "seed")}
+    method, watch = method or Method(), watch or Watch()
+    if watch.val_data and jax.process_count() > 1:
+        raise ConfigError("val_data is for a single process: leave it out, and evaluate what was saved")
+    kinds, codec = read_kinds(settings.augment), MaskCodec(lambda: model.mask_decoder())
+    examples, held_out = (
+        _open(settings, *place, codec) for place in ((settings.data, "train"), (watch.val_data, "valid"))
+    )
+    mesh = make_mesh(settings.mesh) if settings.mesh else None
+    model = methods.load_base(method, settings.checkpoint, settings.dtype, mesh)
+    if settings.data_task == "segment":
+        model.mask_decoder()  # a file that is missing is known before anything is trained
+    layout, micro_size = model.runner.layout, settings.batch_size // settings.accumulate
+    host_index, host_count = host_rows(layout, micro_size)
     batches = make_batches(
-        examples, model.processor, batch_size=settings.batch_size // settings.accumulate, **sizes
-    )  # micro-batches
+        examples,
+        model.processor,
+        batch_size=micro_size,
+        epochs=settings.epochs,
+        text_length=settings.text_length,
+        seed=settings.seed,
+        augmentation=Augmentation(kinds, settings.seed, codec) if kinds else None,
+        num_threads=settings.data_threads,
+        host_index=host_index,
+        host_count=host_count,
+    )
     if not (num_steps := len(batches) // settings.accumulate):
         raise DataError(
             f"{len(examples)} examples and epochs={settings.epochs} do not fill one batch of {settings.batch_size}: "
@@ -100,37 +129,38 @@ def finetune(
 
     plan = methods.make_plan(method, model, settings.dtype, settings.seed)
     print(plan.summary, file=sys.stderr)
-    optimizer = make_optimizer(recipe, num_steps)
+    optimizer = make_optimizer(recipe, num_steps, names_of(model.config))
     network = PaliGemma(model.config, remat=settings.remat == "layers")
-    smoothing, dropout = recipe.label_smoothing, recipe.dropout
-    loss = functools.partial(suffix_loss, network, smoothing, batches.num_answers, dropout=dropout)
-    batch_at = functools.partial(stacked, batches, settings.accumulate)
-    if dropout:
-        batch_at = functools.partial(with_dropout_keys, batch_at, settings)
+    loss = functools.partial(suffix_loss, network, recipe.label_smoothing, batches.num_answers, dropout=recipe.dropout)
+    batch_at = functools.partial(global_batch, batches, layout, settings, recipe.dropout > 0)
     output = Path(settings.output_dir)
 
     def save(trained: Tree, directory: Path) -> None:
-        methods.export(method, model, plan, trained, settings.checkpoint, settings.dtype, directory)
+        ours, whole = to_host(trained), dataclasses.replace(plan, frozen=to_host(plan.frozen))
+        if is_first():
+            methods.export(method, model, whole, ours, settings.checkpoint, settings.dtype, directory)
 
-    watch = watch or Watch()
+    def keep(trained: Tree, directory: Path) -> None:
+        with replacing_folder(directory) as folder:
+            save(trained, folder)
+
     validation = make_validation(
         watch,
         model,
-        settings.image_root,
-        settings.batch_size // settings.accumulate,
-        num_steps // settings.epochs,
+        held_out,
+        settings.batch_size,
+        max(num_steps // settings.epochs, 1),
         output,
         lambda trained: plan.join(trained, plan.frozen),
-        save,
+        keep,
     )
-    loggers = make_loggers(output, watch.log)
+    loggers = make_loggers(output, watch.log) if is_first() else ()
     schedule = make_schedule(recipe, num_steps)
-    state = init_state(plan.trained, optimizer)
     claim()
     recover(output)
-    step = make_step(loss, optimizer, plan.frozen, plan.join, settings.accumulate)
+    state = shard_state(layout, functools.partial(init_state, optimizer=optimizer), plan.trained)
+    step = make_step(loss, optimizer, plan.frozen, plan.join, settings.accumulate, step_shardings(layout, state))
     print(memory_table(step.compile(state, batch_at(0)), state, plan.frozen), file=sys.stderr)
-
     state = fit(
         state,
         step,
@@ -151,19 +181,37 @@ def finetune(
     return output
 
 
+def _open(settings: Settings, data: str, split: str, codec: MaskCodec) -> list[Example]:
+    """The examples of a split; none where no data are named."""
+    if not data:
+        return []
+    return open_data(
+        data,
+        settings.image_root,
+        split=split,
+        data_format=settings.data_format,
+        task=settings.data_task,
+        encode=codec.encode,
+        tell=functools.partial(print, file=sys.stderr),
+    )
+
+
+def global_batch(batches: Batches, layout: Layout | None, settings: Settings, drops: bool, step: int) -> Tree:
+    """The batch of a step, divided over the devices, with what says which values are dropped, if any are."""
+    accumulate, index, count = settings.accumulate, batches.host_index, batches.host_count
+    batch = stacked(batches, accumulate, step)
+    if drops:  # the same however the rows are divided
+        rows = dropout_keys(settings.seed, step, settings.batch_size).reshape(accumulate, count, -1, 2)[:, index]
+        batch["dropout_keys"] = rows if accumulate > 1 else rows[0]
+    return shard_batch(layout, batch, index, count, micro=accumulate > 1)
+
+
 def stacked(batches: Callable[[int], Tree], accumulate: int, step: int) -> Tree:
     """The batch of a step; where it has several micro-batches, they are a first axis of its arrays."""
     if accumulate == 1:
         return batches(step)
     parts = [batches(step * accumulate + i) for i in range(accumulate)]
     return jax.tree.map(lambda *arrays: np.stack(arrays), *parts)
-
-
-def with_dropout_keys(batch_at: Callable[[int], Tree], settings: Settings, step: int) -> Tree:
-    """The batch of a step with what says which values are dropped, the same however the batch is split."""
-    batch = batch_at(step)
-    keys = dropout_keys(settings.seed, step, settings.batch_size)
-    return {**batch, "dropout_keys": keys.reshape(*batch["length"].shape, 2)}
 
 
 def explain(config: PaliGemmaConfig, plan: Plan, accumulate: int, trained: Tree, batch: Tree) -> str:

@@ -73,8 +73,10 @@ class Plan:
     summary: str
 
 
-def load_base(method: Method, checkpoint: str | Path, dtype: str) -> PaliGemma:
+def load_base(method: Method, checkpoint: str | Path, dtype: str, mesh: jax.sharding.Mesh | None = None) -> PaliGemma:
     """The model to start from, its weights plain, or quantized one by one; float32 where they are to train.
+
+    With a mesh they are divided over its devices.
 
     Raises:
       ConfigError, CheckpointError: see `loading.load`, or the weights are not those that the method is for.
@@ -92,9 +94,9 @@ def load_base(method: Method, checkpoint: str | Path, dtype: str) -> PaliGemma:
             raise ConfigError(
                 f"{checkpoint} is quantized and cannot be trained: give the original weights, or method=qlora"
             )
-        return load(checkpoint, dtype if method.has_adapters else "float32", prepare=False)
+        return load(checkpoint, dtype if method.has_adapters else "float32", prepare=False, mesh=mesh)
     wanted = None if method.quantization == "auto" and stored else method.quantization.replace("auto", "int4")
-    model = load(checkpoint, dtype, quantization=wanted if wanted != stored else None, prepare=False)
+    model = load(checkpoint, dtype, quantization=wanted if wanted != stored else None, prepare=False, mesh=mesh)
     model.params = ops.unprepare(model.params)  # q, k and v, gate and up have adapters of their own
     return model
 

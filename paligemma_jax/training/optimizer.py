@@ -10,7 +10,7 @@ import optax
 
 from paligemma_jax.errors import ConfigError
 from paligemma_jax.training.step import TrainState
-from paligemma_jax.training.trainable import labels, path_of, patterns_of
+from paligemma_jax.training.trainable import Names, labels, path_of, patterns_of
 
 SCHEDULES = ("cosine", "linear", "constant")
 _INFINITY = float("inf")
@@ -85,8 +85,11 @@ def make_schedule(recipe: Recipe, num_steps: int) -> optax.Schedule:
     return optax.join_schedules([optax.linear_schedule(0.0, 1.0, warmup), falling], [warmup]) if warmup else falling
 
 
-def make_optimizer(recipe: Recipe, num_steps: int) -> optax.GradientTransformation:
+def make_optimizer(recipe: Recipe, num_steps: int, names: Names | None = None) -> optax.GradientTransformation:
     """Adam over the parameters that it is given, which are those that train: clipping is over these alone.
+
+    Args:
+      names: all names of the parameters, which patterns may mean; by default their paths alone.
 
     Raises:
       ConfigError: from its `init`, when a pattern matches no parameter, or `lr_multipliers` leave one out.
@@ -94,23 +97,23 @@ def make_optimizer(recipe: Recipe, num_steps: int) -> optax.GradientTransformati
     return optax.chain(
         optax.clip_by_global_norm(recipe.clip_norm),
         optax.scale_by_adam(b1=recipe.b1, b2=recipe.b2),
-        _scale_by_learning_rate(recipe),
-        _add_decay(recipe),
+        _scale_by_learning_rate(recipe, names),
+        _add_decay(recipe, names),
         optax.scale_by_schedule(make_schedule(recipe, num_steps)),
         optax.scale(-1.0),
         *([_average(recipe.ema)] if recipe.ema else []),
     )
 
 
-def _scale_by_learning_rate(recipe: Recipe) -> optax.GradientTransformation:
+def _scale_by_learning_rate(recipe: Recipe, names: Names | None) -> optax.GradientTransformation:
     rules = recipe.multipliers
 
     def rates(params: Any) -> Any:
-        factors = labels(params, rules) if rules else jax.tree.map(lambda _: 1.0, params)
+        factors = labels(params, rules, names=names) if rules else jax.tree.map(lambda _: 1.0, params)
         return jax.tree.map(lambda factor: recipe.learning_rate * factor, factors)
 
     def init(params: Any) -> optax.EmptyState:
-        rates(params)  # patterns are checked before the first step
+        rates(params)  # they are checked before the first step
         return optax.EmptyState()
 
     def update(updates: Any, state: optax.EmptyState, params: Any = None) -> tuple[Any, optax.EmptyState]:
@@ -119,9 +122,9 @@ def _scale_by_learning_rate(recipe: Recipe) -> optax.GradientTransformation:
     return optax.GradientTransformation(init, update)
 
 
-def _add_decay(recipe: Recipe) -> optax.GradientTransformation:
+def _add_decay(recipe: Recipe, names: Names | None) -> optax.GradientTransformation:
     rules = [(pattern, True) for pattern in patterns_of(recipe.decayed)]
-    mask = functools.partial(labels, rules=rules, default=False) if rules else _picture_kernels
+    mask = functools.partial(labels, rules=rules, default=False, names=names) if rules else _picture_kernels
     return optax.add_decayed_weights(recipe.weight_decay, mask)
 
 

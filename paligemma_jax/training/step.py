@@ -32,10 +32,11 @@ def init_state(params: Tree, optimizer: optax.GradientTransformation) -> TrainSt
 class Step:
     """A jitted update (state, batch) -> (state, metrics); the old state is donated, what is frozen is not."""
 
-    def __init__(self, update: Callable[..., Any], frozen: Tree):
-        self._jitted = jax.jit(update, donate_argnums=0, compiler_options=_compiler_options())
+    def __init__(self, update: Callable[..., Any], frozen: Tree, out_shardings: Any = None):
+        placed = {} if out_shardings is None else {"out_shardings": out_shardings}
+        self._jitted = jax.jit(update, donate_argnums=0, compiler_options=_compiler_options(), **placed)
         self._run: Callable[..., Any] = self._jitted
-        self.frozen = frozen
+        self.update, self.frozen = update, frozen
 
     def __call__(self, state: TrainState, batch: Tree) -> tuple[TrainState, dict[str, jax.Array]]:
         return self._run(state, self.frozen, batch)
@@ -52,6 +53,7 @@ def make_step(
     frozen: Tree = None,
     join: Callable[[Tree, Tree], Tree] | None = None,
     accumulate: int = 1,
+    out_shardings: Any = None,
 ) -> Step:
     """The update of a training; the metrics gain `loss` and `grad_norm`.
 
@@ -63,6 +65,7 @@ def make_step(
       join: (state.params, frozen) -> the params of `loss_fn`; by default they are `state.params`.
       accumulate: micro-batches of a batch, whose arrays have them as their first axis: gradients and metrics are their
         means.
+      out_shardings: of the state and of the metrics on several devices (`parallel.step_shardings`).
     """
 
     def gradients(params: Tree, frozen: Tree, batch: Tree) -> tuple[Any, Tree]:
@@ -93,7 +96,7 @@ def make_step(
         )
         return TrainState(state.step + 1, *kept), {"loss": loss, **metrics, "grad_norm": norm}
 
-    return Step(update, frozen)
+    return Step(update, frozen, out_shardings)
 
 
 def _compiler_options() -> dict[str, str]:

@@ -2,15 +2,15 @@
 
 import dataclasses
 import difflib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from paligemma_jax.api import PaliGemma
 from paligemma_jax.errors import ConfigError
 from paligemma_jax.evaluation import METRICS, Metric
-from paligemma_jax.files import recover_folder, replacing_folder
-from paligemma_jax.training.data import read_jsonl
+from paligemma_jax.files import recover_folder
+from paligemma_jax.training.data import Example
 from paligemma_jax.training.held_out import HeldOut, pick
 from paligemma_jax.training.logs import kinds
 from paligemma_jax.training.optimizer import averaged
@@ -55,32 +55,32 @@ def metric_named(name: str) -> Metric | None:
 def make_validation(
     watch: Watch,
     model: PaliGemma,
-    image_root: str,
+    held_out: Sequence[Example],
     batch_size: int,
     steps_per_epoch: int,
     output: Path,
     whole: Callable[[Params], Params],
     save: Callable[[Params, Path], None],
 ) -> Validation | None:
-    """The validation of a run, or None without `val_data`, which is read here.
+    """The validation of a run, or None without `val_data`.
 
     Args:
+      held_out: the examples of `val_data`.
       model: its geometry, processor and programs are used.
       output: the directory of the run, where `best` is kept.
       whole: what trains to the parameters of the whole network.
-      save: writes a model, of what trains, into an empty folder.
+      save: writes a model, of what trains, as a folder, in the place of the one that is there.
 
     Raises:
       DataError: from the examples.
     """
     if not watch.val_data:
         return None
-    examples = pick(read_jsonl(watch.val_data, image_root), watch.val_examples)
+    examples = pick(held_out, watch.val_examples)
     measured = HeldOut(model, examples, metric_named(watch.metric), batch_size)
 
     def keep(state: TrainState) -> None:
-        with replacing_folder(output / BEST) as folder:
-            save(averaged(state), folder)
+        save(averaged(state), output / BEST)
 
     return Validation(
         lambda state, check: measured(whole(averaged(state)), check),

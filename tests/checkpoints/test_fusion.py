@@ -98,6 +98,17 @@ def test_fused_weights_hold_the_rows_of_their_parts_each_quantized_by_itself(che
                 np.testing.assert_array_equal(getattr(weight, field), expected)
 
 
+def test_projections_are_read_apart_where_several_devices_need_them(written, checkpoint):
+    """Fused in the file, or quantized while they are read; no number changes."""
+    contents, fused = written
+    quantization = contents.quantization
+    for source, now in ((contents, None), (checkpoints.scan(checkpoint()), quantization)):
+        _, apart = checkpoints.load(source, quantization=now, fuse=False)
+        same(apart, ops.unprepare(fused))
+        shapes = checkpoints.abstract(source, "bfloat16", now, fuse=False)
+        assert jax.tree.structure(shapes) == jax.tree.structure(apart)
+
+
 def test_quantized_files_of_earlier_versions_load_and_are_written_fused(written, tmp_path):
     contents, params = written
     bytes_before = (contents.directory / "model.safetensors").read_bytes()

@@ -132,6 +132,14 @@ def test_repeated_pictures_are_loaded_once(processor, tmp_path):
     assert [batch.image_slots[row, ::N][:2].tolist() for row in (0, 1, 2, 3)] == [[0, -1], [4, -1], [4, 0], [8, -1]]
 
 
+def test_tokens_are_counted_as_they_are_laid_out(processor):
+    row = processor.layout([[0, 1]], "<image><image>caption en", "a red circle")
+    prefix = processor.count_prefix("<image><image>caption en", 2)
+    assert prefix + 2 * processor.config.vision.num_tokens == row.prefix_length[0]
+    assert processor.count_suffix("a red circle") == row.length[0] - row.prefix_length[0]
+    assert processor.count_suffix(None) == 0
+
+
 def test_layout_needs_no_pixels(processor):
     batch = processor.layout([[0], [1, 0]], "caption en", ["a", "no"])
     assert batch.pixels.shape == (0, SIDE, SIDE, 3)

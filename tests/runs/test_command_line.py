@@ -182,7 +182,7 @@ def test_signals_are_128_and_their_number(monkeypatch, error, status):
         assert program["main"]() == status
 
 
-@pytest.mark.parametrize("run", [run for run in command_line.UNUSED if run not in PHRASE_RUNS])
+@pytest.mark.parametrize("run", [run for run in command_line.UNUSED if run not in (*PHRASE_RUNS, "check")])
 def test_a_key_that_changes_nothing_is_told(generate, monkeypatch, run):
     """Only where it is set; other keys are those of tests/runs/test_every_key.py."""
     monkeypatch.setattr(f"paligemma_jax.runs.{run}.run", lambda config: 0)

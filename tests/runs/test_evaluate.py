@@ -7,8 +7,8 @@ import math
 import pytest
 
 from paligemma_jax.shapes_world import evaluation
-from paligemma_jax.shapes_world.foreign_scenes import foreign_sample
-from paligemma_jax.shapes_world.samples import scene_sample
+from paligemma_jax.shapes_world.foreign_scenes import foreign_sample, wide_foreign_sample
+from paligemma_jax.shapes_world.samples import scene_sample, wide_sample
 
 METRICS = {"caption": {"exact_en": 0.5, "exact_de": math.nan}, "counts": {"scenes": 3}}
 
@@ -38,9 +38,13 @@ def test_prints_a_table_and_writes_json(generate, measured, tmp_path):
     assert measured == [expected] and str(file) in err
 
 
-def test_pictures_of_another_program(generate, measured):
-    assert generate(run="evaluate", data="foreign", num_scenes=3)[0] == 0
-    assert measured[0]["source"] is foreign_sample
+@pytest.mark.parametrize(
+    "data, source",
+    [("foreign", foreign_sample), ("wide", wide_sample), ("wide_foreign", wide_foreign_sample)],
+)
+def test_pictures_of_another_program_or_world(generate, measured, data, source):
+    assert generate(run="evaluate", data=data, num_scenes=3)[0] == 0
+    assert measured[0]["source"] is source
 
 
 def test_a_profile_is_written(generate, tmp_path):

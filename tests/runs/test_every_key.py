@@ -14,6 +14,7 @@ _TOLD, _LOADED = (
     f"{_HERE}::test_what_is_loaded_is_what_the_config_says",
 )
 _PHRASES, _SEARCHED = "runs/test_phrase_runs.py", "runs/test_search_run.py"
+_CHECK = "runs/test_check_run.py"
 _TASK = "runs/test_evaluate_task.py"
 _FINETUNE, _WATCH = "training/test_finetune_options.py", "training/test_watch.py"
 COMMON = {
@@ -28,6 +29,7 @@ COMMON = {
 BASE = COMMON | {
     "quantization": _LOADED,
     "adapter": _LOADED,
+    "mesh": _LOADED,
     "resample": f"{_GENERATE}::test_resampling_can_be_chosen",
     "mask_vae": f"{_HERE}::test_masks_are_those_of_the_named_decoder",
     "image": f"{_HERE}::test_the_prompt_and_the_image_are_those_asked_about",
@@ -118,7 +120,7 @@ COVERED = {
     "swap": BASE | dict.fromkeys(("other_image", "box", "mix", "bits"), _SWAP),
     "serve": COMMON
     | dict.fromkeys(
-        ("checkpoint", "adapter", "dtype", "quantization", "mask_vae", "num_slots"),
+        ("checkpoint", "adapter", "dtype", "quantization", "mask_vae", "mesh", "num_slots"),
         f"{_SERVE}::test_what_is_loaded_and_for_how_many",
     )
     | dict.fromkeys(
@@ -173,6 +175,15 @@ COVERED = {
         "ranking": f"{_SEARCHED}::test_faiss_ranks_alike",
         "save_every_s": f"{_SEARCHED}::test_saving_as_often_as_told",
     },
+    "check": COMMON
+    | dict.fromkeys(("checkpoint", "mask_vae"), f"{_CHECK}::test_codes_need_the_named_vae")
+    | dict.fromkeys(("image_root", "data_format"), f"{_CHECK}::test_where_pictures_are_and_what_the_data_are")
+    | dict.fromkeys(
+        ("output_dir", "preview", "num_preview", "data_task", "augment", "seed"),
+        f"{_CHECK}::test_the_report_and_the_preview_are_files",
+    )
+    | dict.fromkeys(("data", "val_data", "format"), f"{_CHECK}::test_the_same_picture_twice_and_in_two_splits")
+    | {"text_length": f"{_CHECK}::test_classes_are_counted"},
     "finetune": COMMON
     | dict.fromkeys(
         ("learning_rate", "warmup_fraction", "weight_decay", "b2", "clip_norm"),
@@ -189,6 +200,9 @@ COVERED = {
         ("val_data", "val_every", "val_examples", "metric", "patience"), f"{_WATCH}::test_the_rule_is_that_of_the_keys"
     )
     | {"keep_best": f"{_WATCH}::test_the_best_is_kept"}
+    | dict.fromkeys(("data_format", "data_task", "augment", "data_threads"), f"{_FINETUNE}::test_how_data_are_read")
+    | {"mesh": f"{_FINETUNE}::test_a_mesh"}
+    | dict.fromkeys(("coordinator", "num_processes", "process_id"), f"{_FINETUNE}::test_processes_are_joined")
     | {"check_pictures": f"{_FINETUNE}::test_pictures_are_checked_before"}
     | {"label_smoothing": f"{_FINETUNE}::test_the_loss", "dtype": f"{_FINETUNE}::test_the_weights"}
     | dict.fromkeys(
@@ -204,7 +218,7 @@ COVERED = {
 def test_every_key_has_a_test_that_knows_it(name, main, monkeypatch):
     """The test exists, and names the key."""
     seen = []
-    for run in ("annotate", "evaluate", "generate", "heatmap", "inspect", "swap", "train", "serve", "ui"):
+    for run in ("annotate", "check", "evaluate", "generate", "heatmap", "inspect", "swap", "train", "serve", "ui"):
         monkeypatch.setattr(f"paligemma_jax.runs.{run}.run", lambda config: seen.append(set(config)) or 0)
     assert main(f"--config=configs/{name}.py", "--config.compilation_cache=false")[0] == 0
     assert seen == [set(COVERED[name])]

@@ -96,13 +96,14 @@ def test_the_prompt_and_the_image_are_those_asked_about(run, answer_with, pictur
 
 @pytest.mark.parametrize("name", ["generate", "chat", "evaluate", "inspect", "swap"])
 def test_what_is_loaded_is_what_the_config_says(run, loaded_with, checkpoint, name, tmp_path):
-    """checkpoint, adapter, dtype, quantization and mask_vae."""
+    """checkpoint, adapter, dtype, quantization, mask_vae and mesh."""
     keys = {"dtype": "float16", "quantization": "int4", "mask_vae": tmp_path / "other.npz", "adapter": "org/lora"}
+    keys |= {"mesh": "tensor=2"}
     assert run(name, **keys)[2].endswith("error: enough\n")
     assert run(name, checkpoint=tmp_path, dtype="bfloat16")[2].endswith("error: enough\n")
     assert [{key: call[key] for key in ("path", *keys)} for call in loaded_with] == [
         keys | {"path": str(checkpoint), "mask_vae": str(keys["mask_vae"])},
-        {"path": str(tmp_path), "dtype": "bfloat16", "quantization": None, "mask_vae": None, "adapter": None},
+        {"path": str(tmp_path), "dtype": "bfloat16"} | dict.fromkeys(("quantization", "mask_vae", "adapter", "mesh")),
     ]
 
 
@@ -250,10 +251,21 @@ def test_stages_of_make_tiny_are_told_every_number(main, monkeypatch, tmp_path):
     calls = []
     monkeypatch.setattr(stages, "build", lambda work, output, recipe: calls.append((work, output, recipe)))
     names = [field.name for field in dataclasses.fields(stages.Recipe)]
-    changed = {name: 2 + i for i, name in enumerate(names)} | {"start_from": "earlier"}
+    changed = {name: 2 + i for i, name in enumerate(names)}
+    changed |= {"start_from": "earlier", "mask_vae": "train", "wide_share": 0.5}
     keys = changed | {"work_dir": tmp_path / "work", "output_dir": tmp_path / "out", "compilation_cache": False}
     assert set(make_tiny.get_config()) - set(keys) == {"run", "checkpoint", "hub_id", "dtype", "platform"}
     assert main("--config=configs/make_tiny.py", *(f"--config.{key}={value}" for key, value in keys.items()))[0] == 0
     [(work, output, recipe)] = calls
     assert (work, output) == (str(tmp_path / "work"), str(tmp_path / "out"))
     assert dataclasses.asdict(recipe) == changed
+
+
+@pytest.mark.parametrize(
+    "key, message",
+    [("mask_vae=new", "give keep, train"), ("wide_share=1.5", "give a number from 0 to 1")],
+)
+def test_stages_that_cannot_be_are_one_line(main, monkeypatch, key, message):
+    monkeypatch.setattr(stages, "build", None)
+    status, _, err = main("--config=configs/make_tiny.py", f"--config.{key}", "--config.compilation_cache=false")
+    assert status == 1 and message in err

@@ -51,10 +51,10 @@ def serve(main, monkeypatch):
 
 
 def test_what_is_loaded_and_for_how_many(serve, tmp_path):
-    """checkpoint, adapter, dtype, quantization, mask_vae and num_slots."""
+    """checkpoint, adapter, dtype, quantization, mask_vae, mesh and num_slots."""
     keys = {"checkpoint": tmp_path, "dtype": "bfloat16", "quantization": "int8", "mask_vae": tmp_path / "m.npz"}
-    status, _, told = serve(**keys, adapter="org/lora", num_slots=3)
-    assert status == 0
+    status, _, told = serve(**keys, adapter="org/lora", num_slots=3, mesh="auto")
+    assert status == 0 and told["load"]["mesh"] == "auto"
     assert told["load"]["path"] == str(tmp_path) and told["load"]["mask_vae"] == str(tmp_path / "m.npz")
     assert told["load"]["dtype"] == "bfloat16" and told["load"]["quantization"] == "int8"
     assert told["load"]["adapter"] == "org/lora" and told["load"]["batch_size"] == 3

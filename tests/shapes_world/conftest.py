@@ -10,7 +10,7 @@ from paligemma_jax.processing.image import ImageSettings
 from paligemma_jax.processing.processor import Processor
 from paligemma_jax.processing.tokenizer import Tokenizer
 from paligemma_jax.shapes_world import stages
-from paligemma_jax.shapes_world.pool import scene_record
+from paligemma_jax.shapes_world.pool import mixed_scene_at, scene_record
 from paligemma_jax.shapes_world.scenes import Scene, scene_at
 
 
@@ -23,6 +23,13 @@ def scenes() -> list[Scene]:
 def pool(scenes) -> dict[str, np.ndarray]:
     """Records of `scenes` for pictures of 28 pixels and patches of 7."""
     records = [scene_record(scene, 28, 7) for scene in scenes]
+    return {key: np.stack([record[key] for record in records]) for key in records[0]}
+
+
+@pytest.fixture(scope="session")
+def mixed_pool() -> dict[str, np.ndarray]:
+    """The same of scenes of both worlds."""
+    records = [scene_record(mixed_scene_at(0, index, 0.75), 28, 7) for index in range(48)]
     return {key: np.stack([record[key] for record in records]) for key in records[0]}
 
 

@@ -1,6 +1,7 @@
 """Evaluation with models that know everything, nothing, or one thing wrongly."""
 
 import dataclasses
+import functools
 from types import SimpleNamespace
 
 import numpy as np
@@ -9,7 +10,7 @@ import pytest
 from paligemma_jax.shapes_world import evaluation
 from paligemma_jax.shapes_world.evaluation import evaluate
 from paligemma_jax.shapes_world.questions import caption, matches
-from paligemma_jax.shapes_world.samples import Sample, scene_sample
+from paligemma_jax.shapes_world.samples import Sample, scene_sample, wide_sample
 from paligemma_jax.tasks.detection import Detection, format_objects, parse
 
 NUM_SCENES, SEED = 40, 5
@@ -18,11 +19,11 @@ NUM_SCENES, SEED = 40, 5
 class Oracle:
     """Knows the scenes by their pictures, and the answers by the rules of the language; can be told to err."""
 
-    def __init__(self):
-        self.samples: dict[bytes, Sample] = {}
+    def __init__(self, drawn=scene_sample):
+        self.drawn, self.samples = drawn, {}
 
-    def source(self, seed, index):
-        sample = scene_sample(seed, index)
+    def source(self, seed, index) -> Sample:
+        sample = self.drawn(seed, index)
         self.samples[sample.image.tobytes()] = sample
         return sample
 
@@ -68,8 +69,8 @@ class Oracle:
         return [dataclasses.replace(item, mask=thing.mask) for item, thing in pairs], dropped
 
 
-def measure(model):
-    return evaluate(model, NUM_SCENES, SEED, model.source)
+def measure(model, num_scenes=NUM_SCENES):
+    return evaluate(model, num_scenes, SEED, model.source)
 
 
 @pytest.fixture(scope="module")
@@ -85,6 +86,29 @@ def test_who_knows_everything_gets_full_marks(perfect):
         assert measured["mean_iou"] > 0.97  # locations are rounded
         assert measured["malformed"] == 0
     assert perfect["segment"]["mask_miou"] == 1
+
+
+def test_scenes_without_a_thing_are_counted_by_themselves(perfect):
+    class Inventive(Oracle):
+        """Sees a red star wherever there is nothing, and masks but does not box it."""
+
+        def answer(self, prefix, sample):
+            return super().answer(prefix, sample).replace("nothing", "a red star")
+
+        def things(self, prefix, sample):
+            invent = not sample.kinds and prefix.startswith("segment")
+            return [Detection("star", (0.0, 0.0, 9.0, 9.0))] if invent else super().things(prefix, sample)
+
+    assert "empty" not in perfect
+    drawn = functools.cache(wide_sample)
+    measured = measure(Oracle(drawn), 24)
+    count = sum(not drawn(SEED, index).kinds for index in range(24))
+    rates = {"caption_en": 1.0, "caption_de": 1.0, "detect": 1.0, "segment": 1.0}
+    assert count > 1 and measured["empty"] == {**rates, "scenes": count}
+    assert measured["caption"] == {"exact_en": 1, "exact_de": 1} and measured["segment"]["mask_miou"] == 1
+    found = measure(Inventive(drawn), 24)
+    assert found["empty"] == {**rates, "caption_en": 0, "segment": 0, "scenes": count}
+    assert found["detect"]["recall"] == 1 and found["segment"]["precision"] < 1
 
 
 def test_scores_that_know_what_is_right():

@@ -73,7 +73,7 @@ def test_batches_are_a_function_of_the_step(batches):
 
 def test_batches_begin_easy_and_ask_for_masks_now_and_then(batches, pool, processor, tokenizer):
     for step, most in ((0, 1), (2, 1), (5, 2), (6, 4)):
-        rows = batches._rows(language_stage.TEXT_BATCH, step)
+        rows = batches._rows(language_stage.TEXT_BATCH.num_images, step)
         counts = (pool["shape"][rows] >= 0).sum(axis=1)
         assert counts.max() <= most and (most < 4 or counts.max() > 2)
     for step in range(9, 12):
@@ -94,7 +94,9 @@ def test_scenes_of_three_and_more_come_twice_as_often(batches, pool):
     hard = counts > 2
     per_epoch = (len(counts) + hard.sum()) // language_stage.TEXT_BATCH.num_images
     first = -(-6 // per_epoch) * per_epoch  # of the first epoch that is not easy
-    rows = np.concatenate([batches._rows(language_stage.TEXT_BATCH, first + step) for step in range(per_epoch)])
+    rows = np.concatenate(
+        [batches._rows(language_stage.TEXT_BATCH.num_images, first + step) for step in range(per_epoch)]
+    )
     shown = np.bincount(rows, minlength=len(counts))
     assert shown[~hard].max() == 1 and shown[hard].max() == 2
     assert abs(shown[hard].mean() - 2 * shown[~hard].mean()) < 0.5

@@ -48,6 +48,20 @@ def test_first_step_moves_the_codebook_to_vectors_of_the_batch():
     assert metrics.used == len(means) / 16 and 0 <= metrics.iou <= 1
 
 
+@pytest.mark.slow
+def test_training_goes_on_with_codes_that_keep_their_meaning(capsys):
+    """After a few more steps the codebook is where it was, but for what was not used."""
+    first = train_mask_vae(KEY, batches(), num_steps=20, learning_rate=3e-3, config=SMALL)
+    start = np.array(first["codebook"])
+    masks = next(batches(64, seed=1)).astype(np.float32)
+    codes = np.asarray(mask_vae.encode(first, masks))
+    again = train_mask_vae(KEY, batches(seed=2), 4, 1e-4, params=first)
+    moved = np.linalg.norm(np.asarray(again["codebook"]) - start, axis=1)
+    used = np.unique(codes)
+    assert 0 < np.median(moved[used]) < 0.2 * np.linalg.norm(start - start.mean(axis=0), axis=1).mean()
+    assert np.mean(np.asarray(mask_vae.encode(again, masks)) == codes) > 0.7
+
+
 @pytest.mark.parametrize("masks", [[], [np.ones((4, 32, 32))], [np.ones((64, 64))]])
 def test_wrong_masks_are_a_clear_error(masks):
     with pytest.raises(DataError, match=r"give 3 batches \[B, 64, 64\]"):

@@ -5,7 +5,17 @@ import pytest
 
 from paligemma_jax.errors import DataError
 from paligemma_jax.shapes_world import pool as pools
-from paligemma_jax.shapes_world.pool import epoch_rows, mirror, scene_pool, scene_record, take
+from paligemma_jax.shapes_world.pool import (
+    epoch_rows,
+    mirror,
+    mixed_scene_at,
+    scene_pool,
+    scene_record,
+    take,
+    turn,
+    view_index,
+    views,
+)
 from paligemma_jax.shapes_world.scenes import COLORS, SHAPES, masks, scene_at, unit_mask
 
 
@@ -57,16 +67,53 @@ def test_mirroring_twice_changes_nothing(pool):
 def test_labels_turn_with_the_pixels(pool):
     plain, turned = batch(pool, [False] * 40), batch(pool, [True] * 40)
     np.testing.assert_array_equal(turned["pixels"], plain["pixels"][:, :, ::-1])
-    grids = [record["coverage"].reshape(40, 4, 4, 4) for record in (plain, turned)]
+    grids = [record["coverage"].reshape(40, -1, 4, 4) for record in (plain, turned)]
     np.testing.assert_array_equal(grids[1], grids[0][..., ::-1])
     for record in (plain, turned):
         y0, x0, y1, x1 = np.moveaxis(record["box"], -1, 0)[..., None]
         there = record["shape"][..., None] >= 0
         low, high = np.arange(4) / 4 - 1 / 32, (np.arange(4) + 1) / 4 + 1 / 32  # a pixel that `coverage` drew
-        columns, rows = (record["coverage"].reshape(40, 4, 4, 4).max(axis=axis) > 0 for axis in (2, 3))
+        columns, rows = (record["coverage"].reshape(40, -1, 4, 4).max(axis=axis) > 0 for axis in (2, 3))
         assert ((x0 < high) & (x1 > low))[columns & there].all()
         assert ((y0 < high) & (y1 > low))[rows & there].all()
         assert (x0 < x1)[there].all()
+
+
+def test_turning_the_pixels_turns_the_labels(pool):
+    plain, turns = batch(pool, [False] * 40), np.arange(40) % 4
+    turned = turn(plain, turns)
+    for i, quarters in enumerate(turns):
+        np.testing.assert_array_equal(turned["pixels"][i], np.rot90(plain["pixels"][i], quarters))
+        for k in np.flatnonzero(plain["shape"][i] >= 0):
+            grid = plain["coverage"][i, k].reshape(4, 4)
+            np.testing.assert_array_equal(turned["coverage"][i, k].reshape(4, 4), np.rot90(grid, quarters))
+            y0, x0, y1, x1 = plain["box"][i, k]
+            y, x = np.mgrid[:200, :200] / 200 + 1 / 400
+            inside = np.rot90((y > y0) & (y < y1) & (x > x0) & (x < x1), quarters)
+            rows, columns = (np.flatnonzero(inside.any(axis=axis)) for axis in (1, 0))
+            found = rows[0] / 200, columns[0] / 200, (rows[-1] + 1) / 200, (columns[-1] + 1) / 200
+            np.testing.assert_allclose(turned["box"][i, k], found, atol=0.006)
+    assert not turned["box"][turned["shape"] < 0].any()
+    again = turn(turned, (4 - turns) % 4)
+    for key, values in plain.items():
+        np.testing.assert_allclose(again[key], values, atol=1e-6)
+
+
+def test_views_are_masks_as_they_are_mirrored_and_turned():
+    masks = np.random.default_rng(0).random((3, 8, 8)) < 0.5
+    shown = views(masks)
+    for mirrored in (False, True):
+        for quarters in range(4):
+            index = view_index(np.array([mirrored]), np.array([quarters]))[0]
+            expected = [np.rot90(mask[:, ::-1] if mirrored else mask, quarters) for mask in masks]
+            np.testing.assert_array_equal(shown[index], expected)
+    assert len(shown) == 8 and (shown[0] == masks).all() and (shown[1] == masks[..., ::-1]).all()
+
+
+@pytest.mark.parametrize("share, wide", [(0.0, 0), (0.75, 9), (1.0, 12)])
+def test_a_share_of_the_scenes_is_wide(share, wide):
+    mixed = [mixed_scene_at(5, index, share) for index in range(12)]
+    assert sum(scene.noise > 0 for scene in mixed) == wide
 
 
 @pytest.mark.parametrize("num_rows, batch_size", [(12, 4), (13, 4), (5, 5)])
@@ -116,6 +163,10 @@ def test_a_pool_is_drawn_once_and_read_after(tmp_path, drawn):
     assert len(drawn) == 3 and all((again[key] == values).all() for key, values in first.items())
     other = scene_pool(tmp_path, 6, 7, 28, 7)
     assert len(drawn) == 6 and (other["pixels"] != first["pixels"]).any()
+    mixed = scene_pool(tmp_path, 5, 7, 28, 7, 0.5)
+    for i in range(7):
+        np.testing.assert_array_equal(mixed["pixels"][i], scene_record(mixed_scene_at(5, i, 0.5), 28, 7)["pixels"])
+    assert len(drawn) == 9 and (mixed["pixels"] != first["pixels"]).any()
 
 
 def test_half_a_pool_is_no_pool(tmp_path, drawn, monkeypatch):

@@ -9,17 +9,18 @@ from paligemma_jax.shapes_world.questions import what_color as ask_color
 from paligemma_jax.shapes_world.questions import what_shape as ask_shape
 from paligemma_jax.shapes_world.scenes import COLORS, SHAPES
 
-NUMBERS = {"a": 1, "an": 1, "two": 2, "three": 3, "four": 4}
-GERMAN_NUMBERS = {"ein": 1, "eine": 1, "zwei": 2, "drei": 3, "vier": 4}
+NUMBERS = {"a": 1, "an": 1, "two": 2, "three": 3, "four": 4, "five": 5}
+GERMAN_NUMBERS = {"ein": 1, "eine": 1, "zwei": 2, "drei": 3, "vier": 4, "fünf": 5}
 RNG = np.random.default_rng(0)
 KINDS = [[(str(RNG.choice(COLORS)), str(RNG.choice(SHAPES[:3]))) for _ in range(n)] for n in (1, 2, 3, 4) * 20]
+FIVE = [[KINDS[3 + 4 * i][0]] * i + (KINDS[3 + 4 * i] + KINDS[2])[i:5] for i in range(6)]
 
 
 def parts(text, conjunction):
     return re.split(f", | {conjunction} ", text)
 
 
-@pytest.mark.parametrize("kinds", KINDS)
+@pytest.mark.parametrize("kinds", KINDS + FIVE)
 def test_captions_name_everything_once(kinds):
     said = []
     for part in parts(caption(kinds), "and"):
@@ -45,6 +46,8 @@ def test_captions_have_one_order(kinds, language):
         ([("orange", "square")], "an orange square", "ein orangefarbenes Quadrat"),
         ([("green", "diamond")], "a green diamond", "eine grüne Raute"),
         ([("blue", "star")] * 3, "three blue stars", "drei blaue Sterne"),
+        ([("red", "diamond")] * 5, "five red diamonds", "fünf rote Rauten"),
+        ([], "nothing", "nichts"),
         (
             [("yellow", "triangle"), ("red", "circle"), ("yellow", "triangle")],
             "a red circle and two yellow triangles",
@@ -103,6 +106,15 @@ def test_what_is_not_there_is_not_found():
     assert locate("detect", ["blue star", "circle"], kinds, np.array([0.5])).objects == ()
     assert ask_color(kinds, "circle").suffix == ask_shape(kinds, "blue").suffix == ""
     assert how_many(kinds, "blue", None).suffix == "0"
+
+
+@pytest.mark.parametrize("task", ["answer", "detect", "segment"])
+def test_questions_about_nothing(task):
+    rng = np.random.default_rng(0)
+    questions = [sample_question(task, [], np.array([]), rng) for _ in range(80)]
+    assert all(question.objects == () for question in questions)
+    assert {question.suffix for question in questions} == ({"0", "no", ""} if task == "answer" else {""})
+    assert len({question.prefix for question in questions}) > 25
 
 
 @pytest.mark.parametrize("task", ["caption", "answer", "detect", "segment"])

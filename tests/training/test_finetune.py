@@ -140,7 +140,7 @@ def test_a_training_that_failed_early_is_in_nobodys_way(train, data, tmp_path, c
 
 def test_bad_data_is_one_clear_line(refused, tmp_path, data):
     lines = (data / "data.jsonl").read_text().splitlines()
-    assert "cannot be read" in refused(data=tmp_path / "none.jsonl")
+    assert "none.jsonl is not there: give a .jsonl file" in refused(data=tmp_path / "none.jsonl")
     broken = tmp_path / "broken.jsonl"
     broken.write_text("\n".join([*lines[:2], "{"]))
     assert f"{broken} line 3 is not JSON" in refused(data=broken, image_root=data)

@@ -11,12 +11,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax.traverse_util import flatten_dict
+from jax.sharding import NamedSharding, SingleDeviceSharding
 from PIL import Image
 
 from paligemma_jax.checkpoints import expected_shapes
 from paligemma_jax.runs import command_line, train
 from paligemma_jax.training import finetune
 from paligemma_jax.training.optimizer import Recipe, make_optimizer
+from tests.training.data import worlds
 
 
 @pytest.fixture(scope="module")
@@ -89,6 +91,25 @@ def test_batches(planned, data):
     assert one["num_steps"] == 1 and float(one["batch_at"](0)["pixels"].mean()) == max(first)
 
 
+def test_how_data_are_read(planned, tmp_path):
+    """data_format, data_task, augment and data_threads."""
+    folder = worlds.write_coco(tmp_path / "set")
+    keys = {"data": folder, "image_root": "", "batch_size": 3}
+    shipped = {"checkpoint": "tiny"}  # which has a mask VQ-VAE, and its own tokenizer
+
+    def batches(**more):
+        return planned(**keys, **more)["fit"]["batch_at"]
+
+    assert {example.prefix for example in batches(data_format="coco").examples(0)} == {worlds.PREFIX}
+    masked = batches(data_task="segment", **shipped).examples(0)
+    assert {example.prefix for example in masked} == {worlds.PREFIX.replace("detect", "segment")}
+    assert any("<seg" in example.suffix for example in masked)
+    plain, changed = batches(), batches(augment="flip,crop,color", data_threads=2)
+    assert (plain.num_threads, changed.num_threads) == (4, 2)
+    assert plain(0)["pixels"].shape == changed(0)["pixels"].shape
+    assert (plain(0)["pixels"] != changed(0)["pixels"]).any()
+
+
 def test_the_loop(planned, tmp_path):
     """output_dir, log_every, save_every, save_minutes, and overwrite of what is there."""
     plain, often = planned()["fit"], planned(output_dir=tmp_path / "b", log_every=3, save_every=7)["fit"]
@@ -121,6 +142,28 @@ def test_the_weights(planned):
         assert {leaf.dtype for leaf in [*jax.tree.leaves(state.params), *moments]} == {jnp.dtype("float32")}
         network = make_step["join"](state.params, make_step["frozen"])
         assert {leaf.dtype for leaf in jax.tree.leaves(network)} == {jnp.dtype(dtype)}
+
+
+def test_a_mesh(planned):
+    """mesh: of what devices, here a single one, the state and the batches lie on."""
+    for mesh, kind in (("", SingleDeviceSharding), ("fsdp=1", NamedSharding)):
+        fit = planned(mesh=mesh)["fit"]
+        assert {type(leaf.sharding) for leaf in jax.tree.leaves(fit["state"])} == {kind}
+        assert isinstance(fit["batch_at"](0)["tokens"], jax.Array if mesh else np.ndarray)
+
+
+def test_processes_are_joined(planned, monkeypatch, capsys):
+    """coordinator, num_processes and process_id."""
+    told = []
+    monkeypatch.setattr(jax.distributed, "initialize", lambda **given: told.append(given))
+    planned(coordinator="localhost:9", num_processes=2, process_id=1)
+    planned(coordinator="auto")
+    planned()
+    assert told == [{"coordinator_address": "localhost:9", "num_processes": 2, "process_id": 1}, {}]
+    for keys in ({"num_processes": 2}, {"coordinator": "a:1", "num_processes": 2, "process_id": 2}):
+        with pytest.raises(AssertionError):
+            planned(**keys)
+        assert "coordinator=" in capsys.readouterr().err
 
 
 def leaves(plan):

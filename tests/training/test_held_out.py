@@ -12,7 +12,7 @@ import paligemma_jax as pj
 from paligemma_jax.errors import DataError
 from paligemma_jax.tasks.output import Output
 from paligemma_jax.training import held_out
-from paligemma_jax.training.data import Example, read_jsonl
+from paligemma_jax.training.data import Example, open_data
 from paligemma_jax.training.held_out import HeldOut, pick
 
 SUFFIXES = ("a red circle", "two", "a red circle and two blue squares", "", "<loc0001><loc0002><loc0003><loc0004> star")
@@ -40,7 +40,7 @@ def examples(tmp_path_factory):
         image = f"{i}.png" if i != 2 else ["1.png", "2.png"]
         lines.append({"image": image, "prefix": "detect star" if not suffix else "caption en", "suffix": suffix})
     (folder / "data.jsonl").write_text("\n".join(map(json.dumps, lines)))
-    return read_jsonl(folder / "data.jsonl")
+    return open_data(folder / "data.jsonl")
 
 
 @pytest.fixture(scope="module")

@@ -1,109 +1,210 @@
-"""Examples for fine-tuning: JSON lines with `image`, `prefix` and `suffix`.
+"""Examples for fine-tuning, and the rules for their texts.
 
-Everything that can be wrong is found before training starts: texts when the file is read, pictures by
+Everything that can be wrong is found before training starts: texts when a data set is opened, pictures by
 `check_pictures`. Pictures are read again when they are needed.
 """
 
+import abc
 import dataclasses
-import difflib
-import json
-from collections.abc import Sequence
+import functools
+import os
+import re
+import sys
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
+from itertools import islice
+from typing import overload
 
+import numpy as np
 from tqdm import tqdm
 
 from paligemma_jax.errors import DataError, ImageError, PromptError
-from paligemma_jax.files import read_lines
 from paligemma_jax.processing.image import ImageSettings, load_image
-from paligemma_jax.tasks.prompts import plain, read_prompt
+from paligemma_jax.tasks.prompts import Prompt, plain, read_prompt
+from paligemma_jax.tasks.reading import NUM_CODES, NUM_SIDES
+from paligemma_jax.training.data.regions import Region
 
-_KEYS = ("image", "prefix", "suffix")
 _READERS = 4  # pictures that are checked at once
+_CHUNK = 1024  # pictures whose names are held meanwhile
+_ALL, _SAMPLE = 20_000, 2_000  # of more examples than the first so many are checked before training
+
+_LOC = re.compile(r"<loc(?:0\d{3}|10[01]\d|102[0-3])>")
+_SEG = re.compile(r"<seg(?:0\d{2}|1[01]\d|12[0-7])>")
+_BROKEN = re.compile(r"<(?:loc|seg)[^<>\s]{0,12}>?")
+
+Picture = str | bytes
 
 
 @dataclasses.dataclass(frozen=True)
 class Example:
-    """One line: paths of the pictures seen together, the prompt (see `tasks.prompts.plain`) and the answer.
+    """Pictures seen together, the prompt (see `tasks.prompts.plain`) and the answer.
 
+    images: paths, or the bytes of pictures' files.
     where: the file and the line, for messages.
+    regions: the objects that the suffix was written of; None where the suffix is what the data say.
+    size: (width, height) in pixels that the data say the picture has, if they do.
     """
 
-    images: tuple[str, ...]
+    images: tuple[Picture, ...]
     prefix: str
     suffix: str
     where: str = dataclasses.field(default="", compare=False)
+    regions: tuple[Region, ...] | None = dataclasses.field(default=None, compare=False)
+    size: tuple[int, int] | None = dataclasses.field(default=None, compare=False)
 
 
-def read_jsonl(path: str | Path, image_root: str | Path | None = None) -> list[Example]:
-    """All examples of a file; pictures are named from `image_root`, by default from the file's own folder.
+class Examples(Sequence[Example], abc.ABC):
+    """Examples that are read when they are asked for."""
+
+    @abc.abstractmethod
+    def __len__(self) -> int: ...
+
+    @abc.abstractmethod
+    def at(self, index: int) -> Example:
+        """The example at 0 <= index < len."""
+
+    def draft(self, index: int) -> Example:
+        """The same, but perhaps with other mask codes, as many: for looking at texts, without working them out."""
+        return self.at(index)
+
+    def bounds(self) -> np.ndarray:
+        """i32 [N, 3]: for each example its pictures, and the most tokens that prefix and suffix can have."""
+        return text_bounds(map(self.draft, range(len(self))))
+
+    @overload
+    def __getitem__(self, index: int) -> Example: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[Example]: ...
+    def __getitem__(self, index):
+        if isinstance(index, slice):
+            return [self.at(i) for i in range(*index.indices(len(self)))]
+        place = index + len(self) if index < 0 else index
+        if not 0 <= place < len(self):
+            raise IndexError(f"example {index} of {len(self)}")
+        return self.at(place)
+
+    def __iter__(self) -> Iterator[Example]:
+        return map(self.at, range(len(self)))
+
+
+def text_bounds(examples: Iterable[Example]) -> np.ndarray:
+    """`Examples.bounds` of any examples."""
+    rows = ((len(e.images), token_bound(e.prefix), token_bound(e.suffix)) for e in examples)
+    return np.fromiter(rows, np.dtype((np.int32, 3))).reshape(-1, 3)
+
+
+def token_bound(text: str) -> int:
+    """The most tokens that a text can have: a location or mask code is one, and any other has a byte at least."""
+    count = len(text) if text.isascii() else len(text.encode("utf-8", "replace"))
+    return count - 8 * len(_LOC.findall(text)) - 7 * len(_SEG.findall(text)) if "<" in text else count
+
+
+def make_example(images: tuple[Picture, ...], prefix: str, suffix: str, where: str) -> Example:
+    """An example out of the texts of a row.
 
     Raises:
-      DataError: the file or a picture is missing, or a line is not what it should be; the line is named.
+      DataError: a model could not learn from it; `where` it stands is named.
     """
-    path = Path(path)
-    root = Path(image_root) if image_root else path.parent
     try:
-        lines = read_lines(path)
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{path} cannot be read ({error}): give a .jsonl file as data") from None
-    examples = [_example(line, f"{path} line {i}", root) for i, line in enumerate(lines, 1) if line.strip()]
-    if not examples:
-        raise DataError(f"{path} is empty: give one JSON object with image, prefix and suffix on each line")
-    return examples
-
-
-def _example(line: str, where: str, root: Path) -> Example:
-    try:
-        value = json.loads(line, strict=False)  # a form feed or tab in a string does no harm
-    except ValueError as error:
-        raise DataError(f"{where} is not JSON ({error})") from None
-    if not isinstance(value, dict):
-        raise DataError(f"{where} holds a JSON {type(value).__name__} instead of an object")
-    if unknown := next((key for key in value if key not in _KEYS), None):
-        close = difflib.get_close_matches(unknown, _KEYS, n=1)
-        hint = f"did you mean {close[0]}?" if close else f"a line has {', '.join(_KEYS)} only"
-        raise DataError(f"{where} has an unknown key {unknown!r}: {hint}")
-    images = value.get("image")
-    images = images if isinstance(images, list) else [images]
-    texts = [value.get("prefix"), value.get("suffix")]
-    if not images or not all(isinstance(text, str) for text in (*images, *texts)):
-        raise DataError(f"{where} needs image (a path or a list of paths), prefix and suffix (texts)")
-    paths = tuple(str(root / image) for image in images)
-    if missing := [image for image in paths if not Path(image).is_file()]:
-        raise DataError(f"{where} names {missing[0]}, which is missing: set image_root to the folder of the pictures")
-    try:
-        prompt = read_prompt(texts[0], len(paths))
+        text, prompt = _read_prefix(prefix, len(images))
     except PromptError as error:
         raise DataError(f"{where}: {error}") from None
-    if not texts[1].strip() and not prompt.labels:  # what is not there is nothing to detect
+    if not suffix.strip() and not prompt.labels:  # what is not there is nothing to detect
         raise DataError(f"{where} has an empty suffix: write the answer, or remove the line")
-    return Example(paths, plain(texts[0], len(paths)), texts[1], where)
+    if "<" in suffix or "<" in text:
+        _check_tokens(text + " " + suffix, where)
+    if prompt.task is not None and prompt.task.num_codes and suffix.strip():
+        _check_codes(suffix, where)
+    return Example(images, text, suffix, where)
+
+
+@functools.lru_cache(4096)
+def _read_prefix(prefix: str, num_images: int) -> tuple[str, Prompt]:
+    return plain(prefix, num_images), read_prompt(prefix, num_images)
+
+
+def broken_tokens(text: str) -> list[str]:
+    """What looks like a location or mask code and is none: a tokenizer would cut it into letters."""
+    return _BROKEN.findall(_SEG.sub("", _LOC.sub("", text))) if "<" in text else []
+
+
+def _check_tokens(text: str, where: str) -> None:
+    if broken := broken_tokens(text):
+        raise DataError(
+            f"{where} has {broken[0]!r}, which is no token: locations are <loc0000> to <loc1023>, "
+            "mask codes <seg000> to <seg127>"
+        )
+
+
+def _check_codes(suffix: str, where: str) -> None:
+    num_locs, num_codes = len(_LOC.findall(suffix)), len(_SEG.findall(suffix))
+    if not num_locs or num_locs % NUM_SIDES or num_codes * NUM_SIDES != num_locs * NUM_CODES:
+        raise DataError(
+            f"{where} asks to segment, and its suffix has {num_locs} locations and {num_codes} mask codes: a mask is 4 "
+            "<loc....> and 16 <seg...>; polygons are encoded when they are given as COCO or YOLO with data_task=segment"
+        )
 
 
 def check_pictures(examples: Sequence[Example], settings: ImageSettings) -> None:
-    """Read each picture once, so that none ends training after hours.
+    """Read each picture once, so that none ends training after hours; of very many examples an even sample.
 
     Raises:
       DataError: some cannot be read; the first is named, with its line, and how many there are.
     """
+    places: Sequence[int] = range(len(examples))
+    if len(examples) > _ALL:
+        places = np.linspace(0, len(examples) - 1, _SAMPLE).astype(int).tolist()
+        print(f"the pictures of {_SAMPLE} of {len(examples)} examples are read; run=check reads all", file=sys.stderr)
+    bad: list[tuple[str, str]] = []
+    count = 0
+    for _, where, error in picture_problems((examples[i] for i in places), settings, len(places)):
+        count += 1
+        if error:
+            bad.append((where, error))
+    if bad:
+        where, error = bad[0]
+        more = f" ({len(bad)} of {count} pictures cannot be read)" if len(bad) > 1 else ""
+        raise DataError(f"{where}: {error}{more}")
 
-    def problem(name: str) -> str:
+
+def picture_problems(
+    examples: Iterator[Example], settings: ImageSettings, total: int
+) -> Iterator[tuple[Picture, str, str]]:
+    """Every distinct picture, where it is named first, and what is wrong with it, "" when it can be read.
+
+    Args:
+      total: number of the examples, for the progress bar.
+    """
+
+    def problem(item: tuple[Picture, str]) -> str:
         try:
-            settings.resized(load_image(name))
+            settings.resized(load_image(item[0]))
         except ImageError as error:
             return str(error)
         return ""
 
-    lines = {name: example.where for example in reversed(examples) for name in example.images}
-    names = list(dict.fromkeys(name for example in examples for name in example.images))
-    with ThreadPoolExecutor(_READERS) as pool, tqdm(total=len(names), unit="picture", disable=None) as bar:
-        bad: list[tuple[str, str]] = []
-        for name, error in zip(names, pool.map(problem, names), strict=True):
-            bar.update()
-            if error:
-                bad.append((name, error))
-    if bad:
-        name, error = bad[0]
-        more = f" ({len(bad)} of {len(names)} pictures cannot be read)" if len(bad) > 1 else ""
-        raise DataError(f"{lines[name]}: {error}{more}")
+    seen: set[int] = set()
+    new = distinct(examples, seen)
+    with ThreadPoolExecutor(_READERS) as pool, tqdm(total=total, unit="picture", disable=None) as bar:
+        while chunk := list(islice(new, _CHUNK)):
+            for (picture, where), error in zip(chunk, pool.map(problem, chunk), strict=True):
+                bar.update()
+                yield picture, where, error
+
+
+def distinct(examples: Iterator[Example], seen: set[int]) -> Iterator[tuple[Picture, str]]:
+    """Each picture once, and where it is named; `seen` keeps hashes, as the names of millions would be too long."""
+    for example in examples:
+        for picture in example.images:
+            if (key := hash(picture)) not in seen:
+                seen.add(key)
+                yield picture, example.where
+
+
+def check_on_disk(example: Example) -> None:
+    """DataError unless all pictures that an example names are there."""
+    for picture in example.images:
+        if isinstance(picture, str) and not os.path.isfile(picture):
+            raise DataError(
+                f"{example.where} names {picture}, which is missing: set image_root to the folder of the pictures"
+            )

@@ -1,0 +1,1 @@
+"""One module per format of data sets, each with `read(found, settings) -> Examples`."""

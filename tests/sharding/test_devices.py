@@ -1,0 +1,97 @@
+"""Several devices give what one gives: 8 parts of this CPU in a process of its own, and two processes on localhost."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+MESHES = ["", "data=8", "fsdp=8", "tensor=2", "tensor=4", "data=2,fsdp=4", "data=2,fsdp=2,tensor=2"]
+
+pytestmark = pytest.mark.slow
+
+
+def start(job: str, num_devices: int = 8, **options) -> subprocess.Popen:
+    environment = os.environ | {"XLA_FLAGS": f"--xla_force_host_platform_device_count={num_devices}"}
+    command = [sys.executable, "-m", "tests.sharding.worker", job, json.dumps(options)]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    return subprocess.Popen(command, cwd=ROOT, env=environment, **pipes)
+
+
+def finish(process: subprocess.Popen) -> dict:
+    output, errors = process.communicate(timeout=600)
+    assert process.returncode == 0, errors[-3000:]
+    return json.loads(output.splitlines()[-1])
+
+
+def run(job: str, **options) -> dict:
+    return finish(start(job, **options))
+
+
+@pytest.fixture(scope="module")
+def trained() -> dict:
+    return run("losses", meshes=MESHES)
+
+
+@pytest.mark.parametrize("mesh", MESHES[1:])
+def test_losses_are_those_of_one_device(trained, mesh):
+    np.testing.assert_allclose(trained[mesh]["losses"], trained[""]["losses"], rtol=1e-5)
+    np.testing.assert_allclose(trained[mesh]["norm"], trained[""]["norm"], rtol=1e-5)
+    assert len(set(trained[""]["losses"])) == 3
+
+
+def test_states_are_divided_and_stay_where_they_are(trained):
+    assert all(trained[mesh]["kept"] for mesh in MESHES)
+    assert trained["data=8"]["share"] == 1
+    assert trained["fsdp=8"]["share"] < 0.25
+    assert trained["data=2,fsdp=2,tensor=2"]["share"] < 0.4
+
+
+def test_a_state_is_restored_on_fewer_devices(tmp_path):
+    first, *others = run("restore", directory=str(tmp_path)).values()
+    assert len(others) == 3
+    for losses in others:
+        np.testing.assert_allclose(losses, first, rtol=1e-5)
+
+
+@pytest.mark.parametrize("mesh", ["data=2,fsdp=2,tensor=2", "tensor=4,fsdp=2"])
+def test_two_processes_are_one(trained, mesh):
+    """Each with 4 devices, and each with its own rows of a batch, or with all where `tensor` goes across."""
+    with socket.socket() as sock:
+        sock.bind(("localhost", 0))
+        coordinator = f"localhost:{sock.getsockname()[1]}"
+    options = {"meshes": [mesh], "coordinator": coordinator, "num_processes": 2}
+    processes = [start("losses", 4, **options, process_id=i) for i in range(2)]
+    first, second = (finish(process)[mesh] for process in processes)
+    assert first["losses"] == second["losses"]
+    np.testing.assert_allclose(first["losses"], trained[""]["losses"], rtol=1e-5)
+    np.testing.assert_allclose(first["norm"], trained[""]["norm"], rtol=1e-5)
+
+
+@pytest.mark.parametrize("quantization", [None, "int8", "int4"])
+def test_answers_are_those_of_one_device(small_checkpoints, quantization):
+    meshes = (
+        ["", "tensor=2", "data=2,fsdp=2,tensor=2"] if quantization else ["", "data=4", "fsdp=8", "tensor=4", "auto"]
+    )
+    found = run("generate", checkpoint=str(small_checkpoints["gemma2"]), meshes=meshes, quantization=quantization)
+    assert len({tuple(tokens) for tokens in found[""]["tokens"]}) > 1
+    for mesh in meshes[1:]:
+        assert found[mesh]["tokens"] == found[""]["tokens"], mesh
+    assert found[meshes[-1]]["share"] < 0.6
+
+
+def test_beams_and_drafts_on_a_mesh(small_checkpoints):
+    options = {"checkpoint": str(small_checkpoints["gemma"]), "meshes": ["", "data=2,tensor=2"]}
+    for more in ({"num_beams": 2}, {"speculate": True}):
+        one, several = run("generate", **options, **more).values()
+        assert several["tokens"] == one["tokens"]
+
+
+def test_a_server_on_a_mesh(small_checkpoints):
+    found = run("serve", checkpoint=str(small_checkpoints["gemma2"]), mesh="data=2,tensor=2")
+    assert found["served"] == found["one"]
