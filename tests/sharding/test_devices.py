@@ -9,6 +9,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
+from safetensors.numpy import load_file
 
 ROOT = Path(__file__).resolve().parents[2]
 MESHES = ["", "data=8", "fsdp=8", "tensor=2", "tensor=4", "data=2,fsdp=4", "data=2,fsdp=2,tensor=2"]
@@ -95,3 +97,22 @@ def test_beams_and_drafts_on_a_mesh(small_checkpoints):
 def test_a_server_on_a_mesh(small_checkpoints):
     found = run("serve", checkpoint=str(small_checkpoints["gemma2"]), mesh="data=2,tensor=2")
     assert found["served"] == found["one"]
+
+
+@pytest.mark.parametrize("keys", [{"method": "full"}, {"method": "lora", "accumulate": 2}, {"method": "qlora"}])
+def test_fine_tuning_on_a_mesh_writes_the_same_model(small_checkpoints, tmp_path, keys):
+    lines = []
+    for i in range(8):
+        Image.new("RGB", (30, 20), (30 * i,) * 3).save(tmp_path / f"{i}.png")
+        lines.append(
+            json.dumps({"image": f"{i}.png", "prefix": "caption en", "suffix": "a red circle" if i % 2 else "no"})
+        )
+    (tmp_path / "data.jsonl").write_text("\n".join(lines))
+    meshes = ["", "data=2,fsdp=2,tensor=2"]
+    options = {"checkpoint": str(small_checkpoints["gemma2"]), "data": str(tmp_path / "data.jsonl")}
+    assert run("finetune", directory=str(tmp_path), meshes=meshes, **options, **keys) == [0, 0]
+    one, several = (load_file(tmp_path / str(i) / "model.safetensors") for i in range(2))
+    before = load_file(next(small_checkpoints["gemma2"].glob("*.safetensors")))
+    assert any(not np.array_equal(one[name], before[name]) for name in one if name in before)
+    for name, weight in one.items():
+        np.testing.assert_allclose(several[name], weight, atol=2e-4, err_msg=name)

@@ -145,6 +145,22 @@ def serve(checkpoint: str, mesh: str) -> dict[str, Any]:
     return found
 
 
+def finetune(checkpoint: str, directory: str, meshes: list[str], **keys: Any) -> list[int]:
+    """Runs the command on each mesh, into DIRECTORY/0, 1, ...; gives their exit statuses."""
+    import warnings
+
+    from paligemma_jax.runs import command_line
+
+    warnings.simplefilter("ignore")
+    common = {"checkpoint": checkpoint, "compilation_cache": False, "batch_size": 4, "epochs": 2, "learning_rate": 1e-3}
+    statuses = []
+    for i, mesh in enumerate(meshes):
+        given = common | keys | {"mesh": mesh, "output_dir": f"{directory}/{i}"}
+        arguments = [f"--config.{key}={value}" for key, value in given.items()]
+        statuses.append(command_line.main(["--config=configs/finetune.py", *arguments]))
+    return statuses
+
+
 def main() -> None:
     job, options = sys.argv[1], json.loads(sys.argv[2])
     if "coordinator" in options:

@@ -40,7 +40,7 @@ def examples(tmp_path_factory):
         image = f"{i}.png" if i != 2 else ["1.png", "2.png"]
         lines.append({"image": image, "prefix": "detect star" if not suffix else "caption en", "suffix": suffix})
     (folder / "data.jsonl").write_text("\n".join(map(json.dumps, lines)))
-    return open_data(folder / "data.jsonl")
+    return list(open_data(folder / "data.jsonl"))
 
 
 @pytest.fixture(scope="module")
