@@ -12,7 +12,6 @@ import numpy as np
 from paligemma_jax import numerics
 from paligemma_jax.config import PaliGemmaConfig
 from paligemma_jax.errors import ConfigError, DataError
-from paligemma_jax.files import replacing_folder
 from paligemma_jax.models.paligemma import PaliGemma
 from paligemma_jax.sharding import Layout, make_mesh
 from paligemma_jax.training import methods
@@ -140,10 +139,6 @@ def finetune(
         if is_first():
             methods.export(method, model, whole, ours, settings.checkpoint, settings.dtype, directory)
 
-    def keep(trained: Tree, directory: Path) -> None:
-        with replacing_folder(directory) as folder:
-            save(trained, folder)
-
     validation = make_validation(
         watch,
         model,
@@ -152,13 +147,13 @@ def finetune(
         max(num_steps // settings.epochs, 1),
         output,
         lambda trained: plan.join(trained, plan.frozen),
-        keep,
+        save,
     )
     loggers = make_loggers(output, watch.log) if is_first() else ()
     schedule = make_schedule(recipe, num_steps)
+    state = shard_state(layout, functools.partial(init_state, optimizer=optimizer), plan.trained)
     claim()
     recover(output)
-    state = shard_state(layout, functools.partial(init_state, optimizer=optimizer), plan.trained)
     step = make_step(loss, optimizer, plan.frozen, plan.join, settings.accumulate, step_shardings(layout, state))
     print(memory_table(step.compile(state, batch_at(0)), state, plan.frozen), file=sys.stderr)
     state = fit(

@@ -9,7 +9,7 @@ from typing import Any
 from paligemma_jax.api import PaliGemma
 from paligemma_jax.errors import ConfigError
 from paligemma_jax.evaluation import METRICS, Metric
-from paligemma_jax.files import recover_folder
+from paligemma_jax.files import recover_folder, replacing_folder
 from paligemma_jax.training.data import Example
 from paligemma_jax.training.held_out import HeldOut, pick
 from paligemma_jax.training.logs import kinds
@@ -69,7 +69,7 @@ def make_validation(
       model: its geometry, processor and programs are used.
       output: the directory of the run, where `best` is kept.
       whole: what trains to the parameters of the whole network.
-      save: writes a model, of what trains, as a folder, in the place of the one that is there.
+      save: writes a model, of what trains, into an empty folder.
 
     Raises:
       DataError: from the examples.
@@ -80,7 +80,8 @@ def make_validation(
     measured = HeldOut(model, examples, metric_named(watch.metric), batch_size)
 
     def keep(state: TrainState) -> None:
-        save(averaged(state), output / BEST)
+        with replacing_folder(output / BEST) as folder:
+            save(averaged(state), folder)
 
     return Validation(
         lambda state, check: measured(whole(averaged(state)), check),

@@ -105,6 +105,33 @@ def test_training_goes_on_and_the_loss_falls(tuned):
 
 
 @pytest.mark.slow
+def test_adapters_learn_the_answers_and_go_on_where_they_stopped(train, data, tmp_path, capsys):
+    """The merged model gives them; a run that is stopped in the middle ends with the same adapter."""
+    keys = {"method": "lora", "lora_targets": "all", "accumulate": 2, "remat": "layers", "learning_rate": 0.02}
+    keys |= {"epochs": 20, "lora_rank": 4}
+    assert train(tmp_path / "whole", **keys) == 0
+    told = capsys.readouterr().err
+    assert "adapters of rank 4 over image encoder: 2 q_proj" in told and "memory of each device:" in told
+    original = Batches.__call__
+
+    def interrupted(self, step):
+        if step == 10:
+            raise KeyboardInterrupt
+        return original(self, step)
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Batches, "__call__", interrupted)
+        train(tmp_path / "stopped", **keys)
+    assert train(tmp_path / "stopped", **keys) == 0
+    adapters = [
+        (tmp_path / name / "adapter" / "adapter_model.safetensors").read_bytes() for name in ("whole", "stopped")
+    ]
+    assert adapters[0] == adapters[1]
+    outputs = pj.load(tmp_path / "whole", dtype="float32").generate([data / "0.png", data / "1.png"], "caption en")
+    assert [output.text for output in outputs] == list(ANSWERS)
+
+
+@pytest.mark.slow
 def test_a_folder_with_another_training_is_refused(train, tuned, small, random_params, processor, tmp_path, capsys):
     text = dataclasses.replace(small.text, mlp_dim=40)
     other = dataclasses.replace(small, text=text)
@@ -152,6 +179,13 @@ def test_bad_data_is_one_clear_line(refused, tmp_path, data):
 @pytest.mark.parametrize("keys, message", [({"epochs": 0}, "epochs=0"), ({"b2": 1.0}, "b2=1.0 is not possible: give")])
 def test_bad_settings_are_one_clear_line(refused, keys, message):
     assert message in refused(**keys)
+
+
+def test_what_matches_nothing_is_known_before_anything_is_written(refused, tmp_path, data):
+    assert "'nothing' matches no parameter" in refused(lr_multipliers="nothing=2 ; .*=1")
+    assert "'nothing' matches no parameter" in refused(decayed="nothing")
+    assert "metric=detection_f1 is of objects" in refused(metric="detection_f1", val_data=data / "data.jsonl")
+    assert not (tmp_path / "refused").exists()
 
 
 def test_a_damaged_picture_is_one_clear_line(refused, data, tmp_path):

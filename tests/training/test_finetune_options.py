@@ -98,7 +98,7 @@ def test_how_data_are_read(planned, tmp_path):
     shipped = {"checkpoint": "tiny"}  # which has a mask VQ-VAE, and its own tokenizer
 
     def batches(**more):
-        return planned(**keys, **more)["fit"]["batch_at"]
+        return planned(**keys, **more)["fit"]["batch_at"].args[0]
 
     assert {example.prefix for example in batches(data_format="coco").examples(0)} == {worlds.PREFIX}
     masked = batches(data_task="segment", **shipped).examples(0)
@@ -228,7 +228,7 @@ def test_the_answers_are_compared_if_that_is_asked(planned, monkeypatch, capsys)
 def test_a_learning_rate_that_is_not_given_is_the_methods(planned, monkeypatch):
     told = []
     monkeypatch.setattr(
-        finetune, "make_optimizer", lambda recipe, steps: told.append(recipe) or make_optimizer(recipe, steps)
+        finetune, "make_optimizer", lambda recipe, *rest: told.append(recipe) or make_optimizer(recipe, *rest)
     )
     for keys in ({}, {"method": "lora"}, {"method": "lora", "learning_rate": 0.5}):
         planned(**keys)
@@ -297,7 +297,9 @@ def test_the_optimizer_is_that_of_the_recipe(monkeypatch, planned):
 
     told = []
     monkeypatch.setattr(
-        finetune, "make_optimizer", lambda recipe, steps: told.append((recipe, steps)) or make_optimizer(recipe, steps)
+        finetune,
+        "make_optimizer",
+        lambda recipe, *more: told.append((recipe, more[0])) or make_optimizer(recipe, *more),
     )
     keys = {"learning_rate": 0.5, "weight_decay": 0.25, "b2": 0.75, "clip_norm": 2.0, "warmup_fraction": 0.125}
     planned(**keys, label_smoothing=0.5)

@@ -1,6 +1,7 @@
 """What is measured and told while a model is tuned, by the keys of configs/finetune.py."""
 
 import json
+import types
 import warnings
 
 import numpy as np
@@ -13,6 +14,7 @@ from paligemma_jax.files import recover_folder
 from paligemma_jax.runs import command_line
 from paligemma_jax.runs import train as train_run
 from paligemma_jax.training import finetune
+from paligemma_jax.training.data import open_data
 from paligemma_jax.training.optimizer import Recipe, make_optimizer
 from paligemma_jax.training.step import init_state
 from paligemma_jax.training.watch import BEST, Watch, make_validation, metric_named
@@ -76,7 +78,14 @@ def plan(small, random_params, processor, data, tmp_path, monkeypatch):
 
     def run(**keys):
         watch = Watch(**({"val_data": str(data)} | keys))
-        rest = ("", 2, 6, tmp_path / "out", lambda params: {"scale": float(params["w"][0])}, save)
+        rest = (
+            list(open_data(watch.val_data)) if watch.val_data else [],
+            2,
+            6,
+            tmp_path / "out",
+            lambda params: {"scale": float(params["w"][0])},
+            save,
+        )
         return make_validation(watch, model, *rest), made[-1] if made else None
 
     return run
@@ -140,13 +149,22 @@ def test_exact_is_the_share_of_equal_answers():
 
 
 def test_dropout_keys_are_added_to_the_batches():
-    settings = type("Settings", (), {"seed": 3, "batch_size": 6})
+    def keyed(step, accumulate, host_index=0, host_count=1):
+        settings = types.SimpleNamespace(seed=3, batch_size=6, accumulate=accumulate)
 
-    def keyed(step, *shape):
-        return finetune.with_dropout_keys(lambda step: {"step": step, "length": np.zeros(shape)}, settings, step)
+        class Batches:
+            def __init__(self):
+                self.host_index, self.host_count = host_index, host_count
 
-    first, again, second, parts = keyed(0, 6), keyed(0, 6), keyed(1, 6), keyed(0, 3, 2)
+            def __call__(self, step):
+                return {"step": np.array(step)}
+
+        return finetune.global_batch(Batches(), None, settings, True, step)
+
+    first, again, second, parts = keyed(0, 1), keyed(0, 1), keyed(1, 1), keyed(0, 3)
     assert first["step"] == 0 and first["dropout_keys"].shape == (6, 2)
     np.testing.assert_array_equal(parts["dropout_keys"], first["dropout_keys"].reshape(3, 2, 2))
     np.testing.assert_array_equal(first["dropout_keys"], again["dropout_keys"])
     assert (first["dropout_keys"] != second["dropout_keys"]).any()
+    hosts = [keyed(0, 1, index, 2)["dropout_keys"] for index in (0, 1)]
+    np.testing.assert_array_equal(np.concatenate(hosts), first["dropout_keys"])

@@ -89,8 +89,12 @@ class Examples(Sequence[Example], abc.ABC):
 
 def text_bounds(examples: Iterable[Example]) -> np.ndarray:
     """`Examples.bounds` of any examples."""
-    rows = ((len(e.images), token_bound(e.prefix), token_bound(e.suffix)) for e in examples)
-    return np.fromiter(rows, np.dtype((np.int32, 3))).reshape(-1, 3)
+    return np.fromiter(map(sizes_of, examples), np.dtype((np.int32, 3))).reshape(-1, 3)
+
+
+def sizes_of(example: Example) -> tuple[int, int, int]:
+    """A row of `Examples.bounds`."""
+    return len(example.images), token_bound(example.prefix), token_bound(example.suffix)
 
 
 def token_bound(text: str) -> int:

@@ -119,3 +119,14 @@ def test_segment_is_for_data_sets_with_outlines(write):
         open_data(write(LINE), task="segment")
     with pytest.raises(ConfigError, match="data_task='mask' is not possible: give auto, detect, segment"):
         open_data(write(LINE), task="mask")
+
+
+@pytest.mark.parametrize("name", ["x.jsonl", "x.csv"])
+def test_a_file_that_is_cut_short_meanwhile_is_an_error(folder, name):
+    path = folder / name
+    path.write_text(json.dumps(LINE) if name == "x.jsonl" else "image,prefix,suffix\n0.png,caption en,a star")
+    examples = open_data(path)
+    assert examples[0].suffix == "a star"
+    path.write_text(path.read_text()[:30])
+    with pytest.raises(DataError, match="has become shorter since it was opened: start again"):
+        examples[0]

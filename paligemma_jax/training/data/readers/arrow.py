@@ -10,7 +10,7 @@ import numpy as np
 
 from paligemma_jax.errors import CheckpointError, DataError, one_line
 from paligemma_jax.files import read_json
-from paligemma_jax.training.data.examples import Example, Examples, Picture, check_on_disk, make_example, token_bound
+from paligemma_jax.training.data.examples import Example, Examples, Picture, check_on_disk, make_example, sizes_of
 from paligemma_jax.training.data.found import Found, ReadSettings
 
 STATE = "state.json"  # in the folder of a data set
@@ -47,7 +47,7 @@ class ArrowRows(Examples):
                     example = self._example(place, self._images(place, stored=False), row)
                     check_on_disk(example)
                     good.append(place)
-                    bounds.append((len(example.images), token_bound(example.prefix), token_bound(example.suffix)))
+                    bounds.append(sizes_of(example))
         if len(good) < len(self):
             self._rows = np.array(good, np.int64) if self._rows is None else self._rows[good]
         self._bounds = np.array(bounds, np.int32).reshape(-1, 3)

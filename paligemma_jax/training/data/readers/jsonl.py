@@ -1,21 +1,21 @@
 """JSON lines with `image` (a path or a list of them), `prefix` and `suffix`: ours, and Roboflow's PaliGemma exports.
 
-The file is mapped, and a line is taken apart when its example is asked for: memory holds where lines begin.
+A line is read when its example is asked for: memory holds where lines begin.
 """
 
 import array
 import contextlib
 import difflib
 import json
-import mmap
 import os
 from pathlib import Path
 
 import numpy as np
 
 from paligemma_jax.errors import DataError
-from paligemma_jax.training.data.examples import Example, Examples, check_on_disk, make_example, token_bound
+from paligemma_jax.training.data.examples import Example, Examples, check_on_disk, make_example, sizes_of
 from paligemma_jax.training.data.found import Found, ReadSettings
+from paligemma_jax.training.data.readers.pieces import Pieces
 
 _KEYS = ("image", "prefix", "suffix")
 _ALLOWED = set(_KEYS)
@@ -33,32 +33,28 @@ class JsonLines(Examples):
 
     def __init__(self, path: Path, root: Path, settings: ReadSettings):
         self._path, self._root = path, str(root)
-        self._starts, self._numbers = array.array("q"), array.array("q")
+        self._starts, self._sizes, self._numbers = array.array("q"), array.array("i"), array.array("q")
         bounds = array.array("i")
+        start = 0
         try:
+            self._pieces = Pieces(path)
             with path.open("rb") as file:
-                empty = os.fstat(file.fileno()).st_size == 0
-                self._data = b"" if empty else mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+                for number, line in enumerate(file, 1):
+                    if line.strip() and line != _MARK:
+                        try:
+                            example = self._read(line, number)
+                            check_on_disk(example)
+                        except DataError as error:
+                            settings.bad_row(error)
+                        else:
+                            self._starts.append(start)
+                            self._sizes.append(len(line))
+                            self._numbers.append(number)
+                            bounds.extend(sizes_of(example))
+                    start += len(line)
         except OSError as error:
             raise _unreadable(path, error) from None
-        start = len(_MARK) if self._data[: len(_MARK)] == _MARK else 0
-        number = 0
-        while start < len(self._data):
-            number += 1
-            end = self._data.find(b"\n", start)
-            end = len(self._data) if end < 0 else end
-            if self._data[start:end].strip():
-                try:
-                    example = self._read(start, end, number)
-                    check_on_disk(example)
-                except DataError as error:
-                    settings.bad_row(error)
-                else:
-                    self._starts.append(start)
-                    self._numbers.append(number)
-                    bounds.extend((len(example.images), token_bound(example.prefix), token_bound(example.suffix)))
-            start = end + 1
-        if not number or not self._starts:
+        if not self._starts:
             raise DataError(f"{path} is empty: give one JSON object with image, prefix and suffix on each line")
         self._bounds = np.array(bounds, np.int32).reshape(-1, 3)
 
@@ -66,20 +62,19 @@ class JsonLines(Examples):
         return len(self._starts)
 
     def at(self, index: int) -> Example:
-        start = self._starts[index]
-        end = self._data.find(b"\n", start)
-        return self._read(start, len(self._data) if end < 0 else end, self._numbers[index])
+        line = self._pieces.read(self._starts[index], self._sizes[index])
+        return self._read(line, self._numbers[index])
 
     def bounds(self) -> np.ndarray:
         return self._bounds
 
-    def _read(self, start: int, end: int, number: int) -> Example:
+    def _read(self, line: bytes, number: int) -> Example:
         where = f"{self._path} line {number}"
         try:
-            line = self._data[start:end].decode()
+            text = line.decode("utf-8-sig" if number == 1 else "utf-8")
         except UnicodeDecodeError as error:
             raise _unreadable(self._path, error) from None
-        images, prefix, suffix = _fields(line, where)
+        images, prefix, suffix = _fields(text, where)
         return make_example(tuple(os.path.join(self._root, image) for image in images), prefix, suffix, where)
 
 

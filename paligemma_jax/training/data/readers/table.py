@@ -5,19 +5,20 @@ Records may hold line breaks in quotes; where each begins is kept, and it is rea
 
 import array
 import csv
+import io
 import json
-import mmap
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 
 from paligemma_jax.errors import DataError, one_line
-from paligemma_jax.training.data.examples import Example, Examples, check_on_disk, make_example, token_bound
+from paligemma_jax.training.data.examples import Example, Examples, check_on_disk, make_example, sizes_of
 from paligemma_jax.training.data.found import Found, ReadSettings
+from paligemma_jax.training.data.readers.pieces import Pieces
 
-_MARK = b"\xef\xbb\xbf"  # byte order mark
 _COLUMNS = ("image", "prefix", "suffix")
 
 
@@ -31,43 +32,39 @@ class Table(Examples):
     def __init__(self, path: Path, root: Path, settings: ReadSettings):
         self._path, self._root = path, str(root)
         self._delimiter = "\t" if path.suffix.lower() == ".tsv" else ","
-        self._starts, self._numbers = array.array("q"), array.array("q")
+        self._starts, self._sizes, self._numbers = array.array("q"), array.array("i"), array.array("q")
         bounds = array.array("i")
         try:
+            self._pieces = Pieces(path)
             with path.open("rb") as file:
-                self._data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-            records = self._records()
-            start, header = next(records, (0, []))
-            self._places = self._columns([name.strip().lower() for name in header])
-            for number, (end, record) in enumerate(records, 1):
-                with settings.row():
-                    example = self._example(record, number)
-                    check_on_disk(example)
-                    self._starts.append(start)
-                    self._numbers.append(number)
-                    bounds.extend((len(example.images), token_bound(example.prefix), token_bound(example.suffix)))
-                start = end
+                records = self._records(file)
+                start, header = next(records, (0, []))
+                self._places = self._columns([name.strip().lower() for name in header])
+                for number, (end, record) in enumerate(records, 1):
+                    with settings.row():
+                        example = self._example(record, number)
+                        check_on_disk(example)
+                        self._starts.append(start)
+                        self._sizes.append(end - start)
+                        self._numbers.append(number)
+                        bounds.extend(sizes_of(example))
+                    start = end
         except (OSError, ValueError, csv.Error) as error:
             raise DataError(f"{path} cannot be read ({one_line(error)}): give a UTF-8 CSV file with records") from None
         if len(self) == 0:
             raise DataError(f"{path} is empty: give a record with image, prefix and suffix on each line")
         self._bounds = np.array(bounds, np.int32).reshape(-1, 3)
 
-    def _lines(self, start: int = 0) -> Iterator[str]:
-        while start < len(self._data):
-            end = self._data.find(b"\n", start) + 1 or len(self._data)
-            yield self._data[start:end].decode("utf-8" if start else "utf-8-sig")
-            start = end
-
-    def _records(self) -> Iterator[tuple[int, list[str]]]:
+    def _records(self, file: BinaryIO) -> Iterator[tuple[int, list[str]]]:
         """Each record and the byte behind it; empty lines belong to the next one."""
-        position = len(_MARK) if self._data[: len(_MARK)] == _MARK else 0
+        position = 0
 
         def lines() -> Iterator[str]:
             nonlocal position
-            for line in self._lines():
-                position += len(line.encode())
-                yield line
+            for line in file:
+                text = line.decode("utf-8" if position else "utf-8-sig")
+                position += len(line)
+                yield text
 
         for record in csv.reader(lines(), delimiter=self._delimiter):
             if record:
@@ -85,7 +82,8 @@ class Table(Examples):
         return len(self._starts)
 
     def at(self, index: int) -> Example:
-        rows = csv.reader(self._lines(self._starts[index]), delimiter=self._delimiter)
+        text = self._pieces.read(self._starts[index], self._sizes[index]).decode()
+        rows = csv.reader(io.StringIO(text, newline=""), delimiter=self._delimiter)
         return self._example(next(row for row in rows if row), self._numbers[index])
 
     def bounds(self) -> np.ndarray:
