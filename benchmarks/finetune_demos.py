@@ -82,8 +82,11 @@ def prepare(kind: str, work: Path, args: argparse.Namespace) -> None:
     for name, count, seed in (("old", _OLD_SCENES, 7), ("old_test", _OLD_TEST, scenes_as_coco.SEED)):
         if not (work / name / "train.jsonl").exists():
             scenes_as_coco.write(work / name, count, seed)
-            rows = [(work / name / f"{task}.jsonl").read_text() for task in _OLD]
-            (work / name / "train.jsonl").write_text("".join(rows))
+            texts = [(work / name / f"{task}.jsonl").read_text() for task in _OLD]
+            lines = [line for text in texts for line in text.splitlines(keepends=True)]
+            # A question about what is not there has no answer, which training refuses but for `detect`.
+            kept = [line for line in lines if (row := json.loads(line))["suffix"] or row["prefix"].startswith("detect")]
+            (work / name / "train.jsonl").write_text("".join(kept))
 
 
 def measured(kind: str, work: Path, name: str, checkpoint: str) -> dict[str, float]:
