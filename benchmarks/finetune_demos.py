@@ -30,14 +30,14 @@ _METHODS = {
     "qlora": {"learning_rate": 2e-3, "lora_rank": 16, "lora_alpha": 32, "lora_targets": "all", "quantization": "int8"},
 }
 _KINDS: dict[str, dict[str, Any]] = {
-    "digits": {"epochs": 10, "old": 1.0, "measures": {"test": "exact"}, "text_length": 48},
+    "digits": {"epochs": 6, "old": 0.3, "measures": {"test": "exact"}, "text_length": 48},
     "emoji": {
-        "epochs": 4,
-        "old": 0.5,
+        "epochs": 3,
+        "old": 0.3,
         "measures": {"test_answer": "exact", "test_detect": "detection_f1"},
         "text_length": 96,
     },
-    "words": {"epochs": 8, "old": 0.5, "measures": {"test": "exact", "new_words": "exact"}, "text_length": 48},
+    "words": {"epochs": 6, "old": 0.3, "measures": {"test": "exact", "new_words": "exact"}, "text_length": 48},
 }
 _OLD = {"caption": "exact", "answer": "exact", "detect": "detection_f1"}
 _OLD_SCENES, _OLD_TEST = 600, 150

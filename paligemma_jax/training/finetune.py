@@ -151,9 +151,9 @@ def finetune(
     )
     loggers = make_loggers(output, watch.log) if is_first() else ()
     schedule = make_schedule(recipe, num_steps)
+    state = shard_state(layout, functools.partial(init_state, optimizer=optimizer), plan.trained)
     claim()
     recover(output)
-    state = shard_state(layout, functools.partial(init_state, optimizer=optimizer), plan.trained)
     step = make_step(loss, optimizer, plan.frozen, plan.join, settings.accumulate, step_shardings(layout, state))
     print(memory_table(step.compile(state, batch_at(0)), state, plan.frozen), file=sys.stderr)
     state = fit(

@@ -45,12 +45,17 @@ class HeldOut:
       batch_size: B.
 
     Raises:
-      DataError: there are none, or one does not fit the positions of the model.
+      DataError: there are none, or one does not fit the positions of the model; or the metric is of objects, and no
+        example has any.
     """
 
     def __init__(self, model: PaliGemma, examples: Sequence[Example], metric: Metric | None, batch_size: int):
         if not examples:
             raise DataError("there are no examples to validate on: give others as val_data")
+        if metric is not None and metric.objects and not any(read(example.suffix) for example in examples):
+            raise DataError(
+                f"metric={metric.name} is of objects, and no suffix of val_data has any: give another metric"
+            )
         self._model, self._examples, self._metric = model, list(examples), metric
         self._batch_size = min(batch_size, len(self._examples))
         processor, config = model.processor, model.config

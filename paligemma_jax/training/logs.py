@@ -109,7 +109,8 @@ class TensorBoard:
 
     def numbers(self, step: int, values: dict[str, float]) -> None:
         for name, value in values.items():
-            self._writer.add_scalar(_tag(name), value, step)
+            if math.isfinite(value):
+                self._writer.add_scalar(_tag(name), value, step)
 
     def samples(self, step: int, samples: Sequence[Sample]) -> None:
         for number, sample in enumerate(samples):

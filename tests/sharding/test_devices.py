@@ -35,6 +35,15 @@ def run(job: str, **options) -> dict:
     return finish(start(job, **options))
 
 
+def run_two(job: str, num_devices: int, **options) -> list:
+    """What two processes say that are joined on localhost, each with so many devices."""
+    with socket.socket() as sock:
+        sock.bind(("localhost", 0))
+        coordinator = f"localhost:{sock.getsockname()[1]}"
+    options |= {"coordinator": coordinator, "num_processes": 2}
+    return [finish(process) for process in [start(job, num_devices, **options, process_id=i) for i in range(2)]]
+
+
 @pytest.fixture(scope="module")
 def trained() -> dict:
     return run("losses", meshes=MESHES)
@@ -64,12 +73,7 @@ def test_a_state_is_restored_on_fewer_devices(tmp_path):
 @pytest.mark.parametrize("mesh", ["data=2,fsdp=2,tensor=2", "tensor=4,fsdp=2"])
 def test_two_processes_are_one(trained, mesh):
     """Each with 4 devices, and each with its own rows of a batch, or with all where `tensor` goes across."""
-    with socket.socket() as sock:
-        sock.bind(("localhost", 0))
-        coordinator = f"localhost:{sock.getsockname()[1]}"
-    options = {"meshes": [mesh], "coordinator": coordinator, "num_processes": 2}
-    processes = [start("losses", 4, **options, process_id=i) for i in range(2)]
-    first, second = (finish(process)[mesh] for process in processes)
+    first, second = (found[mesh] for found in run_two("losses", 4, meshes=[mesh]))
     assert first["losses"] == second["losses"]
     np.testing.assert_allclose(first["losses"], trained[""]["losses"], rtol=1e-5)
     np.testing.assert_allclose(first["norm"], trained[""]["norm"], rtol=1e-5)
@@ -99,20 +103,37 @@ def test_a_server_on_a_mesh(small_checkpoints):
     assert found["served"] == found["one"]
 
 
-@pytest.mark.parametrize("keys", [{"method": "full"}, {"method": "lora", "accumulate": 2}, {"method": "qlora"}])
-def test_fine_tuning_on_a_mesh_writes_the_same_model(small_checkpoints, tmp_path, keys):
-    lines = []
+@pytest.fixture(scope="module")
+def options(small_checkpoints, tmp_path_factory) -> dict[str, str]:
+    """Keys of a fine-tuning on eight examples."""
+    folder, lines = tmp_path_factory.mktemp("data"), []
     for i in range(8):
-        Image.new("RGB", (30, 20), (30 * i,) * 3).save(tmp_path / f"{i}.png")
-        lines.append(
-            json.dumps({"image": f"{i}.png", "prefix": "caption en", "suffix": "a red circle" if i % 2 else "no"})
-        )
-    (tmp_path / "data.jsonl").write_text("\n".join(lines))
-    meshes = ["", "data=2,fsdp=2,tensor=2"]
-    options = {"checkpoint": str(small_checkpoints["gemma2"]), "data": str(tmp_path / "data.jsonl")}
-    assert run("finetune", directory=str(tmp_path), meshes=meshes, **options, **keys) == [0, 0]
-    one, several = (load_file(tmp_path / str(i) / "model.safetensors") for i in range(2))
-    before = load_file(next(small_checkpoints["gemma2"].glob("*.safetensors")))
-    assert any(not np.array_equal(one[name], before[name]) for name in one if name in before)
+        Image.new("RGB", (30, 20), (30 * i,) * 3).save(folder / f"{i}.png")
+        suffix = "a red circle" if i % 2 else "no"
+        lines.append(json.dumps({"image": f"{i}.png", "prefix": "caption en", "suffix": suffix}))
+    (folder / "data.jsonl").write_text("\n".join(lines))
+    return {"checkpoint": str(small_checkpoints["gemma2"]), "data": str(folder / "data.jsonl")}
+
+
+def assert_close(first: Path, second: Path) -> None:
+    one, other = (load_file(folder / "model.safetensors") for folder in (first, second))
     for name, weight in one.items():
-        np.testing.assert_allclose(several[name], weight, atol=2e-4, err_msg=name)
+        np.testing.assert_allclose(other[name], weight, atol=2e-4, err_msg=name)
+
+
+@pytest.mark.parametrize("keys", [{"method": "full"}, {"method": "lora", "accumulate": 2}, {"method": "qlora"}])
+def test_fine_tuning_on_a_mesh_writes_the_same_model(options, small_checkpoints, tmp_path, keys):
+    meshes = ["", "data=2,fsdp=2,tensor=2"]
+    assert run("finetune", directory=str(tmp_path), meshes=meshes, **options, **keys) == [0, 0]
+    assert_close(tmp_path / "0", tmp_path / "1")
+    before = load_file(next(small_checkpoints["gemma2"].glob("*.safetensors")))
+    after = load_file(tmp_path / "0" / "model.safetensors")
+    assert any(not np.array_equal(after[name], weight) for name, weight in before.items() if name in after)
+
+
+def test_fine_tuning_by_two_processes_writes_the_same_model(options, tmp_path):
+    options = options | {"method": "lora", "accumulate": 2}
+    assert run("finetune", directory=str(tmp_path / "one"), meshes=[""], **options) == [0]
+    found = run_two("finetune", 2, directory=str(tmp_path / "two"), meshes=["data=2,fsdp=2"], **options)
+    assert found == [[0], [0]]
+    assert_close(tmp_path / "one" / "0", tmp_path / "two" / "0")

@@ -181,6 +181,13 @@ def test_bad_settings_are_one_clear_line(refused, keys, message):
     assert message in refused(**keys)
 
 
+def test_what_matches_nothing_is_known_before_anything_is_written(refused, tmp_path, data):
+    assert "'nothing' matches no parameter" in refused(lr_multipliers="nothing=2 ; .*=1")
+    assert "'nothing' matches no parameter" in refused(decayed="nothing")
+    assert "metric=detection_f1 is of objects" in refused(metric="detection_f1", val_data=data / "data.jsonl")
+    assert not (tmp_path / "refused").exists()
+
+
 def test_a_damaged_picture_is_one_clear_line(refused, data, tmp_path):
     for path in data.glob("*"):
         (tmp_path / path.name).write_bytes(path.read_bytes())

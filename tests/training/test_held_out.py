@@ -165,6 +165,8 @@ def test_examples_are_evenly_spread_and_always_the_same(examples):
 def test_what_cannot_be_measured(model, examples):
     with pytest.raises(DataError, match="no examples to validate on"):
         HeldOut(model, [], None, 2)
+    with pytest.raises(DataError, match="metric=share is of objects, and no suffix of val_data has any"):
+        HeldOut(model, examples[:3], Share(objects=True), 2)
     long = Example(examples[0].images, "caption en", "a red circle " * 99, "x line 3")
     with pytest.raises(DataError, match=r"x line 3: an example has \d+ tokens, the model 256 positions"):
         HeldOut(model, [*examples, long], None, 2)
