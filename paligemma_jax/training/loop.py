@@ -125,7 +125,12 @@ def fit(
                 batch, ready = next(batches)
             except NumericsError:
                 raise
-            except (KeyboardInterrupt, UserError):
+            except KeyboardInterrupt:
+                save_state()
+                if checkpoints is not None:
+                    print(f"{name} stopped at step {history.step} of {num_steps}; its state is saved", file=sys.stderr)
+                raise
+            except UserError:
                 save_state()
                 raise
             state, metrics = step_fn(state, batch)

@@ -219,3 +219,13 @@ def test_what_the_tokenizer_or_the_model_does_not_know(data, monkeypatch):
     assert "line 2: <strange> is id 99999" in record["errors"]["unknown_tokens"]["places"][0]
     assert "line 3: 'lost'" in record["warnings"]["unknown_characters"]["places"][0]
     assert len(record["errors"]) == len(record["warnings"]) == 1
+
+
+def test_a_place_that_is_not_possible_is_known_before_the_work(check, data):
+    rows = data(ROW)
+    for keys, message in [
+        ({"preview": True}, "preview needs a place"),
+        ({"output_dir": rows / "out"}, "out is not possible: Not a directory; name a folder"),
+    ]:
+        status, out, err = check(data=rows, **keys)
+        assert (status, out) == (1, "") and message in err and err.count("\n") == 1
