@@ -143,6 +143,7 @@ def test_the_report_and_the_preview_are_files(check, tmp_path):
     for role in ("picture", "prefix", "suffix", "padding"):
         assert f'<span class="{role}">' in page
     assert '<span class="prefix">&lt;bos&gt;</span>' in page and '<span class="suffix">&lt;eos&gt;</span>' in page
+    assert '<span class="prefix">\\n</span>' in page  # the line break that ends a prefix is seen
     check(**keys, output_dir=tmp_path / "b", num_preview=1)
     assert len(list((tmp_path / "b" / "preview").glob("*.png"))) == 1
     first = np.asarray(Image.open(tmp_path / "a" / "preview" / names[0]))
