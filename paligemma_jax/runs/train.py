@@ -43,6 +43,8 @@ def run(config: ConfigDict) -> int:
     directory, fresh = Path(config.output_dir), _fingerprint(config, recipe, method)
     _check(directory, fresh, config.overwrite)
     finetune(wanted, recipe, functools.partial(_claim, directory, fresh, config.overwrite), method, watch)
+    if not is_first():  # the model may not be written yet
+        return 0
     note(f"wrote {directory}: use it with --config.checkpoint={directory}")
     if config.verify:
         note(compare_answers(directory))

@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -77,6 +78,11 @@ def test_two_processes_are_one(trained, mesh):
     assert first["losses"] == second["losses"]
     np.testing.assert_allclose(first["losses"], trained[""]["losses"], rtol=1e-5)
     np.testing.assert_allclose(first["norm"], trained[""]["norm"], rtol=1e-5)
+
+
+def test_two_processes_save_and_stop_together(tmp_path):
+    """Though their clocks differ, and the signal comes to one: at the next step at which a line is due."""
+    assert run_two("stop", 1, directory=str(tmp_path)) == [{"steps": [2, 4, 6], "signal": signal.SIGTERM}] * 2
 
 
 @pytest.mark.parametrize("quantization", [None, "int8", "int4"])

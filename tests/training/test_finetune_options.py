@@ -166,6 +166,26 @@ def test_processes_are_joined(planned, monkeypatch, capsys):
         assert "coordinator=" in capsys.readouterr().err
 
 
+def test_of_several_processes_the_first_one_writes(planned, monkeypatch, tmp_path, capsys):
+    done = []
+    for module in (finetune, train):
+        monkeypatch.setattr(module, "is_first", lambda: False)
+    monkeypatch.setattr(finetune, "recover", done.append)
+    monkeypatch.setattr(train, "compare_answers", done.append)
+    planned(verify=True)
+    assert not done and "wrote" not in capsys.readouterr().err
+    assert [path.name for path in (tmp_path / "tuned").iterdir()] == ["checkpoints"]
+
+
+def test_several_processes_need_a_mesh(planned, monkeypatch, capsys):
+    """Or each would train for itself, and all write one folder."""
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    with pytest.raises(AssertionError):
+        planned()
+    assert "2 processes need a mesh" in capsys.readouterr().err
+    assert finetune.explain(None, None, 1, None, None) == ""  # a process cannot look at what others hold
+
+
 def leaves(plan):
     """What trains, by its path."""
     return flatten_dict(plan["fit"]["state"].params, sep="/")
