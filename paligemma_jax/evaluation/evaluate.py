@@ -25,7 +25,6 @@ from paligemma_jax.tasks.segmentation import attach_masks
 
 Record = dict[str, Any]
 
-_WITH_MASKS = ("segmentation_iou", "refcoco")
 _WITH_PYCOCOTOOLS = ("detection_ap", "refcoco")
 
 
@@ -54,7 +53,7 @@ def spread(examples: Sequence[Example], limit: int) -> list[Example]:
 
 def needs_masks(task: Task) -> bool:
     """Whether answers are decoded by the mask VQ-VAE."""
-    return any(name in _WITH_MASKS for name in task.metrics)
+    return any(METRICS[name].masks for name in task.metrics)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,7 +102,7 @@ class Evaluation:
         self, model: PaliGemma, name: str, right: Objects | list[str], output: Output, labels: tuple[str, ...]
     ) -> tuple[Detections, Detections]:
         """What was found and what is there, in pixels; with masks if the metric is about them."""
-        masks = name in _WITH_MASKS
+        masks = METRICS[name].masks
         if isinstance(right, Objects):
             true = right.detections()
         else:

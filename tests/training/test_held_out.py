@@ -9,7 +9,8 @@ import pytest
 from PIL import Image
 
 import paligemma_jax as pj
-from paligemma_jax.errors import DataError
+from paligemma_jax.errors import CheckpointError, DataError
+from paligemma_jax.evaluation import METRICS
 from paligemma_jax.tasks.output import Output
 from paligemma_jax.training import held_out
 from paligemma_jax.training.data import Example, open_data
@@ -23,8 +24,8 @@ class Share:
 
     name = "share"
 
-    def __init__(self, objects=False):
-        self.seen, self.objects = [], objects
+    def __init__(self, objects=False, masks=False):
+        self.seen, self.objects, self.masks = [], objects, masks
 
     def score(self, predictions, references):
         self.seen.append((list(predictions), list(references)))
@@ -126,6 +127,21 @@ def test_metrics_of_objects_get_masks_where_they_can_be_made(model, examples, mo
     assert not len(found[1]) and len(right[0]) == 1 and right[0][0].mask is None
     monkeypatch.setattr(measured, "_metric", Share())
     assert measured._compared(texts)[0] == texts
+
+
+def test_an_answer_without_mask_codes_is_no_object_to_a_metric_of_masks(model, examples, monkeypatch):
+    """A model that has not learned them yet says such: it must not end the training."""
+    box = "<loc0000><loc0000><loc1023><loc1023>"
+    whole = Example(examples[0].images, "segment star", f"{box}{'<seg001>' * 16} star")
+    with pytest.raises(CheckpointError, match="vae-oid"):
+        HeldOut(model, [whole], METRICS["segmentation_iou"], 2)
+    monkeypatch.setattr(model, "mask_decoder", lambda: "decoder")
+    monkeypatch.setattr(held_out.mask_vae, "decode", lambda params, codes: np.ones((len(codes), 64, 64)))
+    measured = HeldOut(model, [whole], METRICS["segmentation_iou"], 2)
+    for text, iou in ((f"{box} star", 0.0), (f"{box} star ; {whole.suffix}", 1.0)):
+        assert METRICS["segmentation_iou"].score(*measured._compared([text]))["mask_iou"] == iou
+    with pytest.raises(DataError, match=r"line 5 has an object without mask codes.*metric=segmentation_iou"):
+        HeldOut(model, [whole, examples[4]], METRICS["segmentation_iou"], 2)
 
 
 def test_a_signal_is_looked_at_between_batches(model, examples):
