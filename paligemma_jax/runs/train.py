@@ -23,7 +23,7 @@ from paligemma_jax.training.parallel import is_first
 from paligemma_jax.training.watch import Watch
 
 _RUN, _CHECKPOINTS = "training.json", "checkpoints"
-_RESULTS = ("best", "samples", "tensorboard", "wandb")  # folders beside the model
+_RESULTS = ("adapter", "best", "samples", "tensorboard", "wandb")  # folders beside the model
 _CHOICE = "name another output_dir, or add overwrite=True to begin anew"
 
 

@@ -137,7 +137,9 @@ def finetune(
     output = Path(settings.output_dir)
 
     def save(trained: Tree, directory: Path) -> None:
-        ours, whole = to_host(trained), dataclasses.replace(plan, frozen=to_host(plan.frozen))
+        ours, whole = to_host(trained), plan  # beside adapters the weights come from the checkpoint again
+        if not method.has_adapters:
+            whole = dataclasses.replace(plan, frozen=to_host(plan.frozen))
         if is_first():
             methods.export(method, model, whole, ours, settings.checkpoint, settings.dtype, directory)
 

@@ -120,6 +120,12 @@ def test_the_loop(planned, tmp_path):
         assert (tmp_path / name / "model.safetensors").is_file()
 
 
+def test_nothing_of_the_training_before_stays(planned, tmp_path):
+    for method, has_adapter in (("lora", True), ("full", False)):
+        planned(method=method)
+        assert (tmp_path / "tuned" / "adapter").exists() == has_adapter
+
+
 def test_pictures_are_checked_before(planned, monkeypatch):
     checked = []
     monkeypatch.setattr(finetune, "check_pictures", lambda examples, settings: checked.append(len(examples)))
