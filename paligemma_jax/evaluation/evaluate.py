@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -24,6 +24,7 @@ from paligemma_jax.tasks.prompts import read_prompt
 from paligemma_jax.tasks.segmentation import attach_masks
 
 Record = dict[str, Any]
+T = TypeVar("T")
 
 _WITH_PYCOCOTOOLS = ("detection_ap", "refcoco")
 
@@ -45,7 +46,7 @@ def check(task: Task, examples: Sequence[Example]) -> None:
             coco.require()
 
 
-def spread(examples: Sequence[Example], limit: int) -> list[Example]:
+def spread(examples: Sequence[T], limit: int) -> list[T]:
     """So many of the examples, evenly spread, so that all parts of a data set are among them; 0 for all."""
     count = len(examples)
     return [examples[i * count // limit] for i in range(limit)] if 0 < limit < count else list(examples)

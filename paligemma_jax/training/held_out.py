@@ -30,12 +30,6 @@ NUM_SAMPLES = 8
 _SPARE_TOKENS = 16  # that an answer may have more than the longest right one
 
 
-def pick(examples: Sequence[Example], most: int) -> list[Example]:
-    """At most so many of the examples, evenly spread and always the same; 0 takes all."""
-    count = min(most, len(examples)) if most else len(examples)
-    return [examples[i * len(examples) // count] for i in range(count)]
-
-
 class HeldOut:
     """Measures a model on examples.
 

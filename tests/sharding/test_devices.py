@@ -137,8 +137,9 @@ def test_fine_tuning_on_a_mesh_writes_the_same_model(options, small_checkpoints,
     assert any(not np.array_equal(after[name], weight) for name, weight in before.items() if name in after)
 
 
-def test_fine_tuning_by_two_processes_writes_the_same_model(options, tmp_path):
-    options = options | {"method": "lora", "accumulate": 2}
+@pytest.mark.parametrize("keys", [{"method": "lora", "accumulate": 2}, {"method": "qlora", "use_dora": True}])
+def test_fine_tuning_by_two_processes_writes_the_same_model(options, tmp_path, keys):
+    options = options | keys
     assert run("finetune", directory=str(tmp_path / "one"), meshes=[""], **options) == [0]
     found = run_two("finetune", 2, directory=str(tmp_path / "two"), meshes=["data=2,fsdp=2"], **options)
     assert found == [[0], [0]]

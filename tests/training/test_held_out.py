@@ -14,7 +14,7 @@ from paligemma_jax.evaluation import METRICS
 from paligemma_jax.tasks.output import Output
 from paligemma_jax.training import held_out
 from paligemma_jax.training.data import Example, open_data
-from paligemma_jax.training.held_out import HeldOut, pick
+from paligemma_jax.training.held_out import HeldOut
 
 SUFFIXES = ("a red circle", "two", "a red circle and two blue squares", "", "<loc0001><loc0002><loc0003><loc0004> star")
 
@@ -170,12 +170,6 @@ def test_objects_of_the_answer_are_drawn(model, examples, monkeypatch):
     assert measured._sample(examples[0], cut_off("x")).objects == ["star"]
     assert asked == [((30, 20), False), ((30, 20), True)]
     assert measured._sample(examples[2], cut_off("x")).objects == [] and len(asked) == 2
-
-
-def test_examples_are_evenly_spread_and_always_the_same(examples):
-    assert pick(examples, 0) == pick(examples, 99) == examples
-    assert pick(examples, 2) == [examples[0], examples[2]]
-    assert [e.where for e in pick(examples, 4)] == [examples[i].where for i in (0, 1, 2, 3)]
 
 
 def test_what_cannot_be_measured(model, examples):
