@@ -29,10 +29,12 @@ _NAMED = 3  # places of each kind of fault that are printed
 
 
 def run(config: ConfigDict) -> int:
-    """Look at everything; 1 when there are errors, which would stop training, 0 when there are warnings at most."""
+    """Look at everything; 1 when there are errors, which stop or spoil training, 0 when there are warnings at most."""
     if not config.data:
         raise DataError("no data is given: name a .jsonl file, or the folder of a data set, with --config.data=...")
     output_format = settings.one_of(config, "format", ("text", "json"))
+    if config.preview and not config.output_dir:
+        raise ConfigError("preview needs a place for its pictures: set output_dir too")
     sources.check_choices(config.data_format, config.data_task)
     kinds = read_kinds(config.augment)
     for key in ("text_length", "num_preview"):
@@ -60,8 +62,6 @@ def run(config: ConfigDict) -> int:
         write_json(directory / _REPORT, report)
         note(f"wrote {directory / _REPORT}")
     if config.preview:
-        if directory is None:
-            raise ConfigError("preview needs a place for its pictures: set output_dir too")
         first = next(iter(splits.values()))
         examples = opened(first, lambda error: None)
         augmentation = Augmentation(kinds, config.seed, codec) if kinds else None

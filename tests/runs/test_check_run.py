@@ -197,8 +197,8 @@ def test_a_key_that_changes_nothing_is_told(check, data):
 
 
 def test_a_preview_needs_a_place(check, data):
-    status, _, err = check(data=data(ROW), preview=True)
-    assert status == 1 and "preview needs a place for its pictures: set output_dir too" in err
+    status, out, err = check(data=data(ROW), preview=True)
+    assert status == 1 and not out and "preview needs a place for its pictures: set output_dir too" in err
 
 
 def test_what_the_tokenizer_or_the_model_does_not_know(data, monkeypatch):
