@@ -21,7 +21,7 @@ from paligemma_jax.buckets import power_of_two
 from paligemma_jax.config import PaliGemmaConfig
 from paligemma_jax.engine.sampling import RowOptions, StepConfig
 from paligemma_jax.engine.state import DecodeState, fresh, say
-from paligemma_jax.models.paligemma import PaliGemma
+from paligemma_jax.models.paligemma import PaliGemma, matmul_precision
 from paligemma_jax.processing.processor import Batch
 
 Params = dict[str, Any]
@@ -49,8 +49,7 @@ class Inputs:
 
 def apply(params: Params, config: PaliGemmaConfig, method: str, *args: Any) -> Any:
     """A method of the network; matmuls with float32 weights are true float32 on every platform."""
-    single = params["language_model"]["norm"]["weight"].dtype == jnp.float32
-    with jax.default_matmul_precision("highest" if single else None):
+    with jax.default_matmul_precision(matmul_precision(params)):
         return PaliGemma(config).apply({"params": params}, *args, method=method)
 
 

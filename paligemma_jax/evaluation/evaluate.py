@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -25,8 +25,8 @@ from paligemma_jax.tasks.reading import read
 from paligemma_jax.tasks.segmentation import attach_masks
 
 Record = dict[str, Any]
+T = TypeVar("T")
 
-_WITH_MASKS = ("segmentation_iou", "refcoco")
 _WITH_PYCOCOTOOLS = ("detection_ap", "refcoco")
 
 
@@ -55,7 +55,7 @@ def _has_objects(reference: str | tuple[str, ...] | Objects) -> bool:
     return any(read(text) for text in ((reference,) if isinstance(reference, str) else reference))
 
 
-def spread(examples: Sequence[Example], limit: int) -> list[Example]:
+def spread(examples: Sequence[T], limit: int) -> list[T]:
     """So many of the examples, evenly spread, so that all parts of a data set are among them; 0 for all."""
     count = len(examples)
     return [examples[i * count // limit] for i in range(limit)] if 0 < limit < count else list(examples)
@@ -63,7 +63,7 @@ def spread(examples: Sequence[Example], limit: int) -> list[Example]:
 
 def needs_masks(task: Task) -> bool:
     """Whether answers are decoded by the mask VQ-VAE."""
-    return any(name in _WITH_MASKS for name in task.metrics)
+    return any(METRICS[name].masks for name in task.metrics)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -112,7 +112,7 @@ class Evaluation:
         self, model: PaliGemma, name: str, right: Objects | list[str], output: Output, labels: tuple[str, ...]
     ) -> tuple[Detections, Detections]:
         """What was found and what is there, in pixels; with masks if the metric is about them."""
-        masks = name in _WITH_MASKS
+        masks = METRICS[name].masks
         if isinstance(right, Objects):
             true = right.detections()
         else:

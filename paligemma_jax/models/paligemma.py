@@ -4,6 +4,8 @@ Axes: I images, S side in pixels, N soft tokens of an image, E encoder width, B 
 T), L layers, D decoder width, V vocabulary.
 """
 
+from typing import Any
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -13,6 +15,11 @@ from paligemma_jax.models.gemma import Gemma
 from paligemma_jax.models.layers import Dropout, Linear
 from paligemma_jax.models.siglip import SigLIP
 from paligemma_jax.ops import Cache
+
+
+def matmul_precision(params: dict[str, Any]) -> str | None:
+    """For `jax.default_matmul_precision`: with float32 weights matmuls are true float32 on every platform."""
+    return "highest" if params["language_model"]["norm"]["weight"].dtype == jnp.float32 else None
 
 
 class Projector(nn.Module):

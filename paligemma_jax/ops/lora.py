@@ -4,6 +4,7 @@ Axes: M rows, F outputs, D inputs, r rank.
 """
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +12,8 @@ from jax import lax
 
 from paligemma_jax.ops.kernels import Sized
 from paligemma_jax.ops.weights import Weight, dequantize, is_weight, linear, take_rows
+
+_matmul = functools.partial(jnp.matmul, precision="highest")  # true float32 on every platform
 
 
 @jax.tree_util.register_dataclass
@@ -45,13 +48,13 @@ class Lora(Sized):
 
     def matmul(self, x: jax.Array) -> jax.Array:
         """Activations [M, D] times the weight: float32 [M, F]."""
-        change = lax.dot(lax.dot(x.astype(jnp.float32), self.down.T), self.up.T)
+        change = _matmul(_matmul(x.astype(jnp.float32), self.down.T), self.up.T)
         y = linear(x, self.base) + self.scale * change
         return y if self.magnitude is None else y * self._factors()[None]
 
     def take(self, index: jax.Array) -> jax.Array:
         """Rows [..., D] at an index [...], as numbers of the base's dtype."""
-        change = jnp.take(self.up, index, axis=0) @ self.down
+        change = _matmul(jnp.take(self.up, index, axis=0), self.down)
         rows = take_rows(self.base, index).astype(jnp.float32) + self.scale * change
         if self.magnitude is not None:
             rows = rows * jnp.take(self._factors(), index)[..., None]
@@ -59,7 +62,7 @@ class Lora(Sized):
 
     def dequantize(self) -> jax.Array:
         """The merged weight [F, D]: summed in float32 and rounded once to the base's dtype."""
-        merged = dequantize(self.base).astype(jnp.float32) + self.scale * lax.dot(self.up, self.down)
+        merged = dequantize(self.base).astype(jnp.float32) + self.scale * _matmul(self.up, self.down)
         if self.magnitude is not None:
             merged = merged * self._factors()[:, None]
         return merged.astype(self.dtype)
@@ -81,6 +84,6 @@ def row_norms(base: Weight, down: jax.Array, up: jax.Array, scale: float) -> jax
     """
     weight = dequantize(base)
     squares = jnp.sum(jnp.square(weight.astype(jnp.float32)), axis=1)
-    mixed = weight.astype(jnp.float32) @ down.T
-    squares += jnp.sum((2 * scale * mixed + scale**2 * (up @ (down @ down.T))) * up, axis=1)
+    mixed = _matmul(weight.astype(jnp.float32), down.T)
+    squares += jnp.sum((2 * scale * mixed + scale**2 * _matmul(up, _matmul(down, down.T))) * up, axis=1)
     return jnp.sqrt(jnp.maximum(squares, jnp.finfo(jnp.float32).tiny))

@@ -30,10 +30,12 @@ _NAMED = 3  # places of each kind of fault that are printed
 
 
 def run(config: ConfigDict) -> int:
-    """Look at everything; 1 when there are errors, which would stop training, 0 when there are warnings at most."""
+    """Look at everything; 1 when there are errors, which stop or spoil training, 0 when there are warnings at most."""
     if not config.data:
         raise DataError("no data is given: name a .jsonl file, or the folder of a data set, with --config.data=...")
     output_format = settings.one_of(config, "format", ("text", "json"))
+    if config.preview and not config.output_dir:
+        raise ConfigError("preview needs a place for its pictures: set output_dir too")
     sources.check_choices(config.data_format, config.data_task)
     kinds = read_kinds(config.augment)
     for key in ("text_length", "num_preview"):
@@ -54,8 +56,6 @@ def run(config: ConfigDict) -> int:
 
     openers = {name: functools.partial(opened, found) for name, found in splits.items()}
     directory = make_folder(expanded(config.output_dir)) if config.output_dir else None
-    if directory is None and config.preview:
-        raise ConfigError("preview needs a place for its pictures: set output_dir too")
     report = check_data(openers, processor, config.text_length)
     print(json.dumps(report) if output_format == "json" else "\n".join(_lines(report)))
     if directory is not None:

@@ -24,7 +24,7 @@ from paligemma_jax.training.parallel import is_first
 from paligemma_jax.training.watch import Watch
 
 _RUN, _CHECKPOINTS = "training.json", "checkpoints"
-_RESULTS = ("best", "samples", "tensorboard", "wandb")  # folders beside the model
+_RESULTS = ("adapter", "best", "samples", "tensorboard", "wandb")  # folders beside the model
 _CHOICE = "name another output_dir, or add overwrite=True to begin anew"
 
 
@@ -48,6 +48,8 @@ def run(config: ConfigDict) -> int:
     ):
         note("val_data has the same examples as data: how good the model is on new ones is not measured")
     finetune(wanted, recipe, functools.partial(_claim, directory, fresh, config.overwrite), method, watch)
+    if not is_first():  # the model may not be written yet
+        return 0
     note(f"wrote {directory}: use it with --config.checkpoint={directory}")
     if config.verify:
         note(compare_answers(directory))

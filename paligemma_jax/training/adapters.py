@@ -155,12 +155,12 @@ def merge(checkpoint: str | Path, trained: Tree, settings: LoraSettings, dtype: 
 
 
 def save(
-    directory: Path, config: PaliGemmaConfig, trained: Tree, frozen: Tree, settings: LoraSettings, base: str
+    directory: Path, config: PaliGemmaConfig, trained: Tree, params: Tree, settings: LoraSettings, base: str
 ) -> None:
-    """Write an adapter in PEFT's format; a module of which anything trained whole is saved whole."""
+    """Write an adapter in PEFT's format; a module of which anything trained whole is saved whole, out of `params`."""
     changes, whole = changes_of(trained)
     modules = {path.rpartition("/")[0] for path in whole}
-    rest: Mapping[str, Any] = flatten_dict(frozen, sep="/")
-    whole |= {path: leaf for path, leaf in rest.items() if path.rpartition("/")[0] in modules}
+    rest: Mapping[str, Any] = flatten_dict(params, sep="/")
+    whole = {path: leaf for path, leaf in rest.items() if path.rpartition("/")[0] in modules} | whole
     options = {"rank": settings.rank, "alpha": settings.alpha, "use_rslora": settings.use_rslora}
     adapter_saving.save(directory, config, changes, whole, **options, base=base)

@@ -95,6 +95,8 @@ def finetune(
     method, watch = method or Method(), watch or Watch()
     if watch.val_data and jax.process_count() > 1:
         raise ConfigError("val_data is for a single process: leave it out, and evaluate what was saved")
+    if not settings.mesh and jax.process_count() > 1:
+        raise ConfigError(f"{jax.process_count()} processes need a mesh over their devices: give mesh=auto")
     kinds, codec = read_kinds(settings.augment), MaskCodec(lambda: model.mask_decoder())
     examples, held_out = (
         _open(settings, *place, codec) for place in ((settings.data, "train"), (watch.val_data, "valid"))
@@ -135,7 +137,9 @@ def finetune(
     output = Path(settings.output_dir)
 
     def save(trained: Tree, directory: Path) -> None:
-        ours, whole = to_host(trained), dataclasses.replace(plan, frozen=to_host(plan.frozen))
+        ours, whole = to_host(trained), plan  # beside adapters the weights come from the checkpoint again
+        if not method.has_adapters:
+            whole = dataclasses.replace(plan, frozen=to_host(plan.frozen))
         if is_first():
             methods.export(method, model, whole, ours, settings.checkpoint, settings.dtype, directory)
 
@@ -153,7 +157,8 @@ def finetune(
     schedule = make_schedule(recipe, num_steps)
     state = shard_state(layout, functools.partial(init_state, optimizer=optimizer), plan.trained)
     claim()
-    recover(output)
+    if is_first():
+        recover(output)
     step = make_step(loss, optimizer, plan.frozen, plan.join, settings.accumulate, step_shardings(layout, state))
     print(memory_table(step.compile(state, batch_at(0)), state, plan.frozen), file=sys.stderr)
     state = fit(
@@ -210,7 +215,9 @@ def stacked(batches: Callable[[int], Tree], accumulate: int, step: int) -> Tree:
 
 
 def explain(config: PaliGemmaConfig, plan: Plan, accumulate: int, trained: Tree, batch: Tree) -> str:
-    """Why the loss or the gradient of a batch is not finite, from its micro-batches."""
+    """Why the loss or the gradient of a batch is not finite, from its micro-batches; "" where others hold a part."""
+    if jax.process_count() > 1:
+        return ""
     params = plan.join(trained, plan.frozen)
     parts = [batch] if accumulate == 1 else [{name: x[i] for name, x in batch.items()} for i in range(accumulate)]
     reasons = [numerics.explain_batch(config, params, part) for part in parts]

@@ -22,17 +22,12 @@ from paligemma_jax.tasks.output import Output
 from paligemma_jax.tasks.reading import read
 from paligemma_jax.tasks.segmentation import attach_masks
 from paligemma_jax.training.data import Example
+from paligemma_jax.training.data.regions import UNIT
 from paligemma_jax.training.loss import row_losses
 from paligemma_jax.training.samples import Sample
 
 NUM_SAMPLES = 8
 _SPARE_TOKENS = 16  # that an answer may have more than the longest right one
-
-
-def pick(examples: Sequence[Example], most: int) -> list[Example]:
-    """At most so many of the examples, evenly spread and always the same; 0 takes all."""
-    count = min(most, len(examples)) if most else len(examples)
-    return [examples[i * len(examples) // count] for i in range(count)]
 
 
 class HeldOut:
@@ -46,7 +41,8 @@ class HeldOut:
 
     Raises:
       DataError: there are none, or one does not fit the positions of the model; or the metric is of objects, and no
-        example has any.
+        example has any, or of masks, and an object has none.
+      CheckpointError: the metric is of masks, and the model has no decoder of these.
     """
 
     def __init__(self, model: PaliGemma, examples: Sequence[Example], metric: Metric | None, batch_size: int):
@@ -56,6 +52,11 @@ class HeldOut:
             raise DataError(
                 f"metric={metric.name} is of objects, and no suffix of val_data has any: give another metric"
             )
+        if metric is not None and metric.masks:
+            model.mask_decoder()
+            bare = (e for e in examples if any(item.codes is None for item in parse(e.suffix, UNIT)[0]))
+            if (example := next(bare, None)) is not None:
+                raise DataError(f"{example.where} has an object without mask codes, which metric={metric.name} needs")
         self._model, self._examples, self._metric = model, list(examples), metric
         self._batch_size = min(batch_size, len(self._examples))
         processor, config = model.processor, model.config
@@ -127,7 +128,8 @@ class HeldOut:
         decode = functools.partial(mask_vae.decode, self._model.mask_decoder())
 
         def objects(text: str, size: tuple[int, int]) -> Detections:
-            return Detections(attach_masks(parse(text, size)[0], size, decode), size)
+            found = attach_masks(parse(text, size)[0], size, decode)
+            return Detections([item for item in found if item.mask is not None or not self._metric.masks], size)
 
         return tuple(list(map(objects, some, sizes)) for some in (texts, right))
 

@@ -11,11 +11,13 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 
+import jax
 import orbax.checkpoint as ocp
 
 from paligemma_jax.errors import NumericsError, UserError
 from paligemma_jax.training.checkpoints import restore, save, saved_notes
 from paligemma_jax.training.logs import Logger
+from paligemma_jax.training.parallel import largest
 from paligemma_jax.training.progress import History
 from paligemma_jax.training.signals import held_signals
 from paligemma_jax.training.step import StepFn, TrainState, Tree
@@ -49,7 +51,7 @@ def fit(
     that it returns, such as one with another learning rate. `validation` measures held-out examples before the first
     step, at its intervals and after the last, and may end training early. `num_examples` of a batch and the
     `learning_rate` of a step are told with the rest. Ctrl-C, SIGTERM and a batch that cannot be had save before they
-    stop the run.
+    stop the run. Several processes agree on signals and time when a line is due; what stops one alone is not saved.
 
     Raises:
       NumericsError: the loss is not finite any more; what led there is not saved.
@@ -77,7 +79,10 @@ def fit(
     for logger in loggers:
         logger.start(first, any(record["step"] == first for record in records))
 
-    saved = time.monotonic()
+    saved, is_alone = time.monotonic(), jax.process_count() == 1
+
+    def is_late() -> bool:
+        return bool(largest(time.monotonic() - saved > 60 * save_minutes))
 
     def save_state() -> None:
         nonlocal saved
@@ -86,6 +91,13 @@ def fit(
         if checkpoints is not None and history.step > (checkpoints.latest_step() or 0):
             with history.aside():
                 save(checkpoints, history.step, state, {"validations": records, "pending": history.pending()})
+
+    def stop_if_asked() -> None:
+        try:
+            check()
+        except KeyboardInterrupt:
+            save_state()
+            raise
 
     def validate(check: Callable[[], None]) -> None:
         history.check_finite()
@@ -106,7 +118,7 @@ def fit(
     with (
         contextlib.ExitStack() as stack,
         _prefetched(batch_at, range(first, num_steps)) as batches,
-        held_signals() as check,
+        held_signals(largest) as check,
     ):
         for thing in (history, *loggers):
             stack.callback(thing.close)
@@ -116,22 +128,22 @@ def fit(
                     validate(check)
                 is_over = validation is not None and validation.is_over(records)
                 is_last = history.step >= num_steps or is_over
-                if is_last or history.step % save_every == 0 or time.monotonic() - saved > 60 * save_minutes:
+                together = is_alone or history.step % log_every == 0  # clocks and signals differ, saving takes all
+                if is_last or history.step % save_every == 0 or (together and is_late()):
                     save_state()
                 if is_last:
                     break
-                check()
+                if together:
+                    stop_if_asked()
                 asked = time.perf_counter()
                 batch, ready = next(batches)
             except NumericsError:
                 raise
-            except KeyboardInterrupt:
-                save_state()
-                if checkpoints is not None:
+            except (KeyboardInterrupt, UserError) as error:
+                if is_alone:
+                    save_state()
+                if is_alone and checkpoints is not None and history.step and isinstance(error, KeyboardInterrupt):
                     print(f"{name} stopped at step {history.step} of {num_steps}; its state is saved", file=sys.stderr)
-                raise
-            except UserError:
-                save_state()
                 raise
             state, metrics = step_fn(state, batch)
             history.add(metrics, asked, ready)

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from paligemma_jax.models.layers import Dropout
-from paligemma_jax.models.paligemma import PaliGemma
+from paligemma_jax.models.paligemma import PaliGemma, matmul_precision
 
 Batch = dict[str, jax.Array]
 
@@ -59,9 +59,10 @@ def token_losses(
     Returns:
       Losses f32 [B, A], whether the target was the likeliest token, bool [B, A], and which tokens exist, bool [B, A].
     """
-    soft_tokens = model.apply({"params": params}, batch["pixels"], method="embed_image")
     drop = Dropout(dropout, batch["dropout_keys"]) if dropout else None
-    logits, targets, exists = answer_logits(model, params, soft_tokens, batch, num_answers, drop)
+    with jax.default_matmul_precision(matmul_precision(params)):
+        soft_tokens = model.apply({"params": params}, batch["pixels"], method="embed_image")
+        logits, targets, exists = answer_logits(model, params, soft_tokens, batch, num_answers, drop)
     log_probs = jax.nn.log_softmax(logits)
     target_log_probs = jnp.take_along_axis(log_probs, targets[:, :, None], axis=-1)[..., 0]
     losses = -target_log_probs

@@ -145,8 +145,8 @@ def export(
     """
     written = copy.copy(model)
     if method.has_adapters:
-        adapters.save(output / ADAPTER, model.config, trained, plan.frozen, method.lora, _base(checkpoint))
         written.params = adapters.merge(checkpoint, trained, method.lora, dtype)
+        adapters.save(output / ADAPTER, model.config, trained, written.params, method.lora, _base(checkpoint))
     else:
         written.params = plan.join(trained, plan.frozen)
     written.save(output)

@@ -49,6 +49,15 @@ def is_first() -> bool:
     return jax.process_index() == 0
 
 
+def largest(number: int) -> int:
+    """The largest of the numbers of all processes, each of which has to ask after the same step."""
+    if jax.process_count() == 1:
+        return number
+    from jax.experimental import multihost_utils
+
+    return int(np.max(multihost_utils.process_allgather(np.int32(number))))
+
+
 def host_rows(layout: Layout | None, batch_size: int) -> tuple[int, int]:
     """Which equal part of a batch's rows the devices of this process hold: (index, count).
 

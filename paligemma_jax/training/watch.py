@@ -9,9 +9,10 @@ from typing import Any
 from paligemma_jax.api import PaliGemma
 from paligemma_jax.errors import ConfigError
 from paligemma_jax.evaluation import METRICS, Metric
+from paligemma_jax.evaluation.evaluate import spread
 from paligemma_jax.files import recover_folder, replacing_folder
 from paligemma_jax.training.data import Example
-from paligemma_jax.training.held_out import HeldOut, pick
+from paligemma_jax.training.held_out import HeldOut
 from paligemma_jax.training.logs import kinds
 from paligemma_jax.training.optimizer import averaged
 from paligemma_jax.training.step import TrainState
@@ -76,7 +77,7 @@ def make_validation(
     """
     if not watch.val_data:
         return None
-    examples = pick(held_out, watch.val_examples)
+    examples = spread(held_out, watch.val_examples)
     measured = HeldOut(model, examples, metric_named(watch.metric), batch_size)
 
     def keep(state: TrainState) -> None:

@@ -39,6 +39,13 @@ def merged(lora):
     return whole * (np.asarray(lora.magnitude, np.float64) / np.linalg.norm(whole, axis=1))[:, None]
 
 
+def test_the_branch_is_true_float32_on_every_platform():
+    """Where a GPU or TPU would take narrower numbers for a matmul unless it is told otherwise."""
+    x = draw(5, D, seed=3).astype(jnp.bfloat16)
+    text = str(jax.make_jaxpr(lambda lora: (lora.matmul(x), lora.dequantize()))(weight("bfloat16", dora=True)))
+    assert text.count("dot_general") == 1 + text.count("precision=(Precision.HIGHEST, Precision.HIGHEST)") > 5
+
+
 @pytest.mark.parametrize("dora", [False, True])
 @pytest.mark.parametrize("base", BASES)
 def test_matmul_rows_and_the_merged_weight_are_the_formula(base, dora):

@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -79,6 +80,11 @@ def test_two_processes_are_one(trained, mesh):
     np.testing.assert_allclose(first["norm"], trained[""]["norm"], rtol=1e-5)
 
 
+def test_two_processes_save_and_stop_together(tmp_path):
+    """Though their clocks differ, and the signal comes to one: at the next step at which a line is due."""
+    assert run_two("stop", 1, directory=str(tmp_path)) == [{"steps": [2, 4, 6], "signal": signal.SIGTERM}] * 2
+
+
 @pytest.mark.parametrize("quantization", [None, "int8", "int4"])
 def test_answers_are_those_of_one_device(small_checkpoints, quantization):
     meshes = (
@@ -131,8 +137,9 @@ def test_fine_tuning_on_a_mesh_writes_the_same_model(options, small_checkpoints,
     assert any(not np.array_equal(after[name], weight) for name, weight in before.items() if name in after)
 
 
-def test_fine_tuning_by_two_processes_writes_the_same_model(options, tmp_path):
-    options = options | {"method": "lora", "accumulate": 2}
+@pytest.mark.parametrize("keys", [{"method": "lora", "accumulate": 2}, {"method": "qlora", "use_dora": True}])
+def test_fine_tuning_by_two_processes_writes_the_same_model(options, tmp_path, keys):
+    options = options | keys
     assert run("finetune", directory=str(tmp_path / "one"), meshes=[""], **options) == [0]
     found = run_two("finetune", 2, directory=str(tmp_path / "two"), meshes=["data=2,fsdp=2"], **options)
     assert found == [[0], [0]]

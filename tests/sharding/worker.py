@@ -161,6 +161,37 @@ def finetune(checkpoint: str, directory: str, meshes: list[str], **keys: Any) ->
     return statuses
 
 
+def stop(directory: str) -> dict[str, Any]:
+    """Steps saved in a training of which the second process is told to stop; only the first one's time is up."""
+    import signal
+
+    import jax
+
+    from paligemma_jax.errors import Stopped
+    from paligemma_jax.training.checkpoints import open_checkpoints
+    from paligemma_jax.training.loop import fit
+
+    layout, state, step_fn = setup("data=2")
+    index, count = parallel.host_rows(layout, 8)
+    is_second = jax.process_index() == 1
+
+    def step(state: Any, batch: Any) -> Any:
+        if is_second and int(state.step) == 4:
+            signal.raise_signal(signal.SIGTERM)
+        return step_fn(state, batch)
+
+    def batches(step: int) -> Any:
+        return parallel.shard_batch(layout, batch_at(step, index, count), index, count)
+
+    manager = open_checkpoints(directory, keep=20)
+    minutes = 1e9 if is_second else 1e-9
+    try:
+        fit(state, step, batches, 20, checkpoints=manager, save_minutes=minutes, log_every=2)
+    except Stopped as stopped:
+        return {"steps": list(manager.all_steps()), "signal": stopped.signal}
+    return {}
+
+
 def main() -> None:
     job, options = sys.argv[1], json.loads(sys.argv[2])
     if "coordinator" in options:

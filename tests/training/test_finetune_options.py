@@ -120,6 +120,12 @@ def test_the_loop(planned, tmp_path):
         assert (tmp_path / name / "model.safetensors").is_file()
 
 
+def test_nothing_of_the_training_before_stays(planned, tmp_path):
+    for method, has_adapter in (("lora", True), ("full", False)):
+        planned(method=method)
+        assert (tmp_path / "tuned" / "adapter").exists() == has_adapter
+
+
 def test_pictures_are_checked_before(planned, monkeypatch):
     checked = []
     monkeypatch.setattr(finetune, "check_pictures", lambda examples, settings: checked.append(len(examples)))
@@ -164,6 +170,26 @@ def test_processes_are_joined(planned, monkeypatch, capsys):
         with pytest.raises(AssertionError):
             planned(**keys)
         assert "coordinator=" in capsys.readouterr().err
+
+
+def test_of_several_processes_the_first_one_writes(planned, monkeypatch, tmp_path, capsys):
+    done = []
+    for module in (finetune, train):
+        monkeypatch.setattr(module, "is_first", lambda: False)
+    monkeypatch.setattr(finetune, "recover", done.append)
+    monkeypatch.setattr(train, "compare_answers", done.append)
+    planned(verify=True)
+    assert not done and "wrote" not in capsys.readouterr().err
+    assert [path.name for path in (tmp_path / "tuned").iterdir()] == ["checkpoints"]
+
+
+def test_several_processes_need_a_mesh(planned, monkeypatch, capsys):
+    """Or each would train for itself, and all write one folder."""
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    with pytest.raises(AssertionError):
+        planned()
+    assert "2 processes need a mesh" in capsys.readouterr().err
+    assert finetune.explain(None, None, 1, None, None) == ""  # a process cannot look at what others hold
 
 
 def leaves(plan):

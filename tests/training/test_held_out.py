@@ -9,11 +9,12 @@ import pytest
 from PIL import Image
 
 import paligemma_jax as pj
-from paligemma_jax.errors import DataError
+from paligemma_jax.errors import CheckpointError, DataError
+from paligemma_jax.evaluation import METRICS
 from paligemma_jax.tasks.output import Output
 from paligemma_jax.training import held_out
 from paligemma_jax.training.data import Example, open_data
-from paligemma_jax.training.held_out import HeldOut, pick
+from paligemma_jax.training.held_out import HeldOut
 
 SUFFIXES = ("a red circle", "two", "a red circle and two blue squares", "", "<loc0001><loc0002><loc0003><loc0004> star")
 
@@ -23,8 +24,8 @@ class Share:
 
     name = "share"
 
-    def __init__(self, objects=False):
-        self.seen, self.objects = [], objects
+    def __init__(self, objects=False, masks=False):
+        self.seen, self.objects, self.masks = [], objects, masks
 
     def score(self, predictions, references):
         self.seen.append((list(predictions), list(references)))
@@ -128,6 +129,21 @@ def test_metrics_of_objects_get_masks_where_they_can_be_made(model, examples, mo
     assert measured._compared(texts)[0] == texts
 
 
+def test_an_answer_without_mask_codes_is_no_object_to_a_metric_of_masks(model, examples, monkeypatch):
+    """A model that has not learned them yet says such: it must not end the training."""
+    box = "<loc0000><loc0000><loc1023><loc1023>"
+    whole = Example(examples[0].images, "segment star", f"{box}{'<seg001>' * 16} star")
+    with pytest.raises(CheckpointError, match="vae-oid"):
+        HeldOut(model, [whole], METRICS["segmentation_iou"], 2)
+    monkeypatch.setattr(model, "mask_decoder", lambda: "decoder")
+    monkeypatch.setattr(held_out.mask_vae, "decode", lambda params, codes: np.ones((len(codes), 64, 64)))
+    measured = HeldOut(model, [whole], METRICS["segmentation_iou"], 2)
+    for text, iou in ((f"{box} star", 0.0), (f"{box} star ; {whole.suffix}", 1.0)):
+        assert METRICS["segmentation_iou"].score(*measured._compared([text]))["mask_iou"] == iou
+    with pytest.raises(DataError, match=r"line 5 has an object without mask codes.*metric=segmentation_iou"):
+        HeldOut(model, [whole, examples[4]], METRICS["segmentation_iou"], 2)
+
+
 def test_a_signal_is_looked_at_between_batches(model, examples):
     def check():
         check.count += 1
@@ -154,12 +170,6 @@ def test_objects_of_the_answer_are_drawn(model, examples, monkeypatch):
     assert measured._sample(examples[0], cut_off("x")).objects == ["star"]
     assert asked == [((30, 20), False), ((30, 20), True)]
     assert measured._sample(examples[2], cut_off("x")).objects == [] and len(asked) == 2
-
-
-def test_examples_are_evenly_spread_and_always_the_same(examples):
-    assert pick(examples, 0) == pick(examples, 99) == examples
-    assert pick(examples, 2) == [examples[0], examples[2]]
-    assert [e.where for e in pick(examples, 4)] == [examples[i].where for i in (0, 1, 2, 3)]
 
 
 def test_what_cannot_be_measured(model, examples):

@@ -117,6 +117,21 @@ def test_bases_that_a_method_is_not_for(plan_of, checkpoint, small, tmp_path):
         plan_of(path=tmp_path / "out" / "adapter", method="lora")
 
 
+def test_a_bias_beside_a_quantized_weight_is_written(plan_of, checkpoint, tmp_path):
+    """Its module is saved whole, with the weight that the checkpoint has."""
+    model, plan = plan_of(method="qlora", trainable="*/fc1/bias")
+    trained = jax.tree.map(lambda leaf: leaf + 0.01, plan.trained)
+    methods.export(Method("qlora"), model, plan, trained, checkpoint, "bfloat16", tmp_path)
+    written, again, before = (
+        flatten_dict(pj.load(path, dtype="bfloat16", prepare=False).params, sep="/")
+        for path in (tmp_path, tmp_path / "adapter", checkpoint)
+    )
+    jax.tree.map(np.testing.assert_array_equal, again, written)
+    layer = "vision_tower/layers_0/mlp/fc1"
+    assert (written[f"{layer}/weight"] == before[f"{layer}/weight"]).all()
+    assert (written[f"{layer}/bias"] != before[f"{layer}/bias"]).any()
+
+
 @pytest.mark.parametrize("name", ["full", "decoder", "lora", "qlora"])
 def test_what_is_written_loads(plan_of, checkpoint, tmp_path, name):
     """The model, and the adapter, which gives the same one."""

@@ -31,6 +31,14 @@ def log_probs(small, random_params, make_batch):
     return logits - np.log(np.exp(logits).sum(axis=-1, keepdims=True))
 
 
+@pytest.mark.parametrize("dtype, most", [("float32", 1.0), ("bfloat16", 0.5)])
+def test_matmuls_with_float32_weights_are_true_float32_on_every_platform(small, random_params, make_batch, dtype, most):
+    params = jax.tree.map(lambda x: x.astype(dtype), random_params(small))
+    text = str(jax.make_jaxpr(lambda p: token_losses(PaliGemma(small), p, make_batch(48), 12))(params))
+    share = text.count("precision=(Precision.HIGHEST, Precision.HIGHEST)") / text.count("dot_general")
+    assert share == 1 if most == 1 else share < most
+
+
 @pytest.mark.parametrize("smoothing", [0.0, 0.2])
 def test_loss_is_the_formula_and_padding_changes_nothing(small, random_params, make_batch, log_probs, smoothing):
     batch = make_batch(48)
@@ -107,15 +115,16 @@ def test_three_tokens_by_hand_labels_are_shifted_once():
     tokens = np.array([[4, 0, 1, 2, 3, 0]])  # prefix 4 0, suffix 1 2 3, padding
     batch = {"tokens": tokens, "image_slots": tokens * 0 - 1, "pixels": np.zeros(1)}
     batch |= {"prefix_length": np.array([2]), "length": np.array([5])}
-    losses, correct, exists = token_losses(Echo(), {}, batch, 4)
+    params = {"language_model": {"norm": {"weight": np.ones(1)}}}
+    losses, correct, exists = token_losses(Echo(), params, batch, 4)
     right = -2.0 + np.log(np.exp(2.0) + 4)  # of a token that has the logit 2
     np.testing.assert_allclose(losses[0, :3], [right] * 3, rtol=1e-6)
     assert exists.tolist() == [[True, True, True, False]] and correct[0, :3].all()
-    loss, metrics = suffix_loss(Echo(), 0.0, 4, {}, batch)
+    loss, metrics = suffix_loss(Echo(), 0.0, 4, params, batch)
     assert float(loss) == pytest.approx(right, rel=1e-6) and float(metrics["token_acc"]) == 1
     wrong = np.log(np.exp(2.0) + 4)
     batch["tokens"] = np.array([[4, 0, 1, 3, 3, 0]])  # the second is not said, and what it leads to is not the third
-    losses, _, _ = token_losses(Echo(), {}, batch, 4)
+    losses, _, _ = token_losses(Echo(), params, batch, 4)
     np.testing.assert_allclose(losses[0, :3], [right, wrong, wrong], rtol=1e-6)
 
 

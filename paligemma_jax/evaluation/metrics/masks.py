@@ -89,5 +89,5 @@ def _measure_refcoco(prediction: Prediction, reference: Prediction) -> Score:
     return {"mask_iou": mask, "box_iou": box, **accuracies, "valid": float(bool(found))}
 
 
-SEGMENTATION_IOU = Metric("segmentation_iou", _measure_iou, _summarize_iou, objects=True)
-REFCOCO = Metric("refcoco", _measure_refcoco, mean_of, objects=True)
+SEGMENTATION_IOU = Metric("segmentation_iou", _measure_iou, _summarize_iou, objects=True, masks=True)
+REFCOCO = Metric("refcoco", _measure_refcoco, mean_of, objects=True, masks=True)

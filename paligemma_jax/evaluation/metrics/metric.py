@@ -40,12 +40,14 @@ class Metric:
     measure: a prediction and its reference to the score of this example.
     summarize: the scores of all examples to the result.
     objects: predictions are boxes or masks: `Detections`, or for boxes also the text that `tasks.detection` parses.
+    masks: each of the objects needs its mask.
     """
 
     name: str
     measure: Callable[[Any, Any], Score]
     summarize: Callable[[Sequence[Score]], Scores]
     objects: bool = False
+    masks: bool = False
 
     def __call__(self, predictions: Sequence[Prediction], references: Sequence[Any]) -> Scores:
         """Score all examples.

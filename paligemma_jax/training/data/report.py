@@ -50,7 +50,7 @@ class Fault:
             self.places.append(place)
 
 
-ERRORS = {  # kinds of faults that stop training, and what they are
+ERRORS = {  # kinds of faults that stop training or spoil it, and what they are
     "bad_rows": "rows that cannot be used",
     "too_long": "examples longer than text_length",
     "unknown_tokens": "texts with tokens that the model does not have",
