@@ -49,7 +49,7 @@ pull push rain red rice ring road room rose safe sale salt sand sea seat shop sh
 song soup south star stop
 """
 _NEW_WORDS = """
-bell cow days east fan glass home iron juice lamp north owl pipe quiz rent ship tea under west zoo
+bell cow days fan glass home iron juice lamp owl pipe quiz rent ship tea under west zoo
 """
 
 

@@ -150,6 +150,7 @@ def _ours(options: argparse.Namespace) -> dict[str, Any]:
     state = init_state(plan.trained, optimizer)
     del plan
     batch = dict(np.load(options.worker / "batch.npz"))
+    step.compile(state, batch)
     losses, times = [], []
     for _ in range(options.steps + 2):
         start = time.perf_counter()

@@ -67,6 +67,7 @@ COVERED = {
     pj.load: {
         "mask_vae": f"{_HERE}::test_load_takes_the_mask_decoder_that_is_named",
         "dtype": f"{_HERE}::test_load_gives_the_dtype_that_is_named",
+        "mesh": "sharding/test_devices.py::test_answers_are_those_of_one_device",
         "adapter": "test_loading.py::test_an_adapter_is_loaded_over_its_base",
         "compilation_cache": "test_loading.py::test_compiled_programs_are_kept_unless_told_not_to",
     },

@@ -21,6 +21,7 @@ from paligemma_jax.tasks.detection import parse
 from paligemma_jax.tasks.detections import Detections
 from paligemma_jax.tasks.output import Output
 from paligemma_jax.tasks.prompts import read_prompt
+from paligemma_jax.tasks.reading import read
 from paligemma_jax.tasks.segmentation import attach_masks
 
 Record = dict[str, Any]
@@ -37,13 +38,21 @@ def check(task: Task, examples: Sequence[Example]) -> None:
       ConfigError: a metric needs pycocotools, which is not installed.
     """
     if not examples:
-        raise DataError(f"{task.name} has no examples here: give another split")
+        raise DataError(f"{task.name} has no examples here: give another split or other data")
     check_pictures(examples)
     for name in task.metrics:
         if not METRICS[name].objects and any(isinstance(example.reference, Objects) for example in examples):
             raise DataError(f"{name} compares texts, and the examples of {task.name} are boxes: take another metric")
+        if METRICS[name].objects and not any(_has_objects(example.reference) for example in examples):
+            raise DataError(f"{name} is of objects, and no reference of {task.name} has any: take another metric")
         if name in _WITH_PYCOCOTOOLS:
             coco.require()
+
+
+def _has_objects(reference: str | tuple[str, ...] | Objects) -> bool:
+    if isinstance(reference, Objects):
+        return True
+    return any(read(text) for text in ((reference,) if isinstance(reference, str) else reference))
 
 
 def spread(examples: Sequence[T], limit: int) -> list[T]:

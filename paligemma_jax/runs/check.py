@@ -16,6 +16,7 @@ from paligemma_jax.processing.image import load_image
 from paligemma_jax.processing.processor import Processor
 from paligemma_jax.runs import model as models
 from paligemma_jax.runs import settings
+from paligemma_jax.runs.folder import make_folder
 from paligemma_jax.runs.notes import note
 from paligemma_jax.training.data import sources
 from paligemma_jax.training.data.augment import Augmentation, read_kinds
@@ -54,11 +55,12 @@ def run(config: ConfigDict) -> int:
         return sources.open_found(found, config.image_root, task=config.data_task, encode=codec.encode, **more)
 
     openers = {name: functools.partial(opened, found) for name, found in splits.items()}
+    directory = make_folder(expanded(config.output_dir)) if config.output_dir else None
+    if directory is None and config.preview:
+        raise ConfigError("preview needs a place for its pictures: set output_dir too")
     report = check_data(openers, processor, config.text_length)
     print(json.dumps(report) if output_format == "json" else "\n".join(_lines(report)))
-    directory = expanded(config.output_dir) if config.output_dir else None
     if directory is not None:
-        directory.mkdir(parents=True, exist_ok=True)
         write_json(directory / _REPORT, report)
         note(f"wrote {directory / _REPORT}")
     if config.preview:

@@ -14,6 +14,7 @@ from paligemma_jax.files import expanded, read_json, write_json
 from paligemma_jax.runs import model as models
 from paligemma_jax.runs import settings
 from paligemma_jax.runs.answers_check import compare_answers
+from paligemma_jax.runs.folder import make_folder
 from paligemma_jax.runs.notes import note
 from paligemma_jax.training import data
 from paligemma_jax.training.finetune import Settings, finetune
@@ -42,6 +43,10 @@ def run(config: ConfigDict) -> int:
     wanted, recipe, watch = (settings.from_config(kind, config) for kind in (Settings, Recipe, Watch))
     directory, fresh = Path(config.output_dir), _fingerprint(config, recipe, method)
     _check(directory, fresh, config.overwrite)
+    if config.val_data and fresh["data"] == data.fingerprint(
+        config.val_data, split="valid", data_format=config.data_format
+    ):
+        note("val_data has the same examples as data: how good the model is on new ones is not measured")
     finetune(wanted, recipe, functools.partial(_claim, directory, fresh, config.overwrite), method, watch)
     if not is_first():  # the model may not be written yet
         return 0
@@ -90,5 +95,5 @@ def _claim(directory: Path, fresh: dict[str, Any], overwrite: bool) -> None:
     for name in (_CHECKPOINTS, *_RESULTS) if overwrite else ():
         if (old := directory / name).exists():
             shutil.rmtree(old.resolve())
-    directory.mkdir(parents=True, exist_ok=True)
+    make_folder(directory)
     write_json(directory / _RUN, fresh)

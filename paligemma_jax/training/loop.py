@@ -139,9 +139,11 @@ def fit(
                 batch, ready = next(batches)
             except NumericsError:
                 raise
-            except (KeyboardInterrupt, UserError):
+            except (KeyboardInterrupt, UserError) as error:
                 if is_alone:
                     save_state()
+                if is_alone and checkpoints is not None and isinstance(error, KeyboardInterrupt):
+                    print(f"{name} stopped at step {history.step} of {num_steps}; its state is saved", file=sys.stderr)
                 raise
             state, metrics = step_fn(state, batch)
             history.add(metrics, asked, ready)

@@ -22,6 +22,7 @@ from paligemma_jax.api import PaliGemma
 from paligemma_jax.checkpoints.arrays import dtype_named
 from paligemma_jax.checkpoints.shapes import parameter_count
 from paligemma_jax.errors import ConfigError
+from paligemma_jax.files import expanded
 from paligemma_jax.loading import load
 from paligemma_jax.training import adapters
 from paligemma_jax.training.adapters import LoraSettings
@@ -154,5 +155,5 @@ def export(
 def _base(checkpoint: str | Path) -> str:
     """What an adapter calls its base: an absolute path, or a hub id."""
     resolved = checkpoints.resolve(checkpoint)
-    is_hub_id = not Path(checkpoint).expanduser().exists() and "/" in str(checkpoint)
+    is_hub_id = not expanded(checkpoint).exists() and "/" in str(checkpoint)
     return str(checkpoint) if is_hub_id else str(resolved.absolute())

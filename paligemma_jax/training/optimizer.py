@@ -16,7 +16,7 @@ SCHEDULES = ("cosine", "linear", "constant")
 _INFINITY = float("inf")
 _LIMITS = {
     "learning_rate": (0.0, _INFINITY),
-    "weight_decay": (0.0, _INFINITY),
+    "weight_decay": (0.0, 1.0),
     "b1": (0.0, 1.0),
     "b2": (0.0, 1.0),
     "clip_norm": (0.0, _INFINITY),
@@ -53,6 +53,10 @@ class Recipe:
             value = getattr(self, name)
             if not low <= value < high:
                 raise ConfigError(f"{name}={value} is not possible: give a number from {low:g} to below {high:g}")
+        if not self.clip_norm:  # nothing would train
+            raise ConfigError(
+                f"clip_norm={self.clip_norm} is not possible: give a number above 0, a large one for no clipping"
+            )
         if self.schedule not in SCHEDULES:
             raise ConfigError(f"schedule={self.schedule!r} is not possible: give {', '.join(SCHEDULES)}")
         _ = self.multipliers

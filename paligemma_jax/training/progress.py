@@ -149,6 +149,8 @@ def _when_done(metrics: dict[str, jax.Array]) -> float:
 
 
 def _span(seconds: float) -> str:
-    """A time in words: minutes, and hours where there are many."""
+    """A time in words: seconds, minutes or hours."""
+    if seconds < 100:
+        return f"{seconds:.0f} s"
     minutes = seconds / 60
     return f"{minutes:.0f} min" if minutes < 120 else f"{minutes / 60:.1f} h"

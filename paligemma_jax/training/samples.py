@@ -58,6 +58,6 @@ def to_html(title: str, samples: Sequence[Sample]) -> str:
 def _figure(sample: Sample) -> str:
     file = io.BytesIO()
     sample.drawn().save(file, "PNG")
-    texts = {name: html.escape(getattr(sample, name)) or "&nbsp;" for name in ("prompt", "expected", "answer")}
+    texts = {name: html.escape(getattr(sample, name)) or "(empty)" for name in ("prompt", "expected", "answer")}
     kind = "same" if sample.answer.strip() == sample.expected.strip() else "other"
     return _FIGURE.format(kind=kind, picture=base64.b64encode(file.getvalue()).decode(), **texts)

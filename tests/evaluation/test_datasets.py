@@ -192,6 +192,11 @@ def test_a_split_without_examples_and_a_metric_that_does_not_fit(tmp_path):
     _, examples = read("coco_detection", tmp_path)
     with pytest.raises(DataError, match="compares texts"):
         check(TASKS["jsonl"], examples)
+    of_boxes = dataclasses.replace(TASKS["jsonl"], metrics=("detection_f1",))
+    texts = [dataclasses.replace(example, reference=("a cat", "cats")) for example in examples]
+    with pytest.raises(DataError, match="detection_f1 is of objects, and no reference of jsonl has any"):
+        check(of_boxes, texts)
+    check(of_boxes, [*texts, dataclasses.replace(texts[0], reference="<loc0000><loc0000><loc0500><loc0500> cat")])
 
 
 def test_every_metric_of_a_task_is_known():

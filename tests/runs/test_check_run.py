@@ -143,6 +143,7 @@ def test_the_report_and_the_preview_are_files(check, tmp_path):
     for role in ("picture", "prefix", "suffix", "padding"):
         assert f'<span class="{role}">' in page
     assert '<span class="prefix">&lt;bos&gt;</span>' in page and '<span class="suffix">&lt;eos&gt;</span>' in page
+    assert '<span class="prefix">\\n</span>' in page  # the line break that ends a prefix is seen
     check(**keys, output_dir=tmp_path / "b", num_preview=1)
     assert len(list((tmp_path / "b" / "preview").glob("*.png"))) == 1
     first = np.asarray(Image.open(tmp_path / "a" / "preview" / names[0]))
@@ -219,3 +220,13 @@ def test_what_the_tokenizer_or_the_model_does_not_know(data, monkeypatch):
     assert "line 2: <strange> is id 99999" in record["errors"]["unknown_tokens"]["places"][0]
     assert "line 3: 'lost'" in record["warnings"]["unknown_characters"]["places"][0]
     assert len(record["errors"]) == len(record["warnings"]) == 1
+
+
+def test_a_place_that_is_not_possible_is_known_before_the_work(check, data):
+    rows = data(ROW)
+    for keys, message in [
+        ({"preview": True}, "preview needs a place"),
+        ({"output_dir": rows / "out"}, "out is not possible: Not a directory; name a folder"),
+    ]:
+        status, out, err = check(data=rows, **keys)
+        assert (status, out) == (1, "") and message in err and err.count("\n") == 1

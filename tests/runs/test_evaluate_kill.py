@@ -1,5 +1,9 @@
-"""An evaluation, killed at random moments: its records and its result are those of an undisturbed run."""
+"""An evaluation, killed at random moments: its records and its result are those of an undisturbed run.
 
+With more kills: EVALUATION_KILLS=10 python -m pytest -n 0 -m slow tests/runs/test_evaluate_kill.py
+"""
+
+import os
 import random
 import subprocess
 from pathlib import Path
@@ -10,7 +14,8 @@ from benchmarks.scenes_as_coco import write
 from tests import kills
 from tests.runs.test_folder import contents
 
-SCENES, KILLS = 240, 10
+KILLS = int(os.environ.get("EVALUATION_KILLS", "3"))
+SCENES = 40 * (KILLS + 1)
 
 pytestmark = pytest.mark.slow
 

@@ -1,5 +1,9 @@
-"""A folder of pictures, killed at random moments: records, pictures and exports are those of an undisturbed run."""
+"""A folder of pictures, killed at random moments: records, pictures and exports are those of an undisturbed run.
 
+With more kills: FOLDER_KILLS=10 python -m pytest -n 0 -m slow tests/runs/test_folder_kill.py
+"""
+
+import os
 import random
 import subprocess
 from pathlib import Path
@@ -10,7 +14,7 @@ from paligemma_jax.shapes_world.samples import scene_sample
 from tests import kills
 from tests.runs.test_folder import contents
 
-PICTURES, KILLS = 300, 10
+PICTURES, KILLS = 300, int(os.environ.get("FOLDER_KILLS", "4"))
 
 pytestmark = pytest.mark.slow
 

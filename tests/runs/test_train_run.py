@@ -4,6 +4,7 @@ import sys
 
 import pytest
 
+from paligemma_jax.errors import ConfigError
 from paligemma_jax.runs import train as train_run
 
 
@@ -29,6 +30,21 @@ def test_trains_with_the_recipe(train, tmp_path, monkeypatch):
     assert (status, err) == (0, "wrote out: use it with --config.checkpoint=out\n")
     assert (settings.data, settings.epochs, settings.batch_size) == ("cats.jsonl", 2, 32)
     assert (recipe.learning_rate, recipe.b2) == (1e-5, 0.999)
+
+
+def test_validation_on_the_training_data_is_told(train, tmp_path):
+    (tmp_path / "cats.jsonl").write_text("{}")
+    (tmp_path / "dogs.jsonl").write_text("{ }")
+    data, place = tmp_path / "cats.jsonl", tmp_path / "out"
+    assert "val_data has the same examples" in train(data=data, val_data=data, checkpoint="tiny", output_dir=place)[1]
+    status, err, _ = train(data=data, val_data=tmp_path / "dogs.jsonl", checkpoint="tiny", output_dir=place)
+    assert status == 0 and "val_data" not in err
+
+
+def test_a_place_that_cannot_be_made_is_named(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ConfigError, match=r"output_dir=.*file/out is not possible: .*; name a folder"):
+        train_run._claim(tmp_path / "file" / "out", {}, overwrite=False)
 
 
 @pytest.mark.parametrize("keys, message", [({}, "no data is given"), ({"data": "x", "output_dir": ""}, "output_dir")])

@@ -200,7 +200,15 @@ def test_a_damaged_picture_is_one_clear_line(refused, data, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "name, value", [("learning_rate", -1.0), ("label_smoothing", 1.0), ("b2", float("nan")), ("clip_norm", -0.1)]
+    "name, value",
+    [
+        ("learning_rate", -1.0),
+        ("label_smoothing", 1.0),
+        ("b2", float("nan")),
+        ("clip_norm", -0.1),
+        ("clip_norm", 0.0),
+        ("weight_decay", 1.0),
+    ],
 )
 def test_recipes_have_limits(name, value):
     with pytest.raises(ConfigError, match=f"{name}={value} is not possible"):

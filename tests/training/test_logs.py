@@ -50,6 +50,7 @@ def test_sample_pages_show_pictures_and_texts(tmp_path):
     assert page == to_html("step 10", SAMPLES)
     assert "a &amp; b" in page and "&lt;b&gt;" in page and page.count("data:image/png;base64,") == 2
     assert page.index('class="other"') < page.index('class="same"')
+    assert "(empty)" in to_html("", [Sample(GREY, "detect star", "<b>", "")])
     pages.start(10, True)
     assert {path.name for path in (tmp_path / "samples").iterdir()} == names - {"step_000020.html"}
     pages.start(10, False)

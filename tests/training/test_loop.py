@@ -93,7 +93,9 @@ def test_ctrl_c_ends_the_step_and_saves(tmp_path, whole, capsys):
     manager, before = open_checkpoints(tmp_path), signal.getsignal(signal.SIGINT)
     with pytest.raises(KeyboardInterrupt):
         fit(start(), interrupting(at=3), batch_at, 30, checkpoints=manager)
-    assert manager.latest_step() == 4 and "Ctrl-C again to stop at once" in capsys.readouterr().err
+    told = capsys.readouterr().err
+    assert manager.latest_step() == 4 and "Ctrl-C again to stop at once" in told
+    assert told.endswith("train stopped at step 4 of 30; its state is saved\n")
     assert signal.getsignal(signal.SIGINT) is before
     assert_same(fit(start(), STEP, batch_at, 30, checkpoints=manager), whole)
 

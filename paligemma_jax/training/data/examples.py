@@ -205,10 +205,15 @@ def distinct(examples: Iterator[Example], seen: set[int]) -> Iterator[tuple[Pict
                 yield picture, example.where
 
 
+def not_there(path: str) -> str:
+    """What is wrong with the path of a picture that is no file, and the remedy."""
+    if os.path.isdir(path):
+        return "a folder: name a picture"
+    return "missing: set image_root to the folder of the pictures"
+
+
 def check_on_disk(example: Example) -> None:
     """DataError unless all pictures that an example names are there."""
     for picture in example.images:
         if isinstance(picture, str) and not os.path.isfile(picture):
-            raise DataError(
-                f"{example.where} names {picture}, which is missing: set image_root to the folder of the pictures"
-            )
+            raise DataError(f"{example.where} names {picture}, which is {not_there(picture)}")

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from paligemma_jax.errors import DataError
 from paligemma_jax.training.data.detection import DetectionSet, Encode
+from paligemma_jax.training.data.examples import not_there
 
 TASKS = ("auto", "detect", "segment")  # values of data_task
 
@@ -84,5 +85,5 @@ def picture_in(folder: Path, name: str, where: str) -> str:
     """The path of a picture; DataError when it is not there."""
     path = folder / name
     if not path.is_file():
-        raise DataError(f"{where} names {path}, which is missing: set image_root to the folder of the pictures")
+        raise DataError(f"{where} names {path}, which is {not_there(str(path))}")
     return str(path)

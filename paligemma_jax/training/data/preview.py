@@ -78,7 +78,7 @@ def with_tokens(picture: Image.Image, tokens: Sequence[tuple[str, str]]) -> Imag
     boxes: list[tuple[int, int, int, str, str]] = []
     x = y = 0
     for role, word in tokens:
-        word = on_one_line(word.replace("\n", "\\n")) or "_"
+        word = on_one_line(_visible(word)) or "_"
         wide = round(font.getlength(word)) + 8
         if x and x + wide > width:
             x, y = 0, y + line
@@ -120,8 +120,12 @@ def write_preview(
     return files
 
 
+def _visible(word: str) -> str:
+    return word.replace("\n", "\\n")
+
+
 def _part(shown: Shown, tokens: Sequence[tuple[str, str]], name: str) -> str:
-    words = "".join(f'<span class="{role}">{html.escape(word)}</span> ' for role, word in tokens)
+    words = "".join(f'<span class="{role}">{html.escape(_visible(word))}</span> ' for role, word in tokens)
     texts = f"<p><b>{html.escape(shown.prefix)}</b></p><p>{html.escape(shown.suffix) or '(empty)'}</p>"
     return f'<section><h2>{html.escape(shown.where)}</h2><img src="{name}" alt="">{texts}<p>{words}</p></section>'
 

@@ -55,6 +55,7 @@ def test_pictures_may_lie_elsewhere(write, tmp_path_factory, folder):
         ("{oops", "line 2 is not JSON"),
         ("[1]", "line 2 holds a JSON list instead of an object"),
         ({**LINE, "image": "9.png"}, r"line 2 names .*9.png, which is missing"),
+        ({**LINE, "image": "."}, r"line 2 names .*, which is a folder: name a picture"),
         ({**LINE, "image": []}, "line 2 needs image"),
         ({**LINE, "image": ["0.png", 3]}, "line 2 needs image"),
         ({**LINE, "suffix": None}, "line 2 needs image"),

@@ -1,6 +1,6 @@
 """The real command, killed while it trains, saves and evaluates: at last all is as in a run that was not disturbed.
 
-With more kills: TRAINING_KILLS=10 python -m pytest -n 0 -m slow tests/training/test_kill.py
+With more kills: TRAINING_KILLS=10 python -m pytest -n 0 -m slow tests/training/test_finetune_kill.py
 """
 
 import json
