@@ -119,7 +119,8 @@ def init_adapters(params: Tree, paths: Iterable[str], settings: LoraSettings, se
             down = jax.random.uniform(key, (settings.rank, width), minval=-bound, maxval=bound)
         found[f"{path}/down"], found[f"{path}/up"] = down, jnp.zeros((num_outputs, settings.rank))
         if settings.use_dora:
-            found[f"{path}/magnitude"] = ops.row_norms(flat[path], down, found[f"{path}/up"], settings.scale)
+            norms = jax.jit(ops.row_norms)(flat[path], down, found[f"{path}/up"], settings.scale)
+            found[f"{path}/magnitude"] = jax.block_until_ready(norms)  # programs that overlap hang several processes
     return unflatten_dict(found, sep="/")
 
 

@@ -137,7 +137,7 @@ def test_fine_tuning_on_a_mesh_writes_the_same_model(options, small_checkpoints,
     assert any(not np.array_equal(after[name], weight) for name, weight in before.items() if name in after)
 
 
-@pytest.mark.parametrize("keys", [{"method": "lora", "accumulate": 2}, {"method": "qlora", "use_dora": True}])
+@pytest.mark.parametrize("keys", [{"method": "lora", "accumulate": 2}, {"method": "lora", "use_dora": True}])
 def test_fine_tuning_by_two_processes_writes_the_same_model(options, tmp_path, keys):
     options = options | keys
     assert run("finetune", directory=str(tmp_path / "one"), meshes=[""], **options) == [0]
