@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 import paligemma_jax as pj
 from paligemma_jax.annotate import fingerprint
-from paligemma_jax.errors import ConfigError
+from paligemma_jax.errors import ConfigError, DataError
 from paligemma_jax.evaluation.evaluate import Evaluation, check, needs_masks, prompt_of, spread, summarize
 from paligemma_jax.evaluation.examples import Example
 from paligemma_jax.evaluation.metrics import METRICS
@@ -23,6 +23,7 @@ from paligemma_jax.runs import model as models
 from paligemma_jax.runs import settings
 from paligemma_jax.runs.folder import Folder, refuse_inputs
 from paligemma_jax.runs.notes import note
+from paligemma_jax.training.data import open_data
 
 _RESULT = "result.json"
 _PAPER = "PaliGemma 3B, arXiv 2407.07726"
@@ -43,7 +44,7 @@ def run(config: ConfigDict) -> int:
     scale = settings.loc_scale(config)
     if expanded(config.data).is_file():  # of jsonl, whose name then says the split
         task = dataclasses.replace(task, split=expanded(config.data).stem)
-    examples = spread(read(task, expanded(config.data)), config.limit)
+    examples = spread(_read(task, expanded(config.data)), config.limit)
     check(task, examples)
     options = pj.GenerateOptions(task.max_new_tokens, pj.Sampling(num_beams=task.num_beams))
     with contextlib.ExitStack() as stack:
@@ -67,6 +68,19 @@ def run(config: ConfigDict) -> int:
             note(f"wrote {path}")
     print(json.dumps(result) if output_format == "json" else _table(result))
     return 0
+
+
+def _read(task: Task, path: Path) -> list[Example]:
+    """The examples of a split; those of `jsonl` also from the data sets that training takes (docs/data.md)."""
+    is_jsonl = path.suffix == ".jsonl" if path.is_file() else (path / f"{task.split}.jsonl").exists()
+    if task.name != "jsonl" or is_jsonl or not path.exists():
+        return read(task, path)
+    found = list(open_data(path, split=task.split))
+    if packed := next(
+        (example for example in found if not all(isinstance(name, str) for name in example.images)), None
+    ):
+        raise DataError(f"{packed.where} holds its picture itself: write the pictures to files, and JSON lines beside")
+    return [Example(example.where, example.images, {"prefix": example.prefix}, example.suffix) for example in found]
 
 
 def _task(config: ConfigDict) -> Task:

@@ -7,6 +7,7 @@ import pytest
 from paligemma_jax.evaluation import bootstrap, tasks
 from tests.evaluation import public_files
 from tests.kills import ROOT
+from tests.training.data import worlds
 
 COUNT = 5
 SHIPPED = ROOT / "assets" / "tiny"
@@ -268,3 +269,14 @@ def test_a_result_of_somebody_else_is_not_replaced(fails, tmp_path):
 def test_no_note_about_keys_that_other_evaluations_do_not_use(evaluate, answer_with):
     answer_with("yes")
     assert "does not use" not in evaluate(batch_size=4)[2]
+
+
+@pytest.mark.parametrize("kind", ["folder", "file"])
+def test_data_sets_that_training_takes_are_measured_too(evaluate, answer_with, tmp_path, kind):
+    folder = worlds.write_coco(tmp_path / "set")
+    right = iter([worlds.suffix(scene) for scene in worlds.SCENES])
+    answer_with(lambda prompt: next(right))
+    place = folder if kind == "folder" else next(folder.rglob("*.json"))
+    status, out, err = evaluate(data=place, split="train", metric="detection_f1", format="json")
+    assert status == 0, err
+    assert json.loads(out)["main"]["value"] == 1.0
