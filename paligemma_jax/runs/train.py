@@ -42,10 +42,11 @@ def run(config: ConfigDict) -> int:
     config.learning_rate = config.learning_rate or LEARNING_RATES[method.method]
     wanted, recipe, watch = (settings.from_config(kind, config) for kind in (Settings, Recipe, Watch))
     directory, fresh = Path(config.output_dir), _fingerprint(config, recipe, method)
+    start = expanded(config.checkpoint)
+    if start.exists() and start.resolve().is_relative_to(directory.resolve()):
+        raise ConfigError(f"checkpoint={config.checkpoint} lies in output_dir={directory}: name another output_dir")
     _check(directory, fresh, config.overwrite)
-    if config.val_data and fresh["data"] == data.fingerprint(
-        config.val_data, split="valid", data_format=config.data_format
-    ):
+    if fresh["data"] == fresh["val_data"]:
         note("val_data has the same examples as data: how good the model is on new ones is not measured")
     finetune(wanted, recipe, functools.partial(_claim, directory, fresh, config.overwrite), method, watch)
     if not is_first():  # the model may not be written yet
@@ -59,11 +60,13 @@ def run(config: ConfigDict) -> int:
 def _fingerprint(config: ConfigDict, recipe: Recipe, method: Method) -> dict[str, Any]:
     """What the tuned weights depend on, and which of them are best."""
     keys = ("dtype", "image_root", "data_format", "data_task", "augment", "epochs", "batch_size", "text_length", "seed")
-    keys += ("val_data", "val_examples", "metric")
-    found = data.fingerprint(config.data, data_format=config.data_format)
+    keys += ("val_examples", "metric")
+    found = {"data": data.fingerprint(config.data, data_format=config.data_format), "val_data": ""}
+    if config.val_data:
+        found["val_data"] = data.fingerprint(config.val_data, split="valid", data_format=config.data_format)
     weights = fingerprint.of_weights(config.checkpoint)
     chosen = {key: config[key] for key in keys} | dataclasses.asdict(recipe) | dataclasses.asdict(method)
-    return {"data": found, "checkpoint": weights, **chosen}
+    return {**found, "checkpoint": weights, **chosen}
 
 
 def _check(directory: Path, fresh: dict[str, Any], overwrite: bool) -> None:

@@ -1,5 +1,6 @@
 """config.run=train: what is checked before training starts; training itself is tested with training/."""
 
+import shutil
 import sys
 
 import pytest
@@ -39,6 +40,26 @@ def test_validation_on_the_training_data_is_told(train, tmp_path):
     assert "val_data has the same examples" in train(data=data, val_data=data, checkpoint="tiny", output_dir=place)[1]
     status, err, _ = train(data=data, val_data=tmp_path / "dogs.jsonl", checkpoint="tiny", output_dir=place)
     assert status == 0 and "val_data" not in err
+
+
+@pytest.mark.parametrize("name", [".", "best"])
+def test_what_training_starts_from_is_not_replaced_by_it(train, tmp_path, checkpoint, name):
+    shutil.copytree(checkpoint, tmp_path / "out" / name, dirs_exist_ok=True)
+    (tmp_path / "cats.jsonl").write_text("{}")
+    keys = {"data": tmp_path / "cats.jsonl", "output_dir": tmp_path / "out", "overwrite": True}
+    status, err, trained = train(checkpoint=tmp_path / "out" / name, **keys)
+    assert status == 1 and "lies in output_dir=" in err and not trained
+
+
+def test_edited_validation_data_are_other_data(train, tmp_path, monkeypatch):
+    prints = []
+    monkeypatch.setattr(train_run, "_check", lambda directory, fresh, overwrite: prints.append(fresh))
+    (tmp_path / "cats.jsonl").write_text("{}")
+    for text in ("{ }", "{  }"):
+        (tmp_path / "val.jsonl").write_text(text)
+        keys = {"data": tmp_path / "cats.jsonl", "val_data": tmp_path / "val.jsonl", "output_dir": tmp_path / "out"}
+        assert train(checkpoint="tiny", **keys)[0] == 0
+    assert prints[0]["val_data"] != prints[1]["val_data"] and prints[0]["data"] == prints[1]["data"]
 
 
 def test_a_place_that_cannot_be_made_is_named(tmp_path):

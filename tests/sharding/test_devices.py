@@ -17,6 +17,7 @@ ROOT = Path(__file__).resolve().parents[2]
 MESHES = ["", "data=8", "fsdp=8", "tensor=2", "tensor=4", "data=2,fsdp=4", "data=2,fsdp=2,tensor=2"]
 
 pytestmark = pytest.mark.slow
+_PATIENCE_S = 400  # of a process: a hung one is killed
 
 
 def start(job: str, num_devices: int = 8, **options) -> subprocess.Popen:
@@ -27,7 +28,11 @@ def start(job: str, num_devices: int = 8, **options) -> subprocess.Popen:
 
 
 def finish(process: subprocess.Popen) -> dict:
-    output, errors = process.communicate(timeout=600)
+    try:
+        output, errors = process.communicate(timeout=_PATIENCE_S)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        output, errors = process.communicate()
     assert process.returncode == 0, errors[-3000:]
     return json.loads(output.splitlines()[-1])
 
@@ -42,7 +47,12 @@ def run_two(job: str, num_devices: int, **options) -> list:
         sock.bind(("localhost", 0))
         coordinator = f"localhost:{sock.getsockname()[1]}"
     options |= {"coordinator": coordinator, "num_processes": 2}
-    return [finish(process) for process in [start(job, num_devices, **options, process_id=i) for i in range(2)]]
+    processes = [start(job, num_devices, **options, process_id=i) for i in range(2)]
+    try:
+        return [finish(process) for process in processes]
+    finally:
+        for process in processes:  # one waits for the other for ever
+            process.kill()
 
 
 @pytest.fixture(scope="module")
