@@ -25,7 +25,8 @@ def told(monkeypatch, tmp_path):
     """told(KEY=VALUE, ...): the settings, the recipe and the watch that a run is told."""
     given = []
     monkeypatch.setattr(train_run, "finetune", lambda *arguments: given.append([*arguments[:2], arguments[4]]))
-    (tmp_path / "data.jsonl").write_text("{}")
+    for name in ("data", "val"):
+        (tmp_path / f"{name}.jsonl").write_text(f"{{}}  {name}")
 
     def run(**keys):
         keys = {"data": tmp_path / "data.jsonl", "output_dir": tmp_path / "out", "compilation_cache": False} | keys
