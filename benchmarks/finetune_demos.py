@@ -124,14 +124,19 @@ def main() -> None:
 def document(entries: dict[str, dict]) -> str:
     """The tables of all entries."""
     lines = ["# Fine-tuning the shipped model on real pictures", ""]
-    lines += ["Unseen pictures; `old` is what the model knew before. Minutes are those of training.", ""]
+    lines += [
+        "Unseen pictures; `old` is what the model knew before. Minutes are those of training, a dash where other work",
+        "shared the machine.",
+        "",
+    ]
     for kind, entry in entries.items():
         about, names = entry["machine"], list(entry["rows"]["before"]["numbers"])
         lines += [f"## {kind}", "", f"{about['cpu']}, {about['cores']} cores, jax {about['jax']}", ""]
         lines += [f"| | {' | '.join(names)} | minutes |", f"|---|{'---|' * len(names)}---|"]
         for name, row in entry["rows"].items():
             values = " | ".join(f"{row['numbers'][key]:.3f}" for key in names)
-            lines.append(f"| {name} | {values} | {row['minutes']:.1f} |")
+            minutes = "-" if row["minutes"] is None else f"{row['minutes']:.1f}"
+            lines.append(f"| {name} | {values} | {minutes} |")
         lines.append("")
     return "\n".join(lines)
 

@@ -1,4 +1,5 @@
 import functools
+import json
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +21,7 @@ from paligemma_jax.shapes_world.vision_stage import (
     normalize,
     sinusoidal_positions,
 )
+from paligemma_jax.training.logs import JsonLines
 from paligemma_jax.training.loop import fit
 from paligemma_jax.training.step import init_state, make_step
 
@@ -161,9 +163,9 @@ def test_right_answers_cost_nothing_and_unclear_patches_do_not_count(pool, codes
 
 
 @pytest.mark.slow
-def test_the_encoder_learns_what_patches_show(model, params, pool, codes, capsys):
+def test_the_encoder_learns_what_patches_show(model, params, pool, codes, capsys, tmp_path):
     few = {key: values[:8] for key, values in pool.items()}
-    history = []
+    file = tmp_path / "metrics.jsonl"
     optimizer = optax.adam(1e-2)
     fit(
         init_state(jax.tree.map(jnp.copy, params), optimizer),
@@ -171,8 +173,9 @@ def test_the_encoder_learns_what_patches_show(model, params, pool, codes, capsys
         DenseBatches(few, codes[:, :8], 8),
         300,
         log_every=100,
-        log=history.append,
+        loggers=[JsonLines(file)],
     )
+    history = [json.loads(line) for line in file.read_text().splitlines()]
     assert history[2]["loss"] < history[1]["loss"] < history[0]["loss"]
     assert min(history[2][f"{name}_acc"] for name in ("shape", "color", "count", "rank", "codes")) > 0.8
     assert "train 300/300" in capsys.readouterr().err
