@@ -73,3 +73,8 @@ def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     """The names of what is not the same."""
     names = dict.fromkeys([*now, *before])
     return [name for name in names if before.get(name) != now.get(name)]
+
+
+def named(changed: Sequence[str]) -> str:
+    """What `differences` found, in words."""
+    return f"{', '.join(changed[:4])}{' and more' * (len(changed) > 4)}"

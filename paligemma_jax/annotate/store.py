@@ -180,9 +180,8 @@ class Store:
         if path.exists() and not overwrite:
             changed = fingerprints.differences(read_json(path), run)
             if changed:
-                more = f"{', '.join(changed[:4])}{' and more' * (len(changed) > 4)}"
                 raise DataError(
-                    f"{self._directory} has another run, which differs in {more}: give another output_dir, or the same "
+                    f"{self._directory} has another run, which differs in {fingerprints.named(changed)}: give another output_dir, or the same "
                     "settings to go on, or overwrite=True to begin anew"
                 )
             return

@@ -12,11 +12,11 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from paligemma_jax.annotate.fingerprint import differences
+from paligemma_jax.annotate.fingerprint import differences, named
 from paligemma_jax.errors import ConfigError
 from paligemma_jax.files import read_json, write_json
 from paligemma_jax.runs.command_line import UNUSED
-from paligemma_jax.runs.folder import make_folder, refuse_used
+from paligemma_jax.runs.folder import is_inside, make_folder, refuse_used
 
 # What no file depends on.
 _IMMATERIAL = {"run", "platform", "compilation_cache", "batch_size", "output_dir", "overwrite", "resume", "format"}
@@ -43,7 +43,7 @@ class Drawings:
     def begin(self) -> None:
         """Have the folder ready: files of a run with other settings go now, when nothing else can be wrong."""
         for name in self.earlier:
-            if not Path(name).is_absolute() and ".." not in Path(name).parts:
+            if is_inside(name):
                 (self.directory / name).unlink(missing_ok=True)
         self._write()
 
@@ -78,9 +78,8 @@ def claim(config: ConfigDict, directory: Path) -> Drawings:
     if not before and (found := next(strange, None)):
         raise ConfigError(f"{directory} has {found.name}, which no run says it has written: name another output_dir")
     if before and changed and not config.overwrite and any((directory / name).exists() for name in earlier):
-        named = f"{', '.join(changed[:4])}{' and more' * (len(changed) > 4)}"
         raise ConfigError(
-            f"{directory} has what run={config.run} wrote with another {named}: name another output_dir, or add "
+            f"{directory} has what run={config.run} wrote with another {named(changed)}: name another output_dir, or add "
             "overwrite=True to replace it"
         )
     return Drawings(directory, marker, settings, earlier if changed else [], [] if changed else earlier)

@@ -17,7 +17,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from paligemma_jax.annotate.fingerprint import differences
+from paligemma_jax.annotate.fingerprint import differences, named
 from paligemma_jax.annotate.store import locked
 from paligemma_jax.errors import ConfigError
 from paligemma_jax.files import read_json, write_json, write_text
@@ -87,8 +87,9 @@ class Folder:
             self._clears = True  # it did nothing
         elif known.exists():
             if changed := differences(before, self._settings):
-                named = f"{', '.join(changed[:4])}{' and more' * (len(changed) > 4)}"
-                raise ConfigError(f"{path} has the results of another run, which differs in {named}: {_CHOICE}")
+                raise ConfigError(
+                    f"{path} has the results of another run, which differs in {named(changed)}: {_CHOICE}"
+                )
             if not resume:
                 about = f"{self.done:,} of {count:,} picture{'s' * (count > 1)}"
                 raise ConfigError(f"{path} has the results of this run, {about}: add resume=True to go on, {_CHOICE}")
@@ -171,10 +172,7 @@ class Folder:
                     names += map(str, record.get("files") or ())
                     stems.add(str(record.get("stem")))
         (self.path / _PROGRESS).unlink(missing_ok=True)
-        for name in map(Path, names):
-            if name.is_absolute() or ".." in name.parts:
-                continue
-            path = self.path / name
+        for path in (self.path / name for name in names if is_inside(name)):
             labels = path.glob("*.txt") if path.is_dir() else ()
             for file in (*(x for x in labels if x.stem in stems or _NUMBER.sub("", x.stem) in stems), path):
                 if not file.is_dir():
@@ -185,6 +183,11 @@ class Folder:
 
 def _progress(done: int, size: int, failed: int) -> str:
     return json.dumps({"names": done, "bytes": size, "failed": failed}) + "\n"
+
+
+def is_inside(name: str) -> bool:
+    """Whether a name that a file on disk gives is of something in the folder, so that it may be removed."""
+    return not Path(name).is_absolute() and ".." not in Path(name).parts
 
 
 def make_folder(path: Path, named: Path | None = None) -> Path:

@@ -87,8 +87,7 @@ def _check(directory: Path, fresh: dict[str, Any], overwrite: bool) -> None:
         return
     has_work = (steps.is_dir() and any(steps.iterdir())) or (directory / "model.safetensors").exists()
     if has_work and not overwrite and (changed := fingerprint.differences(before, fresh)):
-        named = f"{', '.join(changed[:4])}{' and more' * (len(changed) > 4)}"
-        raise ConfigError(f"{directory} has another training, which differs in {named}: {_CHOICE}")
+        raise ConfigError(f"{directory} has another training, which differs in {fingerprint.named(changed)}: {_CHOICE}")
 
 
 def _claim(directory: Path, fresh: dict[str, Any], overwrite: bool) -> None:

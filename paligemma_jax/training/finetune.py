@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import jax
@@ -181,7 +181,7 @@ def finetune(
     return output
 
 
-def _open(settings: Settings, data: str, split: str, codec: MaskCodec) -> list[Example]:
+def _open(settings: Settings, data: str, split: str, codec: MaskCodec) -> Sequence[Example]:
     """The examples of a split; none where no data are named."""
     if not data:
         return []
