@@ -181,8 +181,8 @@ class Store:
             changed = fingerprints.differences(read_json(path), run)
             if changed:
                 raise DataError(
-                    f"{self._directory} has another run, which differs in {fingerprints.named(changed)}: give another output_dir, or the same "
-                    "settings to go on, or overwrite=True to begin anew"
+                    f"{self._directory} has another run, which differs in {fingerprints.named(changed)}: give another "
+                    "output_dir, or the same settings to go on, or overwrite=True to begin anew"
                 )
             return
         files = [file for form in records.FORMATS for file in self._directory.glob(f"rows-*.{form}")]

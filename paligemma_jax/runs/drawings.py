@@ -79,7 +79,7 @@ def claim(config: ConfigDict, directory: Path) -> Drawings:
         raise ConfigError(f"{directory} has {found.name}, which no run says it has written: name another output_dir")
     if before and changed and not config.overwrite and any((directory / name).exists() for name in earlier):
         raise ConfigError(
-            f"{directory} has what run={config.run} wrote with another {named(changed)}: name another output_dir, or add "
-            "overwrite=True to replace it"
+            f"{directory} has what run={config.run} wrote with another {named(changed)}: name another output_dir, "
+            "or add overwrite=True to replace it"
         )
     return Drawings(directory, marker, settings, earlier if changed else [], [] if changed else earlier)
