@@ -12,7 +12,6 @@ from paligemma_jax.evaluation.bootstrap import interval
 from paligemma_jax.evaluation.examples import Example, Objects, check_pictures
 from paligemma_jax.evaluation.metrics import METRICS, Metric, Scores
 from paligemma_jax.evaluation.metrics.boxes import TEXT_SIZE
-from paligemma_jax.evaluation.metrics.masks import read_referred
 from paligemma_jax.evaluation.tasks import Task
 from paligemma_jax.models import mask_vae
 from paligemma_jax.processing.request import GenerateOptions
@@ -26,8 +25,6 @@ from paligemma_jax.tasks.segmentation import attach_masks
 
 Record = dict[str, Any]
 T = TypeVar("T")
-
-_WITH_PYCOCOTOOLS = ("detection_ap", "refcoco")
 
 
 def check(task: Task, examples: Sequence[Example]) -> None:
@@ -45,8 +42,9 @@ def check(task: Task, examples: Sequence[Example]) -> None:
             raise DataError(f"{name} compares texts, and the examples of {task.name} are boxes: take another metric")
         if METRICS[name].objects and not any(_has_objects(example.reference) for example in examples):
             raise DataError(f"{name} is of objects, and no reference of {task.name} has any: take another metric")
-        if name in _WITH_PYCOCOTOOLS:
-            coco.require()
+    outlined = any(isinstance(example.reference, Objects) and example.reference.segmentations for example in examples)
+    if outlined or any(METRICS[name].needs_pycocotools for name in task.metrics):
+        coco.require()
 
 
 def _has_objects(reference: str | tuple[str, ...] | Objects) -> bool:
@@ -100,7 +98,7 @@ class Evaluation:
         for name in self.task.metrics:
             metric = METRICS[name]
             if metric.objects:
-                found, true = self._objects(model, name, right, output, read_prompt(prompt).labels)
+                found, true = self._objects(model, metric, right, output, read_prompt(prompt).labels)
                 scores[name] = metric.measure(found, true)
             else:
                 scores[name] = metric.measure(clean(output.text), right)
@@ -109,17 +107,17 @@ class Evaluation:
         return asked | {"references": texts, "group": example.group, "scores": scores}
 
     def _objects(
-        self, model: PaliGemma, name: str, right: Objects | list[str], output: Output, labels: tuple[str, ...]
+        self, model: PaliGemma, metric: Metric, right: Objects | list[str], output: Output, labels: tuple[str, ...]
     ) -> tuple[Detections, Detections]:
         """What was found and what is there, in pixels; with masks if the metric is about them."""
-        masks = METRICS[name].masks
+        masks = metric.masks
         if isinstance(right, Objects):
             true = right.detections()
         else:
             found = parse(right[0], TEXT_SIZE, self.loc_scale, labels)[0]
             true = Detections(attach_masks(found, TEXT_SIZE, _decoder(model)) if masks else found, TEXT_SIZE)
-        if name == "refcoco":
-            return read_referred(output.text, true.size, _decoder(model)), true
+        if metric.read is not None:
+            return metric.read(output.text, true.size, _decoder(model)), true
         found, _ = model.objects(output, true.size, self.loc_scale, masks, labels)
         whole = [item for item in found if item.mask is not None] if masks else found
         return Detections(whole, true.size), true

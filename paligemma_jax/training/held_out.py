@@ -16,6 +16,7 @@ from paligemma_jax.evaluation import Metric
 from paligemma_jax.models import mask_vae
 from paligemma_jax.models.paligemma import PaliGemma as Network
 from paligemma_jax.processing.image import load_image
+from paligemma_jax.tasks import coco
 from paligemma_jax.tasks.detection import parse
 from paligemma_jax.tasks.detections import Detections
 from paligemma_jax.tasks.output import Output
@@ -43,6 +44,7 @@ class HeldOut:
       DataError: there are none, or one does not fit the positions of the model; or the metric is of objects, and no
         example has any, or of masks, and an object has none.
       CheckpointError: the metric is of masks, and the model has no decoder of these.
+      ConfigError: the metric needs pycocotools, which is not installed.
     """
 
     def __init__(self, model: PaliGemma, examples: Sequence[Example], metric: Metric | None, batch_size: int):
@@ -52,6 +54,8 @@ class HeldOut:
             raise DataError(
                 f"metric={metric.name} is of objects, and no suffix of val_data has any: give another metric"
             )
+        if metric is not None and metric.needs_pycocotools:
+            coco.require()
         if metric is not None and metric.masks:
             model.mask_decoder()
             bare = (e for e in examples if any(item.codes is None for item in parse(e.suffix, UNIT)[0]))
@@ -131,7 +135,8 @@ class HeldOut:
             found = attach_masks(parse(text, size)[0], size, decode)
             return Detections([item for item in found if item.mask is not None or not self._metric.masks], size)
 
-        return tuple(list(map(objects, some, sizes)) for some in (texts, right))
+        read_answer = objects if self._metric.read is None else functools.partial(self._metric.read, decode=decode)
+        return list(map(read_answer, texts, sizes)), list(map(objects, right, sizes))
 
     def _has_masks(self) -> bool:
         try:

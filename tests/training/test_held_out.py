@@ -1,5 +1,6 @@
 """Held-out examples are measured by their loss and by answers, with the parameters that are given."""
 
+import dataclasses
 import json
 import re
 
@@ -11,6 +12,7 @@ from PIL import Image
 import paligemma_jax as pj
 from paligemma_jax.errors import CheckpointError, DataError
 from paligemma_jax.evaluation import METRICS
+from paligemma_jax.tasks.detections import Detections
 from paligemma_jax.tasks.output import Output
 from paligemma_jax.training import held_out
 from paligemma_jax.training.data import Example, open_data
@@ -22,7 +24,7 @@ SUFFIXES = ("a red circle", "two", "a red circle and two blue squares", "", "<lo
 class Share:
     """A metric that tells how many answers it saw."""
 
-    name = "share"
+    name, read, needs_pycocotools = "share", None, False
 
     def __init__(self, objects=False, masks=False):
         self.seen, self.objects, self.masks = [], objects, masks
@@ -180,3 +182,19 @@ def test_what_cannot_be_measured(model, examples):
     long = Example(examples[0].images, "caption en", "a red circle " * 99, "x line 3")
     with pytest.raises(DataError, match=r"x line 3: an example has \d+ tokens, the model 256 positions"):
         HeldOut(model, [*examples, long], None, 2)
+
+
+def test_answers_are_read_as_in_evaluation(model, examples, monkeypatch):
+    """Rules of a metric for answers, such as those of refcoco, count while training too; references have none."""
+    asked = []
+
+    def read(text, size, decode):
+        asked.append(text)
+        return Detections(size=size)
+
+    metric = dataclasses.replace(METRICS["detection_f1"], read=read)
+    monkeypatch.setattr(HeldOut, "_has_masks", lambda self: True)
+    monkeypatch.setattr(pj.PaliGemma, "mask_decoder", lambda self: {})
+    measured = HeldOut(model, [example for example in examples if "<loc" in example.suffix], metric, 2)
+    answers, right = measured._compared(["nothing said"])
+    assert asked == ["nothing said"] and not answers[0] and len(right[0]) == 1

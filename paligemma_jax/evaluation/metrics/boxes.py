@@ -149,4 +149,4 @@ def _summarize_ap(scores: Sequence[Score]) -> Scores:
 
 
 DETECTION_F1 = Metric("detection_f1", _measure_f1, _summarize_f1, objects=True)
-DETECTION_AP = Metric("detection_ap", _measure_ap, _summarize_ap, objects=True)
+DETECTION_AP = Metric("detection_ap", _measure_ap, _summarize_ap, objects=True, needs_pycocotools=True)

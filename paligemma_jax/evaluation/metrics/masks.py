@@ -90,4 +90,4 @@ def _measure_refcoco(prediction: Prediction, reference: Prediction) -> Score:
 
 
 SEGMENTATION_IOU = Metric("segmentation_iou", _measure_iou, _summarize_iou, objects=True, masks=True)
-REFCOCO = Metric("refcoco", _measure_refcoco, mean_of, objects=True, masks=True)
+REFCOCO = Metric("refcoco", _measure_refcoco, mean_of, objects=True, masks=True, read=read_referred)

@@ -41,6 +41,8 @@ class Metric:
     summarize: the scores of all examples to the result.
     objects: predictions are boxes or masks: `Detections`, or for boxes also the text that `tasks.detection` parses.
     masks: each of the objects needs its mask.
+    read: text, size of the picture and decoder of mask codes to objects; None where answers are read as any other.
+    needs_pycocotools: the summary is pycocotools' own.
     """
 
     name: str
@@ -48,6 +50,8 @@ class Metric:
     summarize: Callable[[Sequence[Score]], Scores]
     objects: bool = False
     masks: bool = False
+    read: Callable[[str, tuple[int, int], Callable[[np.ndarray], np.ndarray]], Detections] | None = None
+    needs_pycocotools: bool = False
 
     def __call__(self, predictions: Sequence[Prediction], references: Sequence[Any]) -> Scores:
         """Score all examples.
