@@ -61,8 +61,10 @@ def measure(checkpoint: str, data: Path, metric: str, output: Path) -> float:
     return float(result["main"]["value"])
 
 
-def train(kind: str, method: str, work: Path, args: argparse.Namespace) -> float:
-    """Fine-tune into `work/method`; minutes."""
+def train(kind: str, method: str, work: Path, args: argparse.Namespace) -> float | None:
+    """Fine-tune into `work/method`; minutes, None where that was done before."""
+    if (work / method / "model.safetensors").exists():
+        return None
     about, started = _KINDS[kind], time.monotonic()
     data = f"{work / 'data' / 'train.jsonl'} ; {about['old']} {work / 'old' / 'train.jsonl'}"
     keys = {"method": method, "data": data, "output_dir": work / method, "batch_size": 32, "weight_decay": 0.0}
@@ -125,8 +127,8 @@ def document(entries: dict[str, dict]) -> str:
     """The tables of all entries."""
     lines = ["# Fine-tuning the shipped model on real pictures", ""]
     lines += [
-        "Unseen pictures; `old` is what the model knew before. Minutes are those of training, a dash where other work",
-        "shared the machine.",
+        "Unseen pictures; `old` is what the model knew before. Minutes are those of training, a dash where an",
+        "earlier run of the script had done it.",
         "",
     ]
     for kind, entry in entries.items():

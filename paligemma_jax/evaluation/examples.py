@@ -14,6 +14,7 @@ from paligemma_jax.files import read_lines, read_text
 from paligemma_jax.tasks import coco
 from paligemma_jax.tasks.detection import Detection
 from paligemma_jax.tasks.detections import Detections
+from paligemma_jax.tasks.run_lengths import decode_runs, read_runs
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,13 +44,10 @@ def _detection(label: str, box: tuple[float, ...], mask: np.ndarray | None) -> D
 
 def to_mask(segmentation: Any, size: tuple[int, int]) -> np.ndarray:
     """COCO's polygons, run lengths, or compressed run lengths to bool [H, W]."""
+    if not isinstance(segmentation, list):
+        return decode_runs(read_runs(segmentation))
     tools, (width, height) = coco.require(), size
-    if isinstance(segmentation, list):  # polygons of an object: its parts
-        encoded = tools.merge(tools.frPyObjects(segmentation, height, width))
-    elif isinstance(segmentation["counts"], list):
-        encoded = tools.frPyObjects(segmentation, height, width)
-    else:
-        encoded = segmentation
+    encoded = tools.merge(tools.frPyObjects(segmentation, height, width))  # an object's polygons are its parts
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", category=DeprecationWarning)  # pycocotools 2.0 under numpy 2
         return tools.decode(encoded).astype(bool)

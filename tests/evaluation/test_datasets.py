@@ -123,6 +123,8 @@ def test_masks_are_those_of_polygons_and_run_lengths():
     assert (to_mask(public_files.POLYGON, (8, 4)) == inside).all()
     column = {"size": [4, 8], "counts": [9, 2, 2, 2, 2, 2, 2, 2, 9]}  # down the columns, from outside
     assert (to_mask(column, (8, 4)) == inside).all()
+    with pytest.raises(DataError, match="do not fill a mask"):
+        to_mask({"size": [4, 8], "counts": [9, 2]}, (8, 4))
     [item] = Objects((8, 4), ("",), BOX, (public_files.POLYGON,)).detections()
     assert item.box == (2, 1, 6, 3) and (item.mask == inside).all()
 

@@ -10,25 +10,12 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 from paligemma_jax.config import MASK_SIZE
-from paligemma_jax.errors import DataError
 from paligemma_jax.tasks.detection import Box, Detection, format_objects
+from paligemma_jax.tasks.run_lengths import Runs, decode_runs
 from paligemma_jax.tasks.segmentation import crop_mask
 
 UNIT = (1, 1)  # the size of a picture whose sides are 1
 _FINER = 8  # lines of a polygon's drawing per cell of a mask
-
-
-@dataclasses.dataclass(frozen=True)
-class Runs:
-    """Run-length encoded mask, as COCO stores it.
-
-    counts: lengths of runs of 0 and 1 in turn, down the columns.
-    height, width: of the mask, which spans the whole picture.
-    """
-
-    counts: np.ndarray
-    height: int
-    width: int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,34 +88,3 @@ def box_around(polygons: Sequence[np.ndarray]) -> Box:
     points = np.concatenate([np.asarray(polygon, np.float64) for polygon in polygons])
     (x0, y0), (x1, y1) = points.min(0), points.max(0)
     return float(x0), float(y0), float(x1), float(y1)
-
-
-def decode_runs(runs: Runs) -> np.ndarray:
-    """The mask, bool [H, W]; DataError when the runs do not fill it."""
-    counts = np.asarray(runs.counts, np.int64)
-    if (counts < 0).any() or counts.sum() != runs.height * runs.width:
-        raise DataError(f"run lengths do not fill a mask of {runs.width} x {runs.height}: the file is damaged")
-    values = np.repeat(np.arange(len(counts)) % 2 == 1, counts)
-    return values.reshape(runs.width, runs.height).T
-
-
-def read_counts(text: str) -> np.ndarray:
-    """Run lengths out of COCO's compressed text: 5 bits a letter, differences from the run before the last.
-
-    Source: pycocotools, rleFrString.
-    """
-    counts: list[int] = []
-    place = 0
-    while place < len(text):
-        value = shift = 0
-        more = True
-        while more:
-            if place == len(text):
-                raise DataError("run lengths end too early: the file is damaged")
-            bits = ord(text[place]) - 48
-            value |= (bits & 0x1F) << shift
-            shift, place, more = shift + 5, place + 1, bool(bits & 0x20)
-            if not more and bits & 0x10:
-                value -= 1 << shift
-        counts.append(value + (counts[-2] if len(counts) > 2 else 0))
-    return np.array(counts, np.int64)

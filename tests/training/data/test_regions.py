@@ -11,10 +11,11 @@ from paligemma_jax.checkpoints.mask_vae import load_mask_vae, save_mask_vae
 from paligemma_jax.errors import CheckpointError, DataError
 from paligemma_jax.models import mask_vae
 from paligemma_jax.tasks.detection import parse
+from paligemma_jax.tasks.run_lengths import Runs, decode_runs, read_counts
 from paligemma_jax.tasks.segmentation import crop_mask
 from paligemma_jax.training.data import open_data
 from paligemma_jax.training.data.masks import MaskCodec
-from paligemma_jax.training.data.regions import Grid, Runs, cells, decode_runs, read_counts
+from paligemma_jax.training.data.regions import Grid, cells
 from tests.training.data import worlds
 
 

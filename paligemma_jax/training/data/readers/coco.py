@@ -13,10 +13,11 @@ from typing import Any
 import numpy as np
 
 from paligemma_jax.errors import DataError
+from paligemma_jax.tasks.run_lengths import read_runs
 from paligemma_jax.training.data.examples import Examples
 from paligemma_jax.training.data.found import Found, ReadSettings, picture_in
 from paligemma_jax.training.data.readers import json_file
-from paligemma_jax.training.data.regions import Outline, Region, Runs, box_around, read_counts
+from paligemma_jax.training.data.regions import Outline, Region, box_around
 
 _TABLES = ("images", "annotations", "categories")
 
@@ -124,10 +125,9 @@ def _outline(value: Any, size: tuple[int, int], where: str) -> Outline | None:
     if not value:
         return None
     if isinstance(value, dict):
-        height, width = value["size"]
-        counts = value["counts"]
-        if (width, height) != size:
-            raise DataError(f"{where} has a mask of {width} x {height} and is {size[0]} x {size[1]}: export it again")
-        lengths = read_counts(counts) if isinstance(counts, str) else np.array(counts, np.int64)
-        return Runs(lengths.astype(np.int32), height, width)
+        runs = read_runs(value)
+        if (runs.width, runs.height) != size:
+            shown = f"{runs.width} x {runs.height}"
+            raise DataError(f"{where} has a mask of {shown} and is {size[0]} x {size[1]}: export it again")
+        return runs
     return tuple(polygon / np.array(size, np.float32) for polygon in value if len(polygon) > 2) or None
