@@ -167,7 +167,7 @@ class Layout:
 
     def shardings(self, tree: Any) -> Any:
         """A tree of shardings: of parameters, training state, a batch, or a state of the engine; shapes suffice."""
-        return jax.tree_util.tree_map_with_path(lambda path, leaf: self.sharding(_name(path), np.shape(leaf)), tree)
+        return jax.tree_util.tree_map_with_path(lambda path, leaf: self.sharding(path_name(path), np.shape(leaf)), tree)
 
     def shapes(self, tree: Any) -> Any:
         """The tree as shapes and dtypes with their shardings."""
@@ -186,7 +186,7 @@ class Layout:
 
         def put(inner: tuple[Any, ...], array: Any) -> jax.Array:
             array = np.asarray(array)
-            sharding = self.sharding("/".join(filter(None, (path, _name(inner)))), array.shape)
+            sharding = self.sharding("/".join(filter(None, (path, path_name(inner)))), array.shape)
             return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
 
         return jax.tree_util.tree_map_with_path(put, leaf)
@@ -196,7 +196,7 @@ class Layout:
         leaves = jax.tree_util.tree_leaves_with_path(tree)
         found: dict[str, None] = {}
         for path, leaf in leaves:
-            for name, _, kept_whole in self._axes(_name(path), np.shape(leaf)):
+            for name, _, kept_whole in self._axes(path_name(path), np.shape(leaf)):
                 if kept_whole:
                     what = f"{kept_whole} {_NAMES.get(name, f'of the axis {name}')}"
                     sizes = " and ".join(f"{axis}={self.mesh.shape[axis]}" for axis in MESH_AXES[name])
@@ -245,5 +245,6 @@ def _sharding(layout: Layout, path: str, shape: tuple[int, ...]) -> NamedShardin
     return NamedSharding(layout.mesh, PartitionSpec(*(axes for _, axes, _ in layout._axes(path, shape))))
 
 
-def _name(path: tuple[Any, ...]) -> str:
+def path_name(path: tuple[Any, ...]) -> str:
+    """The keys on the way to a leaf of a tree, with slashes between them."""
     return jax.tree_util.keystr(path, simple=True, separator="/")

@@ -12,7 +12,7 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 from paligemma_jax.errors import ConfigError
-from paligemma_jax.sharding import Layout
+from paligemma_jax.sharding import Layout, path_name
 
 Tree = Any
 
@@ -119,7 +119,7 @@ def shard_state(layout: Layout | None, init: Callable[[Tree], Tree], params: Tre
 
     def placed(path: tuple[Any, ...], leaf: jax.Array) -> jax.Array:
         on_mesh = leaf.sharding.device_set == layout.replicated.device_set
-        return leaf if on_mesh else layout.place(jax.tree_util.keystr(path, simple=True, separator="/"), leaf)
+        return leaf if on_mesh else layout.place(path_name(path), leaf)
 
     params = jax.tree_util.tree_map_with_path(placed, params)
     shardings = layout.shardings(jax.eval_shape(init, params))

@@ -23,6 +23,7 @@ from paligemma_jax import ops
 from paligemma_jax.checkpoints import adapter_targets, expected_shapes
 from paligemma_jax.config import PaliGemmaConfig
 from paligemma_jax.errors import ConfigError
+from paligemma_jax.sharding import path_name
 
 Tree = Any
 Names = Mapping[str, Collection[str]]  # path of a parameter -> all its names
@@ -114,7 +115,7 @@ def labels(params: Tree, rules: Sequence[tuple[str, Any]], default: Any = None, 
 
 def path_of(path: Sequence[Any]) -> str:
     """The path of the parameter that a leaf of a tree belongs to, from what `tree_leaves_with_path` says of it."""
-    keys = [str(getattr(entry, "key", getattr(entry, "name", getattr(entry, "idx", entry)))) for entry in path]
+    keys = path_name(tuple(path)).split("/")
     return "/".join(keys[:-1] if keys[-1] in _LOW_RANK else keys)
 
 
